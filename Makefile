@@ -1,0 +1,69 @@
+# Everything runs in a virtual environment of the course's own, .venv, which is made on first use.
+# On Windows, or to use conda: see README.md.
+VENV    ?= .venv
+DATA    ?= critters
+BUDGET  ?=
+SEEDS   ?=
+JOBS    ?=
+TABLES  ?=
+VOC_ROOT ?=
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+# The first Python that is new enough.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10 python; do \
+  "$$p" -c "import sys; sys.exit(sys.version_info < (3, 10))" 2>/dev/null && echo "$$p" && break; done)
+
+ifeq ($(OS),Windows_NT)
+PY := $(VENV)/Scripts/python.exe
+else
+PY := $(VENV)/bin/python
+endif
+READY := $(VENV)/drs-ready
+
+COURSE_ARGS := --data "$(DATA)" $(if $(VOC_ROOT),--voc-root "$(VOC_ROOT)") $(if $(BUDGET),--budget $(BUDGET)) \
+  $(if $(SEEDS),--seeds $(SEEDS)) $(if $(JOBS),--jobs $(JOBS)) $(if $(TABLES),--tables $(TABLES))
+
+.PHONY: help course test lab figures reference weights bench lint env crf clean-env
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo "Settings of make course: DATA=critters|voc VOC_ROOT=folder BUDGET=ci|laptop|paper SEEDS=\"0 1 2\" JOBS=n TABLES=\"1 2\""
+
+course: $(READY) ## run Tables 1-4, print them beside the paper's, write results/ (tables and figures)
+	$(PY) -m drs_lib course $(COURSE_ARGS)
+
+test: $(READY) ## run the whole test suite
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+lab: $(READY) ## open the notebooks in JupyterLab
+	$(PY) -m jupyterlab notebooks
+
+figures: $(READY) ## draw figures/, which README and notebooks show, from the stored runs
+	$(PY) -m drs_lib.plots --data "$(DATA)" $(if $(VOC_ROOT),--voc-root "$(VOC_ROOT)") $(if $(BUDGET),--budget $(BUDGET)) \
+	  $(if $(SEEDS),--seeds $(SEEDS))
+
+reference: $(READY) ## measure the committed reference results again (hours)
+	$(PY) -m drs_lib reference --seeds $(or $(SEEDS),0 1 2)
+
+weights: $(READY) ## train the committed Critters weights again
+	$(PY) -m drs_lib.pretrain
+
+bench: $(READY) ## time a training step with and without DRS
+	$(PY) benchmarks/step.py $(BENCH_ARGS)
+
+lint: $(READY) ## check the code's style
+	$(PY) -m ruff check .
+
+env: $(READY) ## only make the environment
+
+crf: $(READY) ## try again to build the optional CRF package
+	$(PY) tools/make_env.py --venv "$(VENV)" --retry-crf
+
+clean-env: ## delete the environment
+	@$(or $(PYTHON),python3) tools/make_env.py --venv "$(VENV)" --remove
+
+$(READY): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.10 or newer is needed and none was found on the PATH." \
+	  "Install one (Debian, Ubuntu: apt install python3 python3-venv), or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12"; exit 1; }
+	@"$(PYTHON)" tools/make_env.py --venv "$(VENV)"
