@@ -1,0 +1,170 @@
+"""Where a network's weights come from, and a clear word when they don't fit."""
+
+import re
+from http.client import HTTPException
+from pathlib import Path
+from pickle import UnpicklingError
+from urllib.error import URLError
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+from torchvision.models import ResNet101_Weights, VGG16_Weights
+from torchvision.models.segmentation import DeepLabV3_ResNet101_Weights
+
+from drs_lib.drs import DRS
+
+_DOWNLOADS = {
+    ("vgg16", "pretrained"): VGG16_Weights.IMAGENET1K_V1,
+    ("resnet101", "pretrained"): ResNet101_Weights.IMAGENET1K_V1,
+    ("resnet101", "coco"): DeepLabV3_ResNet101_Weights.COCO_WITH_VOC_LABELS_V1,
+}
+_SHIPPED = Path(__file__).parents[1] / "weights"
+
+
+def body_state_dict(network):
+    """The pretrained layers of a network as {name: tensor}, without DRS controllers.
+
+    This is what weights/<backbone>.safetensors holds. The tensors are on the CPU and contiguous, as
+    `safetensors.torch.save_file` wants them.
+    """
+    controllers = tuple(f"layers.{n}." for n, m in network.body.named_modules() if isinstance(m, DRS))
+    state = network.body.state_dict(prefix="layers.")
+    return {k: v.detach().cpu().contiguous() for k, v in state.items() if not k.startswith(controllers)}
+
+
+def load_body_state_dict(network, state, source="the given state dict"):
+    """Load what `body_state_dict` returned, from any network on the same backbone; returns the network.
+
+    A body may hold more layers than the network takes (DeepLab stops at layer 5). Raises ValueError, naming
+    the missing, unexpected and mis-shaped entries, if anything else does not fit.
+    """
+    expected = body_state_dict(network)
+    above = tuple(f"layers.layer{number}." for number in range(network.pretrained_layers + 1, 7))
+    state = {k: v for k, v in state.items() if not k.startswith(above)}
+    _check_fit(expected, state, f"the body of {network.backbone!r}", source)
+    network.load_state_dict(state, strict=False)
+    return network
+
+
+def load_weights(network, weights):
+    """Load `weights` into the network and return it.
+
+    None: leave it as it is. "pretrained": ImageNet weights through torchvision for vgg16 and resnet101
+    (downloaded once), the shipped weights for mini and mini_resnet. "coco" (resnet101): the body of
+    torchvision's DeepLab-v3.
+    A path (.safetensors, or a .pth with a state dict): recognised by its names as all of this network
+    (`state_dict`), its body (`body_state_dict`), torchvision's file for the backbone, or a checkpoint of the
+    authors' release (vgg16's classifier and refinement network).
+
+    Raises FileNotFoundError if there is no such file, ValueError if it does not fit, and RuntimeError if the
+    download fails.
+    """
+    if weights is None:
+        return network
+    if (network.backbone, weights) in _DOWNLOADS:
+        download = _DOWNLOADS[network.backbone, weights]
+        state, source = _download(download), download.url.rsplit("/", 1)[-1]
+    else:
+        source = _SHIPPED / f"{network.backbone}.safetensors" if weights == "pretrained" else Path(weights)
+        state = _read(source)
+    if "layer1_conv1.weight" in state:
+        state = _from_release(state)
+    if any(name.startswith("head.") for name in state):
+        _check_fit(network.state_dict(), state, f"{type(network).__name__} on {network.backbone!r}", source)
+        network.load_state_dict(state)
+        return network
+    return load_body_state_dict(network, _from_torchvision(network, state), source)
+
+
+def _from_torchvision(network, state):
+    """Rename what torchvision calls the body's entries; our own names come back unchanged."""
+    if network.backbone == "vgg16" and "features.0.weight" in state:
+        state = {k: v for k, v in state.items() if not k.startswith("classifier.")}
+        number = 0
+        for layer, modules in network.body.named_children():
+            for name, module in modules.named_children():
+                if isinstance(module, nn.Conv2d):
+                    for entry in ("weight", "bias"):
+                        if (theirs := f"features.{number}.{entry}") in state:
+                            state[f"layers.{layer}.{name}.{entry}"] = state.pop(theirs)
+                    number += 2  # the convolution and its ReLU
+            number += 1  # the pooling that ends a block
+    elif network.backbone == "resnet101":
+        if "backbone.conv1.weight" in state:
+            state = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+        if "conv1.weight" in state:
+            state = {f"layers.{k}": v for k, v in state.items() if not k.startswith("fc.")}
+        state = {k: v for k, v in state.items() if not k.endswith(".num_batches_tracked")}
+    return state
+
+
+def _from_release(state):
+    """Rename the authors' layer<i>_conv<j>, layer<i>_relu<j>.fc.0, extra_conv<j> and extra_relu<j>.fc.0."""
+    pattern = re.compile(r"(?:layer([1-5])|extra)_(conv|relu)([1-3])\.(?:fc\.0\.)?(weight|bias)")
+    (controller_weight,) = DRS(1).state_dict()
+    renamed = {}
+    for name, tensor in state.items():
+        if name.startswith("features."):  # the blocks' tensors once more
+            continue
+        if match := pattern.fullmatch(name):
+            layer, kind, j, entry = match.groups()
+            place = f"conv{j}.{entry}" if kind == "conv" else f"drs{j}.{controller_weight}"
+            name = f"layers.layer{layer or 6}.{place}"
+        renamed[name.replace("extra_conv4.", "head.")] = tensor
+    return renamed
+
+
+def _download(weights):
+    try:
+        return weights.get_state_dict(check_hash=True, progress=True, map_location="cpu")
+    except (URLError, HTTPException, ConnectionError, TimeoutError) as error:
+        name, folder = weights.url.rsplit("/", 1)[-1], Path(torch.hub.get_dir()) / "checkpoints"
+        raise RuntimeError(
+            f"could not download {weights.url} ({error}): put {name} into {folder}, "
+            "or pass weights=<path to that file>"
+        ) from error
+
+
+def _read(path):
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no weights file {path}: weights is None, 'pretrained', 'coco' (resnet101) or the path of a "
+            ".safetensors or .pth file; `python -m drs_lib.pretrain` makes those of mini and mini_resnet"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read as a dictionary of tensors: {error}") from error
+    for wrapper in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise ValueError(f"{path} does not hold a dictionary of tensors: save model.state_dict()")
+    state = dict(state)
+    consume_prefix_in_state_dict_if_present(state, "module.")
+    return state
+
+
+def _check_fit(expected, state, what, source):
+    problems = {
+        "missing": [k for k in expected if k not in state],
+        "unexpected": [k for k in state if k not in expected],
+        "mis-shaped": [
+            f"{k} {tuple(state[k].shape)} instead of {tuple(v.shape)}"
+            for k, v in expected.items()
+            if k in state and state[k].shape != v.shape
+        ],
+    }
+    found = "; ".join(
+        f"{len(names)} {problem}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        for problem, names in problems.items()
+        if names
+    )
+    if found:
+        raise ValueError(f"{source} does not fit {what}, which has {len(expected)} entries. {found}")

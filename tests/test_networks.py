@@ -1,0 +1,709 @@
+import copy
+import math
+import pickle
+from urllib.error import URLError
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from drs_lib import networks
+from drs_lib.drs import DRS
+from drs_lib.networks import body_state_dict, classifier, deeplab, pretraining_classifier, refinement_network
+
+# VGG-16 with the same structure and a sixteenth of the channels, for what needs real tensors.
+THIN_VGG16 = ((4, 2), (8, 2), (16, 3), (32, 3), (32, 3), (32, 3))
+SMALL_DEEPLABS = [(kind, backbone) for kind in ("largefov", "aspp") for backbone in ("mini", "mini_resnet")]
+
+
+def on_meta(build, *args, **kwargs):
+    with torch.device("meta"):
+        return build(*args, **kwargs).eval()
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def images(size=64, n=2, seed=0):
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def seeded(build, *args, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return build(*args, **kwargs)
+
+
+def shuffle_norms(network):
+    """Batch norm statistics and affine parameters that make a difference, as after training."""
+    for name, module in network.named_modules():
+        if isinstance(module, (nn.BatchNorm2d, torchvision.ops.FrozenBatchNorm2d)):
+            with torch.no_grad():
+                module.running_mean.normal_(0, 0.2)
+                module.running_var.uniform_(0.5, 1.5)
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(0, 0.2)
+                if name.endswith("bn3"):
+                    module.weight.mul_(0.1)  # or the signal of 33 random blocks in a row explodes
+    return network.eval()
+
+
+@pytest.fixture
+def thin_vgg16(monkeypatch):
+    monkeypatch.setattr(networks, "VGG16", THIN_VGG16)
+
+
+@pytest.fixture(scope="module")
+def resnet101():
+    return seeded(deeplab, "aspp", "resnet101", 3)
+
+
+# The numbers the paper and the release state.
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [({"drs_layers": ()}, 21_804_372), ({"delta": 0.55}, 21_804_372), ({}, 24_401_236)],
+    ids=["none", "constant", "learnable"],
+)
+def test_vgg16_classifier_has_the_papers_parameters(options, expected):
+    assert count(on_meta(classifier, "vgg16", 20, **options)) == expected
+
+
+def test_refinement_network_and_largefov_have_the_papers_parameters():
+    assert count(on_meta(refinement_network, "vgg16", 20)) == 21_804_372
+    assert count(on_meta(deeplab, "largefov", "vgg16", 21)) == 20_505_429
+
+
+def test_resnet101_deeplabs_train_the_convolutions_and_the_head_alone():
+    with torch.device("meta"):
+        resnet = torchvision.models.resnet101()
+    convolutions = sum(m.weight.numel() for m in resnet.modules() if isinstance(m, nn.Conv2d))
+    large_fov = (2048 * 1024 * 9 + 1024) + (1024 * 1024 + 1024) + (1024 * 21 + 21)
+    assert count(on_meta(deeplab, "largefov", "resnet101", 21)) == convolutions + large_fov
+    assert count(on_meta(deeplab, "aspp", "resnet101", 21)) == convolutions + 4 * (2048 * 21 * 9 + 21)
+
+
+@pytest.mark.parametrize("size, expected", [(321, 41), (320, 40)])
+@pytest.mark.parametrize(
+    "build, args",
+    [
+        (classifier, ("vgg16", 20)),
+        (refinement_network, ("vgg16", 20)),
+        (deeplab, ("largefov", "vgg16", 21)),
+        (deeplab, ("largefov", "resnet101", 21)),
+        (classifier, ("mini", 6)),
+        (pretraining_classifier, ("mini_resnet", 6)),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else value.__name__,
+)
+def test_output_stride_is_eight_rounded_up(build, args, size, expected):
+    network = on_meta(build, *args)
+    assert network.score(torch.empty(1, 3, size, size, device="meta")).shape == (
+        1,
+        args[-1],
+        expected,
+        expected,
+    )
+
+
+def test_aspp_scores_three_scales_and_their_maximum_at_the_finest_size():
+    logits = on_meta(deeplab, "aspp", "resnet101", 21).training_logits(
+        torch.empty(2, 3, 321, 321, device="meta")
+    )
+    assert [tuple(t.shape) for t in logits] == [(2, 21, s, s) for s in (41, 31, 21, 41)]
+
+
+# Where things sit.
+
+
+def kinds(sequence):
+    return [type(module) for module in sequence]
+
+
+def test_vgg16_classifier_is_the_modified_vgg16_with_sixteen_drs_modules():
+    network = on_meta(classifier, "vgg16", 20)
+    block = [nn.Conv2d, DRS]
+    assert [kinds(layer) for layer in network.layers] == [
+        block * 2,
+        [nn.MaxPool2d] + block * 2,
+        [nn.MaxPool2d] + block * 3,
+        [nn.MaxPool2d] + block * 3,
+        [nn.MaxPool2d] + block * 3,
+        block * 3,
+    ]
+    pools = [layer[0] for layer in network.layers if isinstance(layer[0], nn.MaxPool2d)]
+    assert [(p.kernel_size, p.stride, p.padding) for p in pools] == [(2, 2, 0)] * 3 + [(3, 1, 1)]
+    convs = [[m for m in layer if isinstance(m, nn.Conv2d)] for layer in network.layers]
+    assert [[c.out_channels for c in layer] for layer in convs] == [
+        [64] * 2,
+        [128] * 2,
+        [256] * 3,
+        [512] * 3,
+        [512] * 3,
+        [512] * 3,
+    ]
+    for layer, dilation in zip(convs, (1, 1, 1, 1, 2, 1), strict=True):
+        for conv in layer:
+            expected = ((3, 3), (1, 1), (dilation, dilation), (dilation, dilation))
+            assert (conv.kernel_size, conv.stride, conv.dilation, conv.padding) == expected
+    assert isinstance(network.head, nn.Conv2d)
+    assert (network.head.kernel_size, network.head.out_channels) == ((1, 1), 20)
+
+
+@pytest.mark.parametrize("backbone, per_layer", [("vgg16", (2, 2, 3, 3, 3, 3)), ("mini", (1, 1, 1, 1, 1, 1))])
+@pytest.mark.parametrize("drs_layers", [(), (6,), (5, 6), {1, 2, 3, 4}, (1, 2, 3, 4, 5, 6)], ids=str)
+def test_drs_takes_the_place_of_the_relus_of_the_chosen_layers(backbone, per_layer, drs_layers):
+    network = on_meta(classifier, backbone, 6, drs_layers=iter(drs_layers), delta=0.5)
+    for number, (layer, modules) in enumerate(zip(network.layers, per_layer, strict=True), 1):
+        plugged, other = (DRS, nn.ReLU) if number in drs_layers else (nn.ReLU, DRS)
+        assert kinds(layer).count(plugged) == modules
+        assert other not in kinds(layer)
+
+
+def test_largefov_on_vgg16_pools_and_dilates_as_the_original():
+    network = on_meta(deeplab, "largefov", "vgg16", 21)
+    pools = [m for m in network.modules() if isinstance(m, nn.MaxPool2d)]
+    assert [(p.kernel_size, p.stride, p.padding) for p in pools] == [(3, s, 1) for s in (2, 2, 2, 1, 1)]
+    assert kinds(network.head.pool) == [nn.MaxPool2d, nn.AvgPool2d]
+    average = network.head.pool[1]
+    assert (average.kernel_size, average.stride, average.padding) == (3, 1, 1)
+    assert [c.dilation for c in network.layers[4] if isinstance(c, nn.Conv2d)] == [(2, 2)] * 3
+    assert kinds(network.head)[1:] == [nn.Conv2d, nn.ReLU, nn.Dropout2d] * 2 + [nn.Conv2d]
+    assert [
+        (c.kernel_size, c.dilation, c.out_channels) for c in network.head if isinstance(c, nn.Conv2d)
+    ] == [
+        ((3, 3), (12, 12), 1024),
+        ((1, 1), (1, 1), 1024),
+        ((1, 1), (1, 1), 21),
+    ]
+    assert [m.p for m in network.head if isinstance(m, nn.Dropout2d)] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("kind, ceil_mode", [("largefov", False), ("aspp", True)])
+def test_resnet101_keeps_stride_eight_by_dilation(kind, ceil_mode):
+    network = on_meta(deeplab, kind, "resnet101", 21)
+    layers = dict(network.layers.named_children())
+    assert layers["maxpool"].ceil_mode == ceil_mode
+    last = {name: layers[name][-1].conv2.dilation for name in ("layer1", "layer2", "layer3", "layer4")}
+    assert last == {"layer1": (1, 1), "layer2": (1, 1), "layer3": (2, 2), "layer4": (4, 4)}
+    if kind == "aspp":
+        rates = [(b.kernel_size, b.dilation, b.padding) for b in network.head]
+        assert rates == [((3, 3), (r, r), (r, r)) for r in (6, 12, 18, 24)]
+        assert network.scales == (1, 0.75, 0.5)
+
+
+def test_mini_resnet_is_stronger_than_mini_but_affordable():
+    def multiply_adds(network):
+        with FlopCounterMode(display=False) as counter:
+            network.eval().score(torch.empty(1, 3, 128, 128, device="meta"))
+        return counter.get_total_flops() / 2
+
+    mini, resnet = (on_meta(pretraining_classifier, backbone, 6) for backbone in ("mini", "mini_resnet"))
+    assert 3 <= count(resnet) / count(mini) <= 4
+    assert 1 < multiply_adds(resnet) / multiply_adds(mini) <= 2
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        networks.MINI,
+        ((8, 1, True), (12, 1, True), (12, 1, True), (16, 1, False), (16, 1, False), (20, 1, False)),
+        ((8, 2, False), (12, 2, False), (12, 1, False), (16, 1, True), (24, 1, False), (20, 1, False)),
+    ],
+)
+def test_everything_on_mini_follows_from_its_specification(spec, monkeypatch):
+    monkeypatch.setattr(networks, "MINI", spec)
+    channels = [3] + [c for c, _, _ in spec]
+    body = [9 * a * b + 2 * b for a, b in zip(channels, channels[1:], strict=False)]
+    controllers = sum(c * c for c in channels[1:])
+    learnable = classifier("mini", 6)
+    assert count(learnable) == sum(body) + controllers + (channels[6] * 6 + 6)
+    assert learnable.eval()(images()).shape == (2, 6)
+    strides = [math.ceil(64 / o.shape[-1]) for o in learnable.layer_outputs(images())]
+    before = [math.prod(s * (2 if p else 1) for _, s, p in spec[:i]) for i in range(6)]
+    assert strides == [b * spec[i][1] for i, b in enumerate(before)]
+    for kind in ("largefov", "aspp"):
+        network = deeplab(kind, "mini", 7).eval()
+        assert count(network.layers) == sum(body[:5])
+        assert network(images()).shape == (2, 7, 8, 8)
+
+
+# What the networks compute, against formulas of their own.
+
+
+@pytest.mark.parametrize("delta", [0.55, None])
+def test_mini_classifier_computes_figure_3a(delta):
+    network = shuffle_norms(seeded(classifier, "mini", 6, drs_layers=(2, 5, 6), delta=delta)).double()
+    state = network.state_dict()
+    x, outputs, pool = images(50).double(), [], False
+    for number, (_, stride, pool_after) in enumerate(networks.MINI, 1):
+        name = f"layers.layer{number}"
+        x = F.max_pool2d(x, 2, ceil_mode=True) if pool else x
+        x = F.conv2d(x, state[f"{name}.conv.weight"], stride=stride, padding=1)
+        mean, var, scale, shift = (
+            state[f"{name}.norm.{k}"][:, None, None]
+            for k in ("running_mean", "running_var", "weight", "bias")
+        )
+        x = ((x - mean) / (var + 1e-5).sqrt() * scale + shift).clamp(min=0)
+        if number in (2, 5, 6):
+            control = delta
+            if delta is None:
+                linear = next(v for k, v in state.items() if k.startswith(f"{name}.drs."))
+                control = (x.mean((2, 3)) @ linear.T).sigmoid()[..., None, None]
+            x = torch.minimum(x, x.amax((2, 3), keepdim=True) * control)
+        outputs.append(x)
+        pool = pool_after
+    maps = (
+        torch.einsum("nkhw,ck->nchw", x, state["head.weight"][..., 0, 0]) + state["head.bias"][:, None, None]
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(network.class_maps(images(50).double()), maps)
+        torch.testing.assert_close(network(images(50).double()), maps.mean((2, 3)))
+        torch.testing.assert_close(network.layer_outputs(images(50).double()), outputs)
+
+
+def test_refinement_network_is_the_plain_classifiers_body_and_linear(thin_vgg16):
+    plain = seeded(classifier, "vgg16", 3, drs_layers=()).eval()
+    refine = refinement_network("vgg16", 3).eval()
+    refine.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(refine(images(32)), plain.class_maps(images(32)))
+        assert (refine(images(32)) < 0).any()
+
+
+def test_vgg16_body_is_torchvisions_up_to_pool4(thin_vgg16, tmp_path):
+    cfg = [width for channels, depth in THIN_VGG16[:5] for width in [channels] * depth + ["M"]]
+    features = seeded(torchvision.models.vgg.make_layers, cfg).eval()
+    state = {f"features.{k}": v for k, v in features.state_dict().items()}
+    state["classifier.0.weight"] = torch.zeros(2, 2)
+    torch.save(state, tmp_path / "vgg16.pth")
+    network = classifier("vgg16", 3, drs_layers=(), weights=tmp_path / "vgg16.pth").eval()
+    with torch.no_grad():
+        outputs = network.layer_outputs(images(32))
+        for output, end in zip(outputs[:4], (4, 9, 16, 23), strict=True):
+            torch.testing.assert_close(output, features[:end](images(32)))
+        x = F.max_pool2d(outputs[3], 3, 1, 1)
+        for i in (24, 26, 28):
+            x = F.conv2d(x, features[i].weight, features[i].bias, padding=2, dilation=2).relu()
+        torch.testing.assert_close(outputs[4], x)
+    largefov = deeplab("largefov", "vgg16", 4, weights=tmp_path / "vgg16.pth")
+    torch.testing.assert_close(largefov.layers[4].conv3.weight, features[28].weight)
+
+
+def test_resnet101_body_is_torchvisions_with_frozen_norms(resnet101, monkeypatch):
+    torch.manual_seed(1)
+    reference = torchvision.models.resnet101(replace_stride_with_dilation=[False, True, True])
+    state = shuffle_norms(reference).state_dict()
+    backbone = {f"backbone.{k}": v for k, v in state.items() if not k.startswith("fc.")}
+    files = {
+        "resnet101-63fe2227.pth": state,
+        "deeplabv3_resnet101_coco-586e9e4e.pth": {**backbone, "classifier.4.weight": torch.zeros(1)},
+    }
+    monkeypatch.setattr(networks.weights, "_download", lambda weights: files[weights.url.rpartition("/")[2]])
+    network = networks.load_weights(copy.deepcopy(resnet101), "pretrained").eval()
+    getter = torchvision.models._utils.IntermediateLayerGetter(reference, {"layer4": "out"})
+    with torch.no_grad():
+        expected = getter(images(33, 1))["out"]  # 33 pixels: the ceil-mode stem pool makes no difference
+        torch.testing.assert_close(network.layers(images(33, 1)), expected, rtol=1e-4, atol=1e-4)
+    pretrained = {name: tensor.clone() for name, tensor in network.layers.state_dict().items()}
+    nn.init.zeros_(network.layers.conv1.weight)
+    networks.load_weights(network, "coco")
+    assert all(torch.equal(tensor, pretrained[name]) for name, tensor in network.layers.state_dict().items())
+
+
+def test_resnet101_batch_norm_stays_frozen_in_training(resnet101):
+    network = shuffle_norms(copy.deepcopy(resnet101)).train()
+    norms = {k: v.clone() for k, v in network.layers.state_dict().items() if "bn" in k or "downsample.1" in k}
+    assert len(norms) == 4 * 104
+    stem = network.layers.conv1.weight.detach().clone()
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-6, weight_decay=0.1)
+    network.score(images(32)).square().mean().backward()
+    optimizer.step()
+    after = network.layers.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in norms.items())
+    assert not torch.equal(network.layers.conv1.weight, stem)
+    with torch.no_grad():
+        batched, alone = network.layers(images(32)), network.layers(images(32)[:1])
+    torch.testing.assert_close(batched[:1], alone)
+
+
+@pytest.mark.parametrize("backbone", ["mini", "mini_resnet"])
+def test_aspp_sums_its_branches_and_fuses_three_scales(backbone):
+    network = shuffle_norms(seeded(deeplab, "aspp", backbone, 7))
+    x = images(64)
+    with torch.no_grad():
+        expected = []
+        for scale in (1, 0.75, 0.5):
+            side = int(64 * scale)
+            features = network.layers(F.interpolate(x, (side, side), mode="bilinear", align_corners=False))
+            expected.append(
+                sum(
+                    F.conv2d(features, branch.weight, branch.bias, padding=rate, dilation=rate)
+                    for branch, rate in zip(network.head, (1, 2, 4, 6), strict=True)
+                )
+            )
+        upsampled = [F.interpolate(e, (8, 8), mode="bilinear", align_corners=False) for e in expected]
+        expected.append(torch.stack(upsampled).max(0).values)
+        assert not torch.equal(expected[-1], expected[0])
+        torch.testing.assert_close(network.training_logits(x), expected)
+        torch.testing.assert_close(network(x), expected[-1])
+
+
+@pytest.mark.parametrize("backbone", ["mini", "mini_resnet"])
+def test_largefov_has_one_logit_map_and_drops_whole_channels_in_training_only(backbone):
+    network = seeded(deeplab, "largefov", backbone, 7).eval()
+    (logits,) = network.training_logits(images())
+    torch.testing.assert_close(network(images()), logits)
+    network.head.train()
+    assert not torch.equal(network.head(network.layers(images())), logits)
+
+
+def test_mini_resnet_blocks_add_their_shortcut():
+    block = shuffle_norms(networks.ResidualBlock(4, 4, stride=1, dilation=2))
+    x = torch.randn(1, 4, 8, 8)
+    with torch.no_grad():
+        first = block.convs[1](F.conv2d(x, block.convs[0].weight, padding=2, dilation=2)).relu()
+        second = block.convs[4](F.conv2d(first, block.convs[3].weight, padding=2, dilation=2))
+        torch.testing.assert_close(block(x), (x + second).relu())
+
+
+def one_channel_chain(layers):
+    """The layers with one channel, all-positive weights and average pools: nothing hides a dependence."""
+    chain = []
+    for layer in layers:
+        modules = []
+        for m in layer:
+            if isinstance(m, nn.Conv2d):
+                modules.append(nn.Conv2d(1, 1, m.kernel_size, m.stride, m.padding, m.dilation, bias=False))
+                nn.init.constant_(modules[-1].weight, 1 / 9)
+            elif isinstance(m, nn.MaxPool2d):
+                modules.append(nn.AvgPool2d(m.kernel_size, m.stride, m.padding))
+        chain.append(nn.Sequential(*modules))
+    return nn.Sequential(*chain).double()
+
+
+@pytest.mark.parametrize("backbone", ["mini", "vgg16"])
+def test_receptive_fields_are_what_the_gradient_sees(backbone):
+    network = on_meta(classifier, backbone, 6, drs_layers=())
+    measured, size = [], 320
+    for depth in range(1, 7):
+        image = torch.ones(1, 1, size, size, dtype=torch.float64, requires_grad=True)
+        output = one_channel_chain(network.layers[:depth])(image)
+        middle = output.shape[-1] // 2
+        (gradient,) = torch.autograd.grad(output[0, 0, middle, middle], image)
+        seen = gradient[0, 0].nonzero()
+        sides = seen.max(0).values - seen.min(0).values + 1
+        assert sides[0] == sides[1] < size
+        measured.append(int(sides[0]))
+    assert networks.receptive_fields(network) == measured
+    if backbone == "mini":
+        assert networks.receptive_fields(networks.MINI) == measured
+
+
+def test_receptive_fields_of_a_vgg_like_specification():
+    spec = tuple((16, 1, number < 3) for number in range(6))
+    assert networks.receptive_fields(spec)[2:4] == [18, 38]
+    with pytest.raises(ValueError, match="ResidualBlock"):
+        networks.receptive_fields(on_meta(pretraining_classifier, "mini_resnet", 6))
+    with pytest.raises(ValueError, match="six layers"):
+        networks.receptive_fields(spec[:5])
+
+
+# Initial values.
+
+
+def spread(tensor):
+    return tensor.detach().double().std().item()
+
+
+def test_new_classifier_convolutions_start_as_in_the_release():
+    network = seeded(classifier, "vgg16", 20, delta=0.5)
+    for conv in (*(network.layers[5].get_submodule(f"conv{j}") for j in (1, 2, 3)), network.head):
+        fan_out = conv.kernel_size[0] ** 2 * conv.out_channels
+        assert spread(conv.weight) == pytest.approx(math.sqrt(2 / fan_out), rel=0.03)
+    biases = [p for n, p in network.named_parameters() if n.endswith("bias")]
+    assert len(biases) == 17
+    assert not any(b.any() for b in biases)
+
+
+def test_refinement_and_deeplab_heads_start_from_a_hundredth(resnet101):
+    refine = seeded(refinement_network, "vgg16", 20)
+    new = [m for module in refine.new_modules() for m in module.modules() if isinstance(m, nn.Conv2d)]
+    assert len(new) == 4
+    new += list(resnet101.head)
+    new.append(seeded(deeplab, "largefov", "vgg16", 21).head.fc6)
+    for conv in new:
+        assert spread(conv.weight) == pytest.approx(0.01, rel=0.03)
+        assert not conv.bias.any()
+    assert spread(refine.layers[4].conv1.weight) == pytest.approx(math.sqrt(2 / (9 * 512)), rel=0.03)
+
+
+# What counts as new, and what travels as pretrained.
+
+
+@pytest.mark.parametrize(
+    "network, fresh",
+    [
+        (on_meta(classifier, "vgg16", 20), {"layers.layer6", "head"}),
+        (on_meta(classifier, "vgg16", 20, drs_layers=(1, 6), delta=0.5), {"layers.layer6", "head"}),
+        (on_meta(classifier, "mini", 6), {"head"}),
+        (on_meta(refinement_network, "vgg16", 20), {"layers.layer6", "head"}),
+        (on_meta(refinement_network, "mini", 6), {"head"}),
+        (on_meta(pretraining_classifier, "mini_resnet", 6), {"head"}),
+        (on_meta(deeplab, "largefov", "vgg16", 21), {"head"}),
+        (on_meta(deeplab, "aspp", "resnet101", 21), {"head"}),
+        (on_meta(deeplab, "aspp", "mini_resnet", 7), {"head"}),
+    ],
+    ids=lambda value: f"{type(value).__name__}-{value.backbone}" if isinstance(value, nn.Module) else "",
+)
+def test_new_modules_and_body_divide_the_parameters(network, fresh):
+    names = {id(p): n for n, p in network.named_parameters()}
+    listed = [names[id(p)] for module in network.new_modules() for p in module.parameters()]
+    assert len(set(listed)) == len(listed)
+    pretrained = {n for n in names.values() if n not in listed}
+    controllers = {n for n in names.values() if ".drs" in n}
+    assert set(listed) == {n for n in names.values() if n.startswith(tuple(fresh))} | controllers
+    assert all(any(True for _ in module.parameters()) for module in network.new_modules())
+    body = {n for n in network.body.state_dict(prefix="layers.") if ".drs" not in n}
+    assert pretrained <= body
+
+
+@pytest.mark.parametrize("backbone", ["mini", "mini_resnet"])
+def test_a_pretrained_body_reaches_every_network_on_its_backbone(backbone, tmp_path):
+    source = shuffle_norms(seeded(pretraining_classifier, backbone, 12))
+    state = body_state_dict(source.to(memory_format=torch.channels_last))
+    assert {n.partition(".")[0] for n in state} == {"layers"}
+    path = tmp_path / f"{backbone}.safetensors"
+    save_file(state, path)
+    builds = [lambda w, k=kind: deeplab(k, backbone, 7, weights=w) for kind in ("largefov", "aspp")]
+    if backbone == "mini":
+        builds += [
+            lambda w: classifier("mini", 6, weights=w),
+            lambda w: refinement_network("mini", 6, weights=w),
+        ]
+    for build in builds:
+        network = build(path)
+        ours = body_state_dict(network)
+        assert set(ours) <= set(state)
+        assert all(torch.equal(state[name], tensor) for name, tensor in ours.items())
+        assert build(str(path)).num_classes == network.num_classes
+    depth = {"mini": 5, "mini_resnet": 5}[backbone]
+    with torch.no_grad():
+        expected = source.layers[:depth](images())
+        torch.testing.assert_close(builds[0](path).eval().layers(images()), expected)
+
+
+def test_pretrained_means_the_shipped_file_for_mini(tmp_path, monkeypatch):
+    monkeypatch.setattr(networks.weights, "_SHIPPED", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"mini.safetensors.*drs_lib.pretrain"):
+        classifier("mini", 6, weights="pretrained")
+    source = seeded(pretraining_classifier, "mini", 12)
+    save_file(body_state_dict(source), tmp_path / "mini.safetensors")
+    network = classifier("mini", 6, weights="pretrained")
+    assert torch.equal(network.layers[3].conv.weight, source.layers[3].conv.weight)
+
+
+def test_whole_networks_travel_too_with_or_without_a_data_parallel_prefix(tmp_path):
+    source = shuffle_norms(seeded(classifier, "mini", 6))
+    torch.save({"model": {f"module.{k}": v for k, v in source.state_dict().items()}}, tmp_path / "run.pth")
+    network = classifier("mini", 6, weights=tmp_path / "run.pth").eval()
+    assert torch.equal(network(images()), source(images()))
+
+
+def test_release_checkpoints_load_by_their_names(thin_vgg16, tmp_path):
+    source = seeded(classifier, "vgg16", 3).eval()
+    theirs = {}
+    for number, layer in enumerate(source.layers, 1):
+        block = "extra" if number == 6 else f"layer{number}"
+        j = 0
+        for module in layer:
+            if isinstance(module, nn.Conv2d):
+                j += 1
+                theirs |= {f"{block}_conv{j}.{k}": v for k, v in module.state_dict().items()}
+            elif isinstance(module, DRS):
+                theirs[f"{block}_relu{j}.fc.0.weight"] = next(module.parameters()).detach()
+    theirs |= {f"extra_conv4.{k}": v for k, v in source.head.state_dict().items()}
+    theirs["features.0.weight"] = theirs["layer1_conv1.weight"]
+    torch.save({"model": theirs}, tmp_path / "release.pth")
+    network = classifier("vgg16", 3, weights=tmp_path / "release.pth").eval()
+    assert torch.equal(network(images(32)), source(images(32)))
+    with pytest.raises(ValueError, match="16 unexpected: layers.layer1.drs1"):
+        classifier("vgg16", 3, delta=0.5, weights=tmp_path / "release.pth")
+
+
+def test_a_state_dict_that_does_not_fit_is_named(tmp_path):
+    state = body_state_dict(pretraining_classifier("mini", 6))
+    broken = {k: v for k, v in state.items() if "layer2.norm" not in k}
+    broken["layers.layer1.conv.weight"] = torch.zeros(1, 3, 3, 3)
+    broken["layers.layer3.stray"] = torch.zeros(1)
+    save_file(broken, tmp_path / "broken.safetensors")
+    before = seeded(classifier, "mini", 6)
+    after = copy.deepcopy(before)
+    with pytest.raises(ValueError) as error:
+        networks.load_weights(after, tmp_path / "broken.safetensors")
+    message = str(error.value)
+    assert "broken.safetensors does not fit the body of 'mini', which has 36 entries" in message
+    assert (
+        "5 missing: layers.layer2.norm.weight, layers.layer2.norm.bias, layers.layer2.norm.running_mean, ..."
+        in message
+    )
+    assert "1 unexpected: layers.layer3.stray" in message
+    assert "1 mis-shaped: layers.layer1.conv.weight (1, 3, 3, 3) instead of (16, 3, 3, 3)" in message
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+
+
+def test_unreadable_weights_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no weights file nowhere.pth"):
+        classifier("mini", 6, weights="nowhere.pth")
+    with pytest.raises(FileNotFoundError, match=r"'coco' \(resnet101\)"):
+        classifier("mini", 6, weights="coco")
+    for name in ("text.safetensors", "text.pth"):
+        (tmp_path / name).write_text("not weights")
+        with pytest.raises(ValueError, match=f"{name} cannot be read"):
+            classifier("mini", 6, weights=tmp_path / name)
+    torch.save({"epoch": 3}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="does not hold a dictionary of tensors"):
+        classifier("mini", 6, weights=tmp_path / "other.pth")
+
+
+@pytest.mark.parametrize(
+    "build, file",
+    [
+        (lambda: classifier("vgg16", 3, weights="pretrained"), "vgg16-397923af.pth"),
+        (lambda: deeplab("aspp", "resnet101", 3, weights="pretrained"), "resnet101-63fe2227.pth"),
+        (
+            lambda: deeplab("largefov", "resnet101", 3, weights="coco"),
+            "deeplabv3_resnet101_coco-586e9e4e.pth",
+        ),
+    ],
+    ids=["vgg16", "resnet101", "coco"],
+)
+def test_without_a_connection_the_error_says_which_file_goes_where(
+    build, file, thin_vgg16, tmp_path, monkeypatch
+):
+    def offline(*args, **kwargs):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    with pytest.raises(RuntimeError, match="no route to host") as error, torch.device("meta"):
+        build()
+    assert f"put {file} into {tmp_path / 'checkpoints'}, or pass weights=" in str(error.value)
+
+
+def test_a_file_put_where_the_error_says_is_found(thin_vgg16, tmp_path, monkeypatch):
+    cfg = [width for channels, depth in THIN_VGG16[:5] for width in [channels] * depth + ["M"]]
+    features = torchvision.models.vgg.make_layers(cfg)
+    (tmp_path / "checkpoints").mkdir()
+    state = {f"features.{k}": v for k, v in features.state_dict().items()}
+    torch.save(state, tmp_path / "checkpoints" / "vgg16-397923af.pth")
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    network = classifier("vgg16", 3, weights="pretrained")
+    assert torch.equal(network.layers[4].conv2.weight, features[26].weight)
+
+
+# How networks are used.
+
+
+SMALL_NETWORKS = {
+    "classifier-learnable": lambda: classifier("mini", 6),
+    "classifier-constant": lambda: classifier("mini", 6, delta=0.55),
+    "classifier-cam": lambda: classifier("mini", 6, drs_layers=()),
+    "refinement": lambda: refinement_network("mini", 6),
+    **{f"{k}-{b}": lambda k=k, b=b: deeplab(k, b, 6) for k, b in SMALL_DEEPLABS},
+}
+
+
+@pytest.fixture(params=SMALL_NETWORKS)
+def small(request):
+    return shuffle_norms(seeded(SMALL_NETWORKS[request.param]))
+
+
+def test_memory_format_changes_nothing(small):
+    expected = small(images()).detach()
+    network = copy.deepcopy(small).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        output = network(images().contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_half_precision_autocast(small):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = small(images())
+        output.float().square().mean().backward()
+    expected = small(images())
+    assert (output - expected).abs().max() < 0.1 * expected.abs().max()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in small.parameters())
+
+
+def test_every_parameter_trains(small):
+    small.train()
+    outputs = small.training_logits(images()) if hasattr(small, "training_logits") else [small(images())]
+    sum(o.square().mean() for o in outputs).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in small.parameters())
+
+
+def test_copies_are_whole(small):
+    for twin in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+        assert torch.equal(twin(images()), small(images()))
+        inside = {id(m) for m in twin.modules()}
+        assert all(id(m) in inside for m in twin.new_modules())
+
+
+def test_delta_one_is_the_plain_network():
+    plain = shuffle_norms(seeded(classifier, "mini", 6, drs_layers=()))
+    network = classifier("mini", 6, delta=1.0).eval()
+    network.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(network(images()), plain(images()))
+
+
+def test_torch_fx_can_trace_the_plain_network():
+    plain = shuffle_norms(seeded(classifier, "mini", 6, drs_layers=()))
+    torch.testing.assert_close(torch.fx.symbolic_trace(plain)(images()), plain(images()))
+
+
+def test_saved_body_is_small(tmp_path):
+    save_file(body_state_dict(pretraining_classifier("mini_resnet", 12)), tmp_path / "body.safetensors")
+    assert (tmp_path / "body.safetensors").stat().st_size < 2_000_000
+    assert all(t.is_contiguous() for t in load_file(tmp_path / "body.safetensors").values())
+
+
+# Bad arguments.
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: classifier("mini", 6, drs_layers=(5, 7)), "no layer 7 .* 1, 2, 3, 4, 5 and 6"),
+        (lambda: classifier("mini", 6, drs_layers=(0,)), "no layer 0"),
+        (lambda: classifier("mini", 6, drs_layers="6"), "no layer '6'"),
+        (lambda: classifier("mini", 6, delta=1.5), "1.5"),
+        (lambda: classifier("resnet101", 20), "'resnet101'.*'mini', 'vgg16'"),
+        (lambda: refinement_network("mini_resnet", 20), "'mini_resnet'.*'mini', 'vgg16'"),
+        (lambda: deeplab("v3", "mini", 7), "'v3'.*'largefov', 'aspp'"),
+        (lambda: deeplab("aspp", "vgg16", 21), "'vgg16'.*'mini', 'mini_resnet', 'resnet101'"),
+        (
+            lambda: deeplab("largefov", "alexnet", 21),
+            "'alexnet'.*'mini', 'mini_resnet', 'vgg16', 'resnet101'",
+        ),
+        (lambda: pretraining_classifier("vgg16", 20), "'vgg16'.*'mini', 'mini_resnet'"),
+        (lambda: classifier("mini", 0), "at least 1; found 0"),
+        (lambda: deeplab("largefov", "mini", 6.5), "found 6.5"),
+        (lambda: classifier("mini", 6)(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)), "uint8.*normalize"),
+        (lambda: classifier("mini", 6).layer_outputs(torch.zeros(3, 32, 32)), r"\(3, 32, 32\)"),
+        (lambda: deeplab("aspp", "mini", 7)(torch.zeros(1, 4, 32, 32)), r"\(1, 4, 32, 32\)"),
+    ],
+)
+def test_bad_arguments_are_explained(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_one_layer_number_is_not_a_collection():
+    with pytest.raises(TypeError, match="collection of layer numbers; found 6"):
+        classifier("mini", 6, drs_layers=6)
