@@ -1,0 +1,437 @@
+"""PASCAL VOC 2012, or any data set laid out like its development kit.
+
+    VOC2012/JPEGImages/<id>.jpg                  images
+            ImageSets/Segmentation/<split>.txt   lists of ids: train, val, trainaug, ...
+            SegmentationClassAug/<id>.png        masks, values 0 background, 1..C classes, 255 ignored
+            SegmentationClass/<id>.png           the masks of VOC's own 2,913 images
+            Annotations/<id>.xml                 objects with bounding boxes
+            saliency_map/<id>.png                saliency, 8-bit greyscale
+            classes.txt                          one class name a line; only in a data set that is not VOC
+
+A tree with a ``classes.txt`` is somebody's own data set, its classes and lists are its own (`export_voc`
+writes such trees). A tree without one is VOC, and its lists have to be VOC's.
+"""
+
+import hashlib
+import os
+import uuid
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from xml.etree import ElementTree
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import Dataset
+
+VOC_CLASSES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
+    "tvmonitor",
+)  # fmt: skip
+
+VOC_LIST_SIZES = {"train": 1464, "val": 1449, "trainval": 2913, "trainaug": 10582}
+
+MASK_FOLDERS = ("SegmentationClassAug", "SegmentationClass")
+
+DOWNLOAD_HINT = "python -m drs_lib.data.download --root {root}"
+
+_IGNORED = 255
+
+
+@contextmanager
+def atomic_path(path):
+    """A temporary name in the folder of ``path``; what is written there takes the place of ``path`` at the
+    end, and vanishes after an exception."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def voc_palette():
+    """VOC's colours, uint8 (256, 3). Bits 0, 3, 6 of a label go to red, 1, 4, 7 to green, 2, 5 to blue, each
+    from the highest bit of the colour down."""
+    labels = np.arange(256)
+    palette = np.zeros((256, 3), np.uint8)
+    for step in range(3):
+        for channel in range(3):
+            palette[:, channel] |= (((labels >> (3 * step + channel)) & 1) << (7 - step)).astype(np.uint8)
+    return palette
+
+
+def labels_from_colours(rgb):
+    """Class values of a mask that was saved in VOC's colours: uint8 (H, W, 3) to uint8 (H, W).
+
+    Raises:
+        ValueError: a colour is not one of VOC's palette (an interpolated or JPEG-compressed mask has such).
+    """
+
+    def code(colours):
+        colours = np.asarray(colours, np.int64)
+        return (colours[..., 0] << 16) | (colours[..., 1] << 8) | colours[..., 2]
+
+    known = code(voc_palette())
+    order = np.argsort(known)
+    wanted = code(rgb)
+    labels = order[np.searchsorted(known[order], wanted).clip(max=255)]
+    strange = known[labels] != wanted
+    if strange.any():
+        raise ValueError(
+            f"{strange.sum()} pixels have colours outside VOC's palette, e.g. "
+            f"{tuple(np.asarray(rgb)[strange][0])}: was the mask resized with interpolation, or saved as "
+            "JPEG?"
+        )
+    return labels.astype(np.uint8)
+
+
+def save_indexed_png(path, labels):
+    """Write class values (H, W), 0..255, as an indexed PNG with VOC's palette, as VOC's masks and its
+    evaluation server have them. The file appears complete or not at all.
+
+    Raises:
+        ValueError: not two-dimensional, not integers, or outside 0..255.
+    """
+    labels = np.asarray(labels)
+    if (
+        labels.ndim != 2
+        or labels.dtype.kind not in "ui"
+        or (labels.size and (labels.min() < 0 or labels.max() > 255))
+    ):
+        raise ValueError(
+            f"{path}: a label map is a two-dimensional integer array with values 0..255, "
+            f"got {labels.dtype} of shape {labels.shape}"
+        )
+    image = Image.fromarray(np.ascontiguousarray(labels.astype(np.uint8)))
+    image.putpalette(voc_palette().tobytes())
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG", optimize=False)
+
+
+def find_voc(root):
+    """The VOC2012 folder at or below ``root``: itself, ``root/VOC2012`` or ``root/VOCdevkit/VOC2012``.
+
+    Raises:
+        FileNotFoundError: none of them holds JPEGImages and ImageSets/Segmentation.
+    """
+    root = Path(root).expanduser()
+    needed = ("JPEGImages", "ImageSets/Segmentation")
+    candidates = [root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"]
+    for folder in candidates:
+        if all((folder / name).is_dir() for name in needed):
+            return folder
+    for folder in candidates:
+        missing = [name for name in needed if not (folder / name).is_dir()]
+        if len(missing) == 1:
+            raise FileNotFoundError(
+                f"{folder} has no {missing[0]}: it looks half extracted. Remove it and extract it again, or "
+                f"run '{DOWNLOAD_HINT.format(root=root)}', which completes it."
+            )
+    raise FileNotFoundError(
+        f"no VOC 2012 at {root}: expected JPEGImages and ImageSets/Segmentation there, in {root / 'VOC2012'} "
+        f"or in {root / 'VOCdevkit' / 'VOC2012'}. '{DOWNLOAD_HINT.format(root=root)}' puts it there."
+    )
+
+
+def _values(mask):
+    return np.flatnonzero(np.bincount(mask.ravel())).tolist()
+
+
+def first_few(names, count=3):
+    """The first names and how many there are, for messages."""
+    names = list(names)
+    return ", ".join(names[:count]) + (f", ... ({len(names)} in all)" if len(names) > count else "")
+
+
+def read_list(path):
+    """The ids of an image list: the first word of every line. Lists that go on with labels
+    (``2007_000032 0 14``) and lists of paths (``/JPEGImages/2007_000032.jpg ...``) are understood."""
+    lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    firsts = [PurePosixPath(line.split()[0]) for line in lines if line.strip()]
+    return [first.stem if first.suffix in (".jpg", ".png") else first.name for first in firsts]
+
+
+class VOC2012(Dataset):
+    """VOC 2012 segmentation images with image-level labels, saliency maps, and masks for scoring.
+
+    Args:
+        root: the VOC2012 folder, or a folder that holds VOC2012 or VOCdevkit/VOC2012.
+        split: a list in ImageSets/Segmentation: "train", "val", "trainaug" (the paper trains on these 10,582
+            images), or any other that is there.
+        labels: where the image-level labels come from. "mask": the classes that occur in the mask, which is
+            what the label lists of the authors' release hold. "xml": the objects named in Annotations.
+            "none": unknown (a test split); they are NaN, so that nothing can be trained on them by mistake.
+        masks: the folder of the masks, "SegmentationClassAug" or "SegmentationClass".
+        difficult: with ``labels="xml"``, count objects marked difficult too, as is usual in weak supervision.
+        check_lists: whether VOC's own lists have to be complete; see Raises.
+        cache_dir: a folder for the labels read off the masks, so that a second run needn't read 10,582 PNGs.
+            The data folder itself may be read-only and is never written to.
+
+    ``ds[i]`` is (image uint8 (3, H, W), labels float32 (C,)). Greyscale images become RGB by repetition, CMYK
+    ones by Pillow, which knows that CMYK JPEGs are stored inverted. EXIF orientation is ignored, as VOC's
+    masks and boxes ignore it.
+
+    Raises:
+        FileNotFoundError: no such tree or list, or listed images or masks that are not there (the first
+            ones are named).
+        ValueError: an empty list, an id listed twice, or, in a tree without ``classes.txt``, a list named
+            train, val, trainval or trainaug that isn't VOC's (1,464, 1,449, 2,913 or 10,582 ids; no image of
+            val in trainaug). ``check_lists=False`` admits samples of VOC.
+    """
+
+    def __init__(
+        self,
+        root,
+        split,
+        *,
+        labels="mask",
+        masks="SegmentationClassAug",
+        difficult=True,
+        check_lists=True,
+        cache_dir=None,
+    ):
+        if labels not in ("mask", "xml", "none"):
+            raise ValueError(f"labels is 'mask', 'xml' or 'none', got {labels!r}")
+        if masks not in MASK_FOLDERS:
+            raise ValueError(f"masks is one of {MASK_FOLDERS}, got {masks!r}")
+        self.root = find_voc(root)
+        self.split, self.label_source, self.mask_folder, self.difficult = split, labels, masks, difficult
+        self.cache_dir = None if cache_dir is None else Path(cache_dir)
+        own_classes = self.root / "classes.txt"
+        self.classes = VOC_CLASSES
+        if own_classes.is_file():
+            lines = own_classes.read_text(encoding="utf-8-sig").splitlines()
+            self.classes = tuple(line.strip() for line in lines if line.strip())
+            if not 0 < len(self.classes) < _IGNORED or len(set(self.classes)) < len(self.classes):
+                raise ValueError(f"{own_classes}: expected 1 to 254 different class names, one a line")
+        self.num_classes = len(self.classes)
+        self.names = self._read_list(check_lists and not own_classes.is_file())
+        self._require("JPEGImages", ".jpg", "images")
+        if labels == "mask":
+            self._require(masks, ".png", "masks")
+        elif labels == "xml":
+            self._require("Annotations", ".xml", "annotations")
+        # One array and not a list of tensors: it travels to worker processes in one piece.
+        self._labels = np.zeros((len(self.names), self.num_classes), np.float32)
+        self._labelled = np.zeros(len(self.names), bool)
+        self._fingerprint = None
+
+    def _read_list(self, check):
+        folder = self.root / "ImageSets" / "Segmentation"
+        path = folder / f"{self.split}.txt"
+        if not path.is_file():
+            there = first_few(sorted(p.stem for p in folder.glob("*.txt")), 10) or "none"
+            hint = ""
+            if self.split == "trainaug":
+                hint = (
+                    " VOC doesn't come with this list; "
+                    f"'{DOWNLOAD_HINT.format(root=self.root.parent)} --only aug --aug "
+                    "SegmentationClassAug.zip' makes it."
+                )
+            raise FileNotFoundError(f"no list {path}; lists there: {there}.{hint}")
+        names = read_list(path)
+        if not names:
+            raise ValueError(f"{path} is empty")
+        if len(set(names)) < len(names):
+            seen = set()
+            twice = [name for name in names if name in seen or seen.add(name)]
+            raise ValueError(f"{path} lists images more than once: {first_few(twice)}")
+        expected = VOC_LIST_SIZES.get(self.split)
+        if check and expected is not None:
+            how = (
+                "Restore VOC's list; for a sample of VOC pass check_lists=False, and give a data set of your "
+                "own a classes.txt."
+            )
+            if len(names) != expected:
+                raise ValueError(
+                    f"{path} has {len(names)} ids, VOC's {self.split} list has {expected}. {how}"
+                )
+            val = folder / "val.txt"
+            if self.split == "trainaug" and val.is_file():
+                common = sorted(set(names) & set(read_list(val)))
+                if common:
+                    raise ValueError(f"{path} holds images of VOC's val list: {first_few(common)}. {how}")
+        return names
+
+    def _require(self, folder, suffix, what):
+        path = self.root / folder
+        files = set(os.listdir(path)) if path.is_dir() else set()
+        missing = [name for name in self.names if name + suffix not in files]
+        if not missing:
+            return
+        state = "is not there" if not path.is_dir() else f"lacks {len(missing)} of {len(self.names)} {what}"
+        other = ""
+        if folder == "SegmentationClassAug" and (self.root / "SegmentationClass").is_dir():
+            other = " For VOC's own train and val images masks='SegmentationClass' will do."
+        raise FileNotFoundError(
+            f"{path} {state} (list {self.split!r}): {first_few(missing)}. The tree is incomplete; "
+            f"'{DOWNLOAD_HINT.format(root=self.root.parent)}' completes it.{other}"
+        )
+
+    def __len__(self):
+        return len(self.names)
+
+    def __repr__(self):
+        return (
+            f"VOC2012({str(self.root)!r}, {self.split!r}, labels={self.label_source!r}): {len(self)} images"
+        )
+
+    def __getitem__(self, index):
+        return self.image(index), self.label(index)
+
+    @contextmanager
+    def _opened(self, folder, name, suffix):
+        path = self.root / folder / (name + suffix)
+        try:
+            with Image.open(path) as image:
+                yield path, image
+        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            if isinstance(error, FileNotFoundError):
+                raise FileNotFoundError(f"no {path}: the folder {folder} is incomplete") from error
+            # Pillow reports broken PNG chunks as SyntaxError, cut-off files as OSError.
+            raise ValueError(
+                f"{path} can't be read ({error}): it is damaged or cut off; extract it again"
+            ) from error
+
+    def image(self, index):
+        """Image ``index`` as a uint8 tensor (3, H, W), RGB.
+
+        Raises:
+            ValueError: the file is damaged or cut off.
+        """
+        with self._opened("JPEGImages", self.names[index], ".jpg") as (_, image):
+            pixels = np.array(image.convert("RGB"))
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+    def _aligned(self, folder, index, modes, otherwise):
+        """A PNG of one of the given modes, as large as its image."""
+        name = self.names[index]
+        with self._opened("JPEGImages", name, ".jpg") as (_, image):
+            size = image.size
+        with self._opened(folder, name, ".png") as (path, png):
+            if png.mode not in modes:
+                raise ValueError(f"{path} has mode {png.mode}: {otherwise}")
+            if png.size != size:
+                raise ValueError(
+                    f"{path} is {png.size[0]} x {png.size[1]} pixels, its image {size[0]} x {size[1]}: "
+                    "do both come from the same data set?"
+                )
+            return path, np.array(png)
+
+    def mask(self, index):
+        """Mask ``index``, uint8 (H, W): 0 background, 1..C classes, 255 ignored. For scoring only.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is in colours, not of its image's size, damaged, or has values beyond the classes.
+        """
+        path, mask = self._aligned(
+            self.mask_folder,
+            index,
+            ("L", "P"),
+            "a mask holds class values (greyscale or indexed PNG). If this one has VOC's colours, convert "
+            "it with save_indexed_png(path, labels_from_colours(rgb)), both in drs_lib.data.voc",
+        )
+        strange = set(_values(mask)) - {*range(self.num_classes + 1), _IGNORED}
+        if strange:
+            raise ValueError(
+                f"{path} has value {min(strange)}, expected 0 (background), 1..{self.num_classes} (classes) "
+                "or 255 (ignored)"
+            )
+        return mask
+
+    def saliency(self, index):
+        """Saliency ``index``, uint8 (H, W), 0..255 for 0..1.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: not 8-bit greyscale, not of its image's size, or damaged.
+        """
+        folder = self.root / "saliency_map"
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"no {folder}: DRS takes its background cue from saliency maps. Get saliency_map.zip of the "
+                f"authors' release and run '{DOWNLOAD_HINT.format(root=self.root.parent)} --only saliency "
+                "--saliency saliency_map.zip', or put 8-bit greyscale PNGs named by image id there."
+            )
+        expected = "expected 8-bit greyscale, 0 = not salient, 255 = salient"
+        return self._aligned("saliency_map", index, ("L",), expected)[1]
+
+    def label(self, index):
+        """Image-level labels of image ``index``, float32 (C,), multi-hot."""
+        if not self._labelled[index]:
+            if self.label_source == "none":
+                self._labels[index] = np.nan
+            else:
+                read = self._mask_classes if self.label_source == "mask" else self._xml_classes
+                self._labels[index, read(index)] = 1
+            self._labelled[index] = True
+        return torch.from_numpy(self._labels[index].copy())
+
+    def _mask_classes(self, index):
+        return [value - 1 for value in _values(self.mask(index)) if 0 < value < _IGNORED]
+
+    def _xml_classes(self, index):
+        path = self.root / "Annotations" / (self.names[index] + ".xml")
+        try:
+            objects = ElementTree.parse(path).getroot().findall("object")
+        except ElementTree.ParseError as error:
+            raise ValueError(f"{path} can't be read ({error}): it is damaged; extract it again") from error
+        present = set()
+        for item in objects:
+            name = (item.findtext("name") or "").strip()
+            if name not in self.classes:
+                raise ValueError(f"{path}: object {name!r}, expected one of {', '.join(self.classes)}")
+            if self.difficult or (item.findtext("difficult") or "0").strip() != "1":
+                present.add(self.classes.index(name))
+        return sorted(present)
+
+    def image_labels(self):
+        """The image-level labels of all images, float32 (N, C), read in threads; kept in ``cache_dir``, if
+        given."""
+        cache = None
+        if self.label_source == "mask" and self.cache_dir is not None and not self._labelled.all():
+            cache = self.cache_dir / f"voc-labels-{self.fingerprint}.npy"
+            if cache.is_file():
+                try:
+                    self._labels[:] = np.load(cache, allow_pickle=False)
+                    self._labelled[:] = True
+                    cache = None
+                except (ValueError, OSError, EOFError) as error:
+                    warnings.warn(f"{cache} can't be used ({error}); reading the masks again", stacklevel=2)
+                    self._labels[:], self._labelled[:] = 0, False
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(self.label, np.flatnonzero(~self._labelled).tolist()))
+        if cache is not None:
+            self.cache_dir.mkdir(parents=True, exist_ok=True)
+            with atomic_path(cache) as temporary, open(temporary, "wb") as file:
+                np.save(file, self._labels.astype(np.uint8))
+        return torch.from_numpy(self._labels.copy())
+
+    @property
+    def fingerprint(self):
+        """A short string that identifies the content: list, classes, label source, and the sizes of the
+        image, mask and saliency files of the list. Other saliency maps or masks under the same names change
+        it."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256()
+            digest.update(repr((self.classes, self.label_source, self.mask_folder, self.difficult)).encode())
+            digest.update("\n".join(self.names).encode())
+            for folder in ("JPEGImages", self.mask_folder, "saliency_map"):
+                suffix = ".jpg" if folder == "JPEGImages" else ".png"
+                digest.update(repr(self._sizes(folder, suffix)).encode())
+            self._fingerprint = f"voc-{self.split}-{len(self)}-{digest.hexdigest()[:16]}"
+        return self._fingerprint
+
+    def _sizes(self, folder, suffix):
+        path = self.root / folder
+        if not path.is_dir():
+            return []
+        wanted = {name + suffix for name in self.names}
+        with os.scandir(path) as entries:
+            return sorted((entry.name, entry.stat().st_size) for entry in entries if entry.name in wanted)

@@ -1,0 +1,508 @@
+import hashlib
+import http.server
+import io
+import os
+import re
+import shutil
+import stat
+import tarfile
+import threading
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from filelock import FileLock
+from PIL import Image
+
+from conftest import write_voc_tree
+from drs_lib.data import VOC2012, download, voc_palette
+from drs_lib.data.download import download_voc, fetch, main
+from drs_lib.data.voc import read_list
+
+CONTENT = np.random.default_rng(0).bytes(3_000_000)
+MD5 = hashlib.md5(CONTENT).hexdigest()
+
+
+class Server:
+    """A web server on loopback that serves ``files`` and misbehaves as told."""
+
+    def __init__(self):
+        self.files = {"data.bin": CONTENT}
+        self.requests = []
+        self.ranges = True  # answers Range requests
+        self.etag = '"one"'
+        self.stop_after = []  # bytes after which the next answers break off
+        self.status = None  # answer with this error instead
+        server = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def log_message(self, *arguments):
+                pass
+
+            def do_GET(self):
+                server.requests.append(dict(self.headers))
+                content = server.files.get(self.path.rsplit("/", 1)[1])
+                if server.status or content is None:
+                    return self.send_error(server.status or 404)
+                start, wanted = 0, self.headers.get("Range")
+                fresh = self.headers.get("If-Range") in (None, server.etag)
+                if wanted and server.ranges and fresh:
+                    start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
+                    if start >= len(content):
+                        self.send_response(416)
+                        self.send_header("Content-Range", f"bytes */{len(content)}")
+                        self.send_header("Content-Length", "0")
+                        return self.end_headers()
+                    self.send_response(206)
+                    self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+                else:
+                    self.send_response(200)
+                self.send_header("Content-Length", str(len(content) - start))
+                if server.etag:
+                    self.send_header("ETag", server.etag)
+                self.end_headers()
+                part = content[start:]
+                self.wfile.write(part[: server.stop_after.pop(0)] if server.stop_after else part)
+
+        self.httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.httpd.serve_forever, args=(0.01,), daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.httpd.server_address[1]}/data.bin"
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(download, "PAUSE", 0)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    server = Server()
+    yield server
+    server.httpd.shutdown()
+    server.httpd.server_close()
+
+
+def get(server, folder, md5=None):
+    return fetch(server.url, folder, md5=md5, progress=False)
+
+
+def test_download(server, tmp_path):
+    path = get(server, tmp_path / "new", MD5)
+    assert path == tmp_path / "new" / "data.bin" and path.read_bytes() == CONTENT
+    assert os.listdir(path.parent) == ["data.bin"]
+    get(server, tmp_path / "new", MD5)
+    assert len(server.requests) == 1
+
+
+def test_a_broken_connection_is_resumed(server, tmp_path):
+    server.stop_after = [1_000_000, 500_000]
+    assert get(server, tmp_path).read_bytes() == CONTENT
+    assert [r.get("Range") for r in server.requests] == [None, "bytes=1000000-", "bytes=1500000-"]
+    assert server.requests[1]["If-Range"] == server.etag
+
+
+def test_a_killed_run_is_resumed_by_the_next(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "ATTEMPTS", 1)
+    server.stop_after = [1_000_000]
+    with pytest.raises(ConnectionError, match="goes on from there"):
+        get(server, tmp_path)
+    assert (tmp_path / "data.bin.part").stat().st_size == 1_000_000
+    assert get(server, tmp_path).read_bytes() == CONTENT
+    assert server.requests[1]["Range"] == "bytes=1000000-"
+
+
+def test_a_server_without_ranges_starts_anew(server, tmp_path):
+    server.ranges, server.stop_after = False, [1_000_000]
+    assert get(server, tmp_path, MD5).read_bytes() == CONTENT
+
+
+def test_another_file_on_the_server_starts_anew(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "ATTEMPTS", 1)
+    server.stop_after = [1_000_000]
+    with pytest.raises(ConnectionError):
+        get(server, tmp_path)
+    server.files["data.bin"], server.etag = CONTENT[::-1], '"two"'
+    assert get(server, tmp_path).read_bytes() == CONTENT[::-1]
+
+
+def test_without_etag_and_checksum_nothing_is_resumed(server, tmp_path):
+    server.etag, server.stop_after = None, [1_000_000]
+    assert get(server, tmp_path).read_bytes() == CONTENT
+    assert [r.get("Range") for r in server.requests] == [None, None]
+
+
+def test_without_etag_the_checksum_allows_resuming(server, tmp_path):
+    server.etag, server.stop_after = None, [1_000_000]
+    assert get(server, tmp_path, MD5).read_bytes() == CONTENT
+    assert server.requests[1]["Range"] == "bytes=1000000-"
+
+
+def test_a_part_that_is_complete_already(server, tmp_path):
+    (tmp_path / "data.bin.part").write_bytes(CONTENT)
+    assert get(server, tmp_path, MD5).read_bytes() == CONTENT
+
+
+def test_a_part_longer_than_the_file_starts_anew(server, tmp_path):
+    (tmp_path / "data.bin.part").write_bytes(CONTENT + b"more")
+    assert get(server, tmp_path, MD5).read_bytes() == CONTENT
+
+
+def test_wrong_checksum_removes_the_download(server, tmp_path):
+    with pytest.raises(ValueError, match=f"MD5 {MD5}, expected 0+.*removed"):
+        get(server, tmp_path, "0" * 32)
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_old_download_with_a_wrong_checksum_is_replaced(server, tmp_path, capsys):
+    (tmp_path / "data.bin").write_bytes(b"old")
+    assert get(server, tmp_path, MD5).read_bytes() == CONTENT
+    assert "wrong checksum" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("status", "tries"), [(404, 1), (403, 1), (503, 3)])
+def test_refusals(server, tmp_path, status, tries):
+    server.status = status
+    with pytest.raises(ConnectionError, match=f"{status}.*try a mirror, or pass a copy of data.bin"):
+        get(server, tmp_path)
+    assert len(server.requests) == tries
+
+
+def test_offline(server, tmp_path):
+    server.httpd.shutdown()
+    server.httpd.server_close()
+    with pytest.raises(ConnectionError, match="tried 3 times.*Check the connection"):
+        get(server, tmp_path)
+
+
+def test_no_space(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
+    with pytest.raises(OSError, match="data.bin.part needs 0.00 GB.*make room"):
+        get(server, tmp_path)
+
+
+def test_local_files_are_used_in_place(tmp_path):
+    path = tmp_path / "data.bin"
+    path.write_bytes(CONTENT)
+    assert fetch(path, tmp_path / "x", md5=MD5) == path
+    assert fetch(path.as_uri(), tmp_path / "x", md5=MD5) == path
+    with pytest.raises(ValueError, match="expected 0+"):
+        fetch(path, tmp_path / "x", md5="0" * 32)
+    assert path.exists() and not (tmp_path / "x").exists()
+    with pytest.raises(FileNotFoundError, match="no file"):
+        fetch(tmp_path / "nothing", tmp_path)
+
+
+# The archives below hold a tiny tree; the numbers of the real ones are replaced by its own.
+TRAIN, VAL, MORE = 5, 3, 4
+
+
+@pytest.fixture
+def archives(tmp_path, monkeypatch):
+    """VOC tar, mask zip and saliency zip of a tiny tree: 5 train, 3 val, 4 other images."""
+    source = write_voc_tree(tmp_path / "source" / "VOCdevkit", TRAIN + MORE, VAL, own_classes=False)
+    lists = source / "ImageSets" / "Segmentation"
+    train = read_list(lists / "train.txt")
+    val = read_list(lists / "val.txt")
+    (lists / "train.txt").write_text("\n".join(train[:TRAIN]), encoding="utf-8")
+    (lists / "trainaug.txt").unlink()
+    (lists / "trainval.txt").unlink()
+    for name in train[TRAIN:]:
+        (source / "SegmentationClass" / f"{name}.png").unlink()
+
+    paths = {"voc": tmp_path / "VOCtrainval_11-May-2012.tar"}
+    with tarfile.open(paths["voc"], "w") as tar:
+        for folder in ("JPEGImages", "Annotations", "ImageSets", "SegmentationClass"):
+            tar.add(source / folder, f"VOCdevkit/VOC2012/{folder}")
+    for kind, folder in (("aug", "SegmentationClassAug"), ("saliency", "saliency_map")):
+        paths[kind] = tmp_path / f"{folder}.zip"
+        with zipfile.ZipFile(paths[kind], "w") as archive:
+            for file in sorted((source / folder).iterdir()):
+                archive.write(file, f"{folder}/{file.name}")
+            archive.writestr("__MACOSX/._2007_000001.png", b"junk")
+    sizes = {"train": TRAIN, "val": VAL, "trainval": TRAIN + VAL, "trainaug": TRAIN + MORE}
+    monkeypatch.setattr(download, "VOC_IMAGES", TRAIN + VAL + MORE)
+    for split, size in sizes.items():
+        monkeypatch.setitem(download.VOC_LIST_SIZES, split, size)
+    monkeypatch.setattr(download, "VOC_MD5", hashlib.md5(paths["voc"].read_bytes()).hexdigest())
+    return {**paths, "source": source, "train": train[:TRAIN], "trainaug": train, "val": val}
+
+
+def install(archives, root, **other):
+    arguments = {
+        "voc_tar": archives["voc"],
+        "aug": archives["aug"],
+        "saliency": archives["saliency"],
+        **other,
+    }
+    return download_voc(root, progress=False, **arguments)
+
+
+def visible(folder):
+    return sorted(name for name in os.listdir(folder) if name != ".download.lock")
+
+
+def test_everything_from_local_files(archives, tmp_path, monkeypatch):
+    root = tmp_path / "data"
+    tree = install(archives, root)
+    assert tree == root / "VOC2012" and visible(root) == ["VOC2012"]
+    for split in ("train", "val", "trainaug"):
+        ds = VOC2012(root, split)
+        assert ds.names == archives[split]
+        for i, name in enumerate(ds.names):
+            source = archives["source"]
+            np.testing.assert_array_equal(
+                ds.mask(i), Image.open(source / "SegmentationClassAug" / f"{name}.png")
+            )
+            np.testing.assert_array_equal(ds.saliency(i), Image.open(source / "saliency_map" / f"{name}.png"))
+    # A second run finds all in place and needs no archive.
+    for kind in ("voc", "aug", "saliency"):
+        archives[kind].unlink()
+    install(archives, root)
+
+
+def test_from_a_server_and_a_mirror(archives, tmp_path, server):
+    base = server.url.rsplit("/", 1)[0]
+    server.files = {archives[kind].name: archives[kind].read_bytes() for kind in ("voc", "aug", "saliency")}
+    tree = download_voc(
+        tmp_path / "data",
+        mirror=base + "/mirror/",
+        aug=f"{base}/SegmentationClassAug.zip",
+        saliency=f"{base}/saliency_map.zip",
+        progress=False,
+    )
+    assert len(VOC2012(tree, "trainaug")) == TRAIN + MORE
+    assert download._voc_source(None, server.url + ".tar") == server.url + ".tar"
+
+
+def test_a_half_extracted_tree_is_completed(archives, tmp_path):
+    root = tmp_path / "data"
+    tree = install(archives, root)
+    last = archives["trainaug"][-1]
+    spoilt = [
+        tree / "JPEGImages" / f"{last}.jpg",
+        tree / "Annotations" / f"{archives['val'][0]}.xml",
+        tree / "SegmentationClassAug" / f"{last}.png",
+    ]
+    for path in spoilt:
+        path.unlink()
+    shutil.rmtree(tree / "SegmentationClass")
+    mine = tree / "results.txt"
+    mine.write_text("mine")
+    install(archives, root)
+    assert all(path.is_file() for path in spoilt) and mine.read_text() == "mine"
+    assert len(os.listdir(tree / "SegmentationClass")) == TRAIN + VAL
+
+
+def test_a_killed_extraction_leaves_no_half_tree(archives, tmp_path, monkeypatch):
+    root = tmp_path / "data"
+    real, calls = shutil.copyfileobj, []
+
+    def stops(*arguments):
+        calls.append(1)
+        if len(calls) > 6:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfileobj", stops)
+        patch.setattr(shutil, "rmtree", lambda *a, **k: None)  # killed: no time to clean up
+        with pytest.raises(KeyboardInterrupt):
+            install(archives, root)
+    assert not (root / "VOC2012").exists() and visible(root)[0].startswith(".extracting-")
+    install(archives, root)
+    assert visible(root) == ["VOC2012"]
+
+
+def test_two_at_once(archives, tmp_path):
+    (tmp_path / "data").mkdir()
+    with FileLock(tmp_path / "data" / ".download.lock"):
+        with pytest.raises(RuntimeError, match="another download"):
+            install(archives, tmp_path / "data")
+
+
+def test_wrong_checksum_of_a_local_tar(archives, tmp_path):
+    archives["voc"].write_bytes(archives["voc"].read_bytes() + b"x")
+    with pytest.raises(ValueError, match="VOCtrainval.*MD5"):
+        install(archives, tmp_path / "data")
+    assert archives["voc"].exists() and not (tmp_path / "data" / "VOC2012").exists()
+
+
+@pytest.mark.parametrize("kind", ["voc", "aug", "saliency"])
+@pytest.mark.parametrize("share", [0.3, 0.75])
+def test_truncated_archives(archives, tmp_path, monkeypatch, kind, share):
+    root = tmp_path / "data"
+    if kind != "voc":
+        install(archives, root, aug=None, saliency=None)
+    content = archives[kind].read_bytes()
+    archives[kind].write_bytes(content[: int(len(content) * share)])
+    monkeypatch.setattr(download, "VOC_MD5", hashlib.md5(archives["voc"].read_bytes()).hexdigest())
+    before = visible(root / "VOC2012") if (root / "VOC2012").exists() else None
+    with pytest.raises(ValueError, match="cut off or damaged|is not VOC 2012"):
+        install(archives, root, only=[kind])
+    assert (visible(root / "VOC2012") if (root / "VOC2012").exists() else None) == before
+    assert archives[kind].exists()
+
+
+def test_a_web_page_instead_of_an_archive_is_removed(archives, tmp_path, server):
+    root = tmp_path / "data"
+    install(archives, root, aug=None, saliency=None)
+    server.files = {"view": b"<html>log in</html>"}
+    with pytest.raises(ValueError, match="removed.*download the file in the browser"):
+        install(archives, root, aug=server.url.replace("data.bin", "view"), only=["aug"])
+    assert os.listdir(root / "downloads") == []
+
+
+def evil_tar(path, name, kind=tarfile.REGTYPE, link=""):
+    with tarfile.open(path, "w") as tar:
+        good = tarfile.TarInfo("VOCdevkit/VOC2012/JPEGImages/a.jpg")
+        good.size = 4
+        tar.addfile(good, io.BytesIO(b"good"))
+        bad = tarfile.TarInfo(name)
+        bad.type, bad.linkname, bad.size = kind, link, 4 if kind == tarfile.REGTYPE else 0
+        tar.addfile(bad, io.BytesIO(b"evil"))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("VOCdevkit/VOC2012/JPEGImages/../../../../evil", tarfile.REGTYPE),
+     ("/tmp/VOC2012/JPEGImages/evil", tarfile.REGTYPE),
+     ("VOC2012/JPEGImages/..\\..\\evil", tarfile.REGTYPE),
+     ("C:/VOC2012/JPEGImages/evil", tarfile.REGTYPE),
+     ("VOCdevkit/VOC2012/JPEGImages/evil", tarfile.SYMTYPE),
+     ("VOCdevkit/VOC2012/JPEGImages/evil", tarfile.LNKTYPE),
+     ("VOCdevkit/VOC2012/JPEGImages/evil", tarfile.FIFOTYPE)],
+)  # fmt: skip
+def test_tars_that_leave_their_folder_are_refused(archives, tmp_path, monkeypatch, name, kind):
+    evil_tar(archives["voc"], name, kind, "/etc/passwd")
+    monkeypatch.setattr(download, "VOC_MD5", hashlib.md5(archives["voc"].read_bytes()).hexdigest())
+    outside = sorted(p for p in tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="evil.*nothing was extracted"):
+        install(archives, tmp_path / "data")
+    assert visible(tmp_path / "data") == []
+    assert [p for p in outside if not p.exists()] == [] and not list(tmp_path.rglob("*evil*"))
+
+
+@pytest.mark.parametrize("name", ["../evil.png", "/evil.png", "masks/..\\evil.png", "link.png"])
+def test_zips_that_leave_their_folder_are_refused(archives, tmp_path, name):
+    root = tmp_path / "data"
+    install(archives, root, aug=None, saliency=None)
+    info = zipfile.ZipInfo(name)
+    if name == "link.png":
+        info.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(archives["aug"], "a") as archive:
+        archive.writestr(info, b"../../evil.png")
+    with pytest.raises(ValueError, match="nothing was extracted"):
+        install(archives, root, saliency=None)
+    assert not list(tmp_path.rglob("evil.png")) and not (root / "VOC2012" / "SegmentationClassAug").exists()
+
+
+def rewrite_zip(path, drop=(), change=None):
+    with zipfile.ZipFile(path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            if Path(name).stem not in drop:
+                archive.writestr(name, (change or {}).get(Path(name).stem, content))
+
+
+def test_masks_that_are_not_trainaug_are_refused(archives, tmp_path):
+    root = tmp_path / "data"
+    install(archives, root, aug=None, saliency=None)
+    rewrite_zip(archives["aug"], drop=archives["trainaug"][-1:])
+    with pytest.raises(ValueError, match=f"masks for {TRAIN + MORE - 1} images.*trainaug is {TRAIN + MORE}"):
+        install(archives, root, saliency=None)
+    assert not (root / "VOC2012" / "ImageSets" / "Segmentation" / "trainaug.txt").exists()
+
+
+def test_a_zip_without_val_masks_gets_vocs(archives, tmp_path):
+    rewrite_zip(archives["aug"], drop=archives["val"])
+    tree = install(archives, tmp_path / "data")
+    mask = VOC2012(tree, "val").mask(0)
+    np.testing.assert_array_equal(mask, VOC2012(tree, "val", masks="SegmentationClass").mask(0))
+
+
+def test_coloured_masks_and_maps_are_refused(archives, tmp_path):
+    name = archives["trainaug"][0]
+    buffer = io.BytesIO()
+    Image.fromarray(voc_palette()[np.zeros((4, 4), int)]).save(buffer, "PNG")
+    for kind in ("aug", "saliency"):
+        rewrite_zip(archives[kind], change={name: buffer.getvalue()})
+        with pytest.raises(ValueError, match=f"{name}.png has mode RGB"):
+            install(archives, tmp_path / "data", **({"saliency": None} if kind == "aug" else {"aug": None}))
+
+
+def test_missing_saliency_maps_are_named(archives, tmp_path):
+    missing = archives["trainaug"][-1]
+    rewrite_zip(archives["saliency"], drop=[missing])
+    with pytest.raises(ValueError, match=missing):
+        install(archives, tmp_path / "data")
+
+
+def test_no_space_for_the_tree(archives, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**3))
+    with pytest.raises(OSError, match="extracting VOC 2012 needs"):
+        install(archives, tmp_path / "data")
+    assert visible(tmp_path / "data") == []
+
+
+def test_masks_before_voc_are_refused(archives, tmp_path):
+    for only in ("aug", "saliency"):
+        with pytest.raises(ValueError, match="VOC 2012 has to be there"):
+            install(archives, tmp_path / "data", only=[only])
+
+
+def sbd_archive(archives, path):
+    scipy_io = pytest.importorskip("scipy.io", reason="reading SBD needs SciPy")
+    expected = {}
+    with tarfile.open(path, "w:gz") as tar:
+        for i, name in enumerate([*archives["trainaug"], archives["val"][0]]):
+            with Image.open(archives["source"] / "JPEGImages" / f"{name}.jpg") as image:
+                mask = np.full((image.height, image.width), i + 1, np.uint8)
+            expected[name] = mask
+            buffer = io.BytesIO()
+            scipy_io.savemat(buffer, {"GTcls": {"Segmentation": mask, "Boundaries": np.zeros(3)}})
+            member = tarfile.TarInfo(f"benchmark_RELEASE/dataset/cls/{name}.mat")
+            member.size = len(buffer.getvalue())
+            tar.addfile(member, io.BytesIO(buffer.getvalue()))
+    return expected
+
+
+def test_masks_from_sbd(archives, tmp_path, monkeypatch):
+    path = tmp_path / "benchmark.tgz"
+    expected = sbd_archive(archives, path)
+    monkeypatch.setattr(download, "SBD_MD5", hashlib.md5(path.read_bytes()).hexdigest())
+    tree = install(archives, tmp_path / "data", aug=None, sbd=path)
+    ds, val = VOC2012(tree, "trainaug"), VOC2012(tree, "val")
+    assert ds.names == archives["trainaug"]
+    for i, name in enumerate(ds.names):
+        if name in archives["train"]:
+            truth = np.array(Image.open(tree / "SegmentationClass" / f"{name}.png"))
+        else:
+            truth = expected[name]
+        np.testing.assert_array_equal(ds.mask(i), truth)
+    np.testing.assert_array_equal(val.mask(0), VOC2012(tree, "val", masks="SegmentationClass").mask(0))
+
+
+def test_sbd_without_scipy_says_so(archives, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "scipy.io", None)
+    with pytest.raises(RuntimeError, match="SciPy"):
+        install(archives, tmp_path / "data", aug=None, sbd=tmp_path / "benchmark.tgz")
+
+
+def test_command(archives, tmp_path, capsys):
+    root = str(tmp_path / "data")
+    main(["--root", root, "--voc-tar", str(archives["voc"])])
+    out = capsys.readouterr().out
+    assert (
+        "VOC 2012 extracted" in out
+        and "still missing: the augmented masks (--aug or --sbd) and the saliency" in out
+    )
+    main(["--root", root, "--only", "aug", "--aug", str(archives["aug"])])
+    assert f"{TRAIN + MORE} trainaug masks" in capsys.readouterr().out
+    for arguments in (
+        ["--only", "saliency"],
+        ["--voc-tar", "none.tar", "--only", "saliency", "--saliency", "no.zip"],
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(["--root", root, *arguments])
+        assert stopped.value.code == 1 and "drs_lib.data.download: " in capsys.readouterr().err

@@ -1,0 +1,158 @@
+import os
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import drs_lib.data
+from conftest import TinyDataset
+from drs_lib.data import VOC2012, export_voc
+from drs_lib.data.export import _components, main
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    splits = {"train": TinyDataset(6), "val": TinyDataset(4, seed=1)}
+    root = tmp_path_factory.mktemp("exported")
+    return splits, export_voc(splits, root, progress=False)
+
+
+def test_voc2012_reads_back_what_was_written(exported):
+    splits, tree = exported
+    for split, source in splits.items():
+        for labels in ("mask", "xml"):
+            ds = VOC2012(tree.parent, split, labels=labels)
+            assert (ds.classes, ds.names, len(ds)) == (source.classes, source.names, len(source))
+            for i in range(len(ds)):
+                np.testing.assert_array_equal(ds.mask(i), source.mask(i))
+                np.testing.assert_array_equal(ds.saliency(i), source.saliency(i))
+                assert torch.equal(ds[i][1], source[i][1])
+                difference = (ds[i][0].float() - source[i][0].float()).abs()
+                assert difference.mean() < 4 and ds[i][0].shape == source[i][0].shape
+
+
+def test_lists_formats_and_leftovers(exported):
+    splits, tree = exported
+    assert len(VOC2012(tree, "trainaug")) == 6 and len(VOC2012(tree, "trainval")) == 10
+    assert sorted(os.listdir(tree.parent)) == ["VOC2012"]
+    name = splits["train"].names[0]
+    with Image.open(tree / "JPEGImages" / f"{name}.jpg") as image:
+        assert image.mode == "RGB" and all(layer[1:3] == (1, 1) for layer in image.layer)
+    for folder in ("SegmentationClass", "SegmentationClassAug"):
+        assert Image.open(tree / folder / f"{name}.png").mode == "P"
+    assert Image.open(tree / "saliency_map" / f"{name}.png").mode == "L"
+
+
+def flood_boxes(region):
+    """Boxes of the 8-connected parts, found pixel by pixel."""
+    left, boxes = {(int(y), int(x)) for y, x in np.argwhere(region)}, []
+    while left:
+        stack, part = [left.pop()], []
+        while stack:
+            y, x = stack.pop()
+            part.append((y, x))
+            for near in [(y + a, x + b) for a in (-1, 0, 1) for b in (-1, 0, 1)]:
+                if near in left:
+                    left.remove(near)
+                    stack.append(near)
+        ys, xs = zip(*part, strict=True)
+        boxes.append((min(ys), min(xs), max(ys), max(xs)))
+    return sorted(boxes)
+
+
+@pytest.mark.parametrize("density", [0.1, 0.3, 0.45, 0.7])
+def test_components_against_a_flood_fill(density):
+    rng = np.random.default_rng(int(100 * density))
+    for shape in ((12, 17), (1, 30), (30, 1)):
+        region = rng.random(shape) < density
+        assert _components(region) == flood_boxes(region)
+
+
+def test_components_join_below():
+    assert _components(np.array([[1, 0, 1], [1, 1, 1]], bool)) == [(0, 0, 1, 2)]
+    assert _components(np.zeros((3, 3), bool)) == []
+
+
+def test_annotation_boxes_count_from_one(exported):
+    splits, tree = exported
+    for i, name in enumerate(splits["train"].names):
+        mask = splits["train"].mask(i)
+        root = ElementTree.parse(tree / "Annotations" / f"{name}.xml").getroot()
+        assert root.findtext("size/width") == "64" and root.findtext("size/depth") == "3"
+        boxes = []
+        for item in root.findall("object"):
+            x0, y0, x1, y1 = (int(item.findtext(f"bndbox/{k}")) for k in ("xmin", "ymin", "xmax", "ymax"))
+            boxes.append((item.findtext("name"), (y0 - 1, x0 - 1, y1 - 1, x1 - 1)))
+        expected = [(c, b) for v, c in enumerate(TinyDataset.classes, 1) for b in flood_boxes(mask == v)]
+        assert boxes == expected and boxes
+
+
+def test_equal_names_get_the_split_in_front(tmp_path):
+    tree = export_voc({"train": TinyDataset(2), "val": TinyDataset(2)}, tmp_path, progress=False)
+    assert VOC2012(tree, "val").names == ["val_tiny_0_000", "val_tiny_0_001"]
+    assert len(os.listdir(tree / "JPEGImages")) == 4
+
+
+def test_existing_tree_is_left_alone(exported):
+    splits, tree = exported
+    before = sorted(os.listdir(tree / "JPEGImages"))
+    with pytest.raises(FileExistsError, match="VOC2012 exists"):
+        export_voc({"train": TinyDataset(1, seed=5)}, tree.parent, progress=False)
+    assert sorted(os.listdir(tree / "JPEGImages")) == before
+
+
+def test_a_failure_leaves_nothing(tmp_path):
+    class Breaks(TinyDataset):
+        def saliency(self, index):
+            if index == 2:
+                raise OSError("no more")
+            return super().saliency(index)
+
+    with pytest.raises(OSError, match="no more"):
+        export_voc({"train": Breaks()}, tmp_path, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_labels_that_are_not_the_masks_are_refused(tmp_path):
+    ds = TinyDataset(2)
+    ds.masks[1][ds.masks[1] > 0] = 255
+    ds.__class__ = type(
+        "Other", (TinyDataset,), {"__getitem__": lambda s, i: (TinyDataset()[i][0], torch.ones(3))}
+    )
+    with pytest.raises(ValueError, match=r"labels \[1, 2, 3\], but the mask has"):
+        export_voc({"train": ds}, tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("name", ["../up", "a b", "a:b", ""])
+def test_names_that_are_no_file_names_are_refused(tmp_path, name):
+    ds = TinyDataset(2)
+    ds.names = ["fine", name]
+    with pytest.raises(ValueError, match="fit for files"):
+        export_voc({"train": ds}, tmp_path, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_or_different_classes_are_refused(tmp_path):
+    other = TinyDataset(1)
+    other.classes = ("a", "b", "c")
+    for splits, message in (({}, "nothing to export"), ({"train": TinyDataset(0)}, "nothing to export"),
+                            ({"train": TinyDataset(1), "val": other}, "different classes")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            export_voc(splits, tmp_path, progress=False)
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    def critters(split, size, seed, length):
+        return TinyDataset(length, size, seed + (split == "val"))
+
+    monkeypatch.setattr(drs_lib.data, "Critters", critters, raising=False)
+    arguments = ["--root", str(tmp_path / "x"), "--train", "3", "--val", "2", "--size", "48", "--seed", "4"]
+    main(arguments)
+    assert str(tmp_path / "x" / "VOC2012") in capsys.readouterr().out
+    ds = VOC2012(tmp_path / "x", "val")
+    assert len(ds) == 2 and ds[0][0].shape == (3, 48, 48)
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 1 and "exists" in capsys.readouterr().err

@@ -1,0 +1,395 @@
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from conftest import TinyDataset, write_voc_tree
+from drs_lib.data import (
+    VOC2012,
+    VOC_CLASSES,
+    MaskAccessError,
+    save_indexed_png,
+    voc_palette,
+    without_masks,
+)
+from drs_lib.data.voc import labels_from_colours, read_list
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A tree of one's own, to spoil."""
+    return write_voc_tree(tmp_path)
+
+
+def masks_as_arrays(dataset):
+    return [np.array(Image.open(dataset.root / "SegmentationClassAug" / f"{n}.png")) for n in dataset.names]
+
+
+# What VOC's devkit prints for its first labels, the last one, and the border.
+@pytest.mark.parametrize(
+    ("label", "colour"),
+    [(0, (0, 0, 0)), (1, (128, 0, 0)), (5, (128, 0, 128)), (8, (64, 0, 0)), (15, (192, 128, 128)),
+     (20, (0, 64, 128)), (255, (224, 224, 192))],
+)  # fmt: skip
+def test_palette(label, colour):
+    assert tuple(voc_palette()[label]) == colour
+    assert len(np.unique(voc_palette(), axis=0)) == 256
+
+
+def test_classes_are_vocs_in_its_order():
+    assert len(VOC_CLASSES) == 20 and list(VOC_CLASSES) == sorted(VOC_CLASSES)
+    assert VOC_CLASSES[14] == "person"
+
+
+def test_reads_images_labels_masks_and_saliency(voc_tree):
+    ds = VOC2012(voc_tree.parent, "train")
+    assert len(ds) == 6 and ds.num_classes == 20 and ds.classes == VOC_CLASSES
+    for i, expected in enumerate(masks_as_arrays(ds)):
+        image, labels = ds[i]
+        mask, saliency = ds.mask(i), ds.saliency(i)
+        assert image.dtype == torch.uint8 and image.shape == (3, *expected.shape) and image.is_contiguous()
+        np.testing.assert_array_equal(mask, expected)
+        assert 255 in mask
+        present = sorted(set(np.unique(expected)) - {0, 255})
+        assert labels.dtype == torch.float32
+        assert labels.nonzero().ravel().tolist() == [value - 1 for value in present]
+        assert saliency.dtype == np.uint8 and saliency.shape == mask.shape
+        assert (saliency[mask > 0] == 220).all() and (saliency[mask == 0] == 12).all()
+
+
+def test_pixels_are_rgb_and_upright(voc_tree):
+    ds = VOC2012(voc_tree, "train")
+    pixels = np.array(Image.open(voc_tree / "JPEGImages" / f"{ds.names[0]}.jpg"))
+    np.testing.assert_array_equal(ds.image(0).numpy(), pixels.transpose(2, 0, 1))
+
+
+def test_greyscale_image_is_repeated(voc_tree):
+    ds = VOC2012(voc_tree, "train")
+    assert Image.open(voc_tree / "JPEGImages" / f"{ds.names[1]}.jpg").mode == "L"
+    image = ds.image(1)
+    assert torch.equal(image[0], image[1]) and torch.equal(image[0], image[2]) and image.float().std() > 1
+
+
+@pytest.mark.parametrize("marker", [True, False])
+def test_cmyk_image_keeps_its_colours(tree, marker):
+    ds = VOC2012(tree, "train")
+    path = tree / "JPEGImages" / f"{ds.names[0]}.jpg"
+    height, width = ds.mask(0).shape
+    rgb = np.zeros((height, width, 3), np.uint8)
+    rgb[:, : width // 2], rgb[:, width // 2 :] = (230, 30, 30), (240, 240, 240)
+    Image.fromarray(rgb).convert("CMYK").save(path, quality=100)
+    content = path.read_bytes()
+    at = content.index(b"\xff\xee")
+    assert content[at + 4 : at + 9] == b"Adobe"
+    if not marker:
+        length = int.from_bytes(content[at + 2 : at + 4], "big")
+        path.write_bytes(content[:at] + content[at + 2 + length :])
+    image = ds.image(0).permute(1, 2, 0).numpy().astype(int)
+    assert np.abs(image[:, :8] - (230, 30, 30)).max() < 20
+    assert np.abs(image[:, -8:] - (240, 240, 240)).max() < 20
+
+
+def test_exif_orientation_is_ignored(tree):
+    ds = VOC2012(tree, "train")
+    path = tree / "JPEGImages" / f"{ds.names[0]}.jpg"
+    before = ds.image(0)
+    exif = Image.Exif()
+    exif[274] = 6
+    segment = exif.tobytes()
+    content = path.read_bytes()
+    marker = b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment
+    path.write_bytes(content[:2] + marker + content[2:])
+    assert Image.open(path).getexif()[274] == 6
+    assert torch.equal(ds.image(0), before)
+
+
+@pytest.mark.parametrize("below", ["", "VOC2012", "VOCdevkit/VOC2012"])
+def test_root_may_be_the_folder_or_above(voc_tree, tmp_path, below):
+    target = tmp_path / below if below else tmp_path / "anything"
+    shutil.copytree(voc_tree, target)
+    assert len(VOC2012(tmp_path if below else target, "val")) == 3
+
+
+def test_xml_labels(voc_tree):
+    from_masks = VOC2012(voc_tree, "trainval", labels="mask")
+    from_xml = VOC2012(voc_tree, "trainval", labels="xml")
+    easy = VOC2012(voc_tree, "trainval", labels="xml", difficult=False)
+    for i in range(len(from_masks)):
+        assert torch.equal(from_masks[i][1], from_xml[i][1])
+        expected = from_xml[i][1].clone()
+        expected[8:] = 0  # the tree marks classes above 8 as difficult
+        assert torch.equal(easy[i][1], expected)
+    assert easy.image_labels().sum() < from_xml.image_labels().sum()
+
+
+def test_unknown_labels_are_nan(tree):
+    shutil.rmtree(tree / "SegmentationClassAug")
+    shutil.rmtree(tree / "Annotations")
+    ds = VOC2012(tree, "val", labels="none")
+    assert ds[0][1].isnan().all() and ds[0][0].dtype == torch.uint8
+    with pytest.raises(FileNotFoundError, match="SegmentationClassAug"):
+        ds.mask(0)
+
+
+def test_own_classes(tree):
+    (tree / "classes.txt").write_text("\n".join(f"kind {i}" for i in range(16)), encoding="utf-8")
+    ds = VOC2012(tree, "train")
+    assert ds.num_classes == 16 and ds.classes[3] == "kind 3" and ds[0][1].shape == (16,)
+    (tree / "classes.txt").write_text("a\na\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="different class names"):
+        VOC2012(tree, "train")
+
+
+def test_lists_of_a_tree_that_claims_to_be_voc(tmp_path):
+    tree = write_voc_tree(tmp_path, own_classes=False)
+    for split, number in (("train", "1464"), ("val", "1449"), ("trainaug", "10582")):
+        with pytest.raises(ValueError, match=number):
+            VOC2012(tree, split)
+        assert len(VOC2012(tree, split, check_lists=False)) in (3, 6)
+    (tree / "ImageSets/Segmentation/few.txt").write_text("2007_000001\n", encoding="utf-8")
+    assert len(VOC2012(tree, "few")) == 1
+
+
+def test_trainaug_may_not_hold_val_images(tmp_path, monkeypatch):
+    tree = write_voc_tree(tmp_path, own_classes=False)
+    monkeypatch.setitem(__import__("drs_lib.data.voc").data.voc.VOC_LIST_SIZES, "trainaug", 6)
+    assert len(VOC2012(tree, "trainaug")) == 6
+    names = read_list(tree / "ImageSets/Segmentation/trainaug.txt")
+    val = read_list(tree / "ImageSets/Segmentation/val.txt")
+    (tree / "ImageSets/Segmentation/trainaug.txt").write_text(
+        "\n".join([*names[1:], val[0]]), encoding="utf-8"
+    )
+    with pytest.raises(ValueError, match=val[0]):
+        VOC2012(tree, "trainaug")
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["2007_000001", "2007_000001 0 14 ", "/JPEGImages/2007_000001.jpg /SegmentationClassAug/2007_000001.png"],
+)
+def test_other_peoples_lists(tree, line):
+    (tree / "ImageSets/Segmentation/mine.txt").write_text(f"\ufeff{line}\r\n\r\n", encoding="utf-8")
+    assert VOC2012(tree, "mine").names == ["2007_000001"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("", "empty"), ("2007_000001\n2007_000001\n", "more than once")]
+)
+def test_bad_lists(tree, text, message):
+    (tree / "ImageSets/Segmentation/mine.txt").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        VOC2012(tree, "mine")
+
+
+def test_missing_things_are_named(tree, tmp_path):
+    with pytest.raises(FileNotFoundError, match="drs_lib.data.download"):
+        VOC2012(tmp_path / "nowhere", "train")
+    with pytest.raises(FileNotFoundError, match="lists there: train, trainaug, trainval, val"):
+        VOC2012(tree, "test")
+    for name in ("2007_000001", "2007_000003", "2007_000004", "2007_000005"):
+        (tree / "JPEGImages" / f"{name}.jpg").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"lacks 4 of 6 images.*2007_000001, 2007_000003, 2007_000004, \.\.\."
+    ):
+        VOC2012(tree, "train")
+    shutil.rmtree(tree / "SegmentationClassAug")
+    with pytest.raises(
+        FileNotFoundError, match="SegmentationClassAug is not there.*masks='SegmentationClass'"
+    ):
+        VOC2012(tree, "val")
+    assert len(VOC2012(tree, "val", masks="SegmentationClass")) == 3
+    shutil.rmtree(tree / "JPEGImages")
+    with pytest.raises(FileNotFoundError, match="half extracted"):
+        VOC2012(tree, "val")
+
+
+def test_missing_saliency_says_what_to_get(tree):
+    ds = VOC2012(tree, "train")
+    (tree / "saliency_map" / f"{ds.names[2]}.png").unlink()
+    with pytest.raises(FileNotFoundError, match=ds.names[2]):
+        ds.saliency(2)
+    shutil.rmtree(tree / "saliency_map")
+    with pytest.raises(FileNotFoundError, match="saliency_map.zip"):
+        ds.saliency(0)
+
+
+@pytest.mark.parametrize("folder", ["JPEGImages", "SegmentationClassAug", "saliency_map"])
+@pytest.mark.parametrize("spoil", ["cut", "text"])
+def test_damaged_files_are_named(tree, folder, spoil):
+    ds = VOC2012(tree, "train", labels="xml")
+    (path,) = (tree / folder).glob(f"{ds.names[3]}.*")
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] if spoil == "cut" else b"<html>not found</html>")
+    read = {"JPEGImages": ds.image, "SegmentationClassAug": ds.mask, "saliency_map": ds.saliency}[folder]
+    with pytest.raises(ValueError, match=f"{ds.names[3]}.*can't be read"):
+        read(3)
+    read(2)
+
+
+def test_damaged_annotation_is_named(tree):
+    ds = VOC2012(tree, "train", labels="xml")
+    path = tree / "Annotations" / f"{ds.names[0]}.xml"
+    path.write_text("<annotation><object>", encoding="utf-8")
+    with pytest.raises(ValueError, match=f"{ds.names[0]}.xml can't be read"):
+        ds[0]
+    path.write_text("<annotation><object><name>unicorn</name></object></annotation>", encoding="utf-8")
+    with pytest.raises(ValueError, match="unicorn"):
+        ds[0]
+
+
+def test_masks_of_other_kinds(tree):
+    ds = VOC2012(tree, "train")
+    path = tree / "SegmentationClassAug" / f"{ds.names[0]}.png"
+    mask = ds.mask(0)
+    Image.fromarray(mask).save(path)
+    assert Image.open(path).mode == "L"
+    np.testing.assert_array_equal(ds.mask(0), mask)
+
+    colours = voc_palette()[mask]
+    Image.fromarray(colours).save(path)
+    with pytest.raises(ValueError, match=f"{ds.names[0]}.*RGB.*labels_from_colours"):
+        ds.mask(0)
+    save_indexed_png(path, labels_from_colours(colours))
+    np.testing.assert_array_equal(ds.mask(0), mask)
+
+    strange = mask.copy()
+    strange[0, 0] = 21
+    save_indexed_png(path, strange)
+    with pytest.raises(ValueError, match=f"{ds.names[0]}.*value 21"):
+        ds.mask(0)
+    save_indexed_png(path, mask[:-1])
+    with pytest.raises(ValueError, match="same data set"):
+        ds.mask(0)
+
+
+def test_saliency_of_other_kinds(tree):
+    ds = VOC2012(tree, "train")
+    path = tree / "saliency_map" / f"{ds.names[0]}.png"
+    saliency = ds.saliency(0)
+    Image.fromarray(saliency).convert("RGB").save(path)
+    with pytest.raises(ValueError, match="greyscale"):
+        ds.saliency(0)
+    Image.fromarray(saliency[1:]).save(path)
+    with pytest.raises(ValueError, match="same data set"):
+        ds.saliency(0)
+
+
+def test_colours_back_to_labels_and_colours_that_are_not_vocs():
+    labels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    np.testing.assert_array_equal(labels_from_colours(voc_palette()[labels]), labels)
+    with pytest.raises(ValueError, match="2 pixels.*interpolation"):
+        labels_from_colours(np.array([[[127, 0, 0], [128, 0, 0], [1, 2, 3]]], np.uint8))
+
+
+def test_indexed_png_is_what_the_evaluation_server_takes(tmp_path):
+    labels = np.array([[0, 1, 20], [255, 15, 7]], np.int64)
+    save_indexed_png(tmp_path / "a.png", labels)
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.mode == "P"
+        np.testing.assert_array_equal(np.array(image), labels)
+        np.testing.assert_array_equal(np.array(image.convert("RGB")), voc_palette()[labels])
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+    for bad in (labels.astype(np.float32), labels[None], labels - 1, labels + 1):
+        with pytest.raises(ValueError, match="label map"):
+            save_indexed_png(tmp_path / "b.png", bad)
+    assert not (tmp_path / "b.png").exists()
+
+
+def test_fingerprint_follows_the_content(tree):
+    first = VOC2012(tree, "train").fingerprint
+    assert (
+        VOC2012(tree.parent, "train").fingerprint
+        == first
+        == without_masks(VOC2012(tree, "train")).fingerprint
+    )
+    others = [VOC2012(tree, "val").fingerprint, VOC2012(tree, "train", labels="xml").fingerprint]
+    path = tree / "saliency_map" / "2007_000002.png"
+    Image.fromarray(255 - np.array(Image.open(path)) // 2).save(path, compress_level=0)
+    others.append(VOC2012(tree, "train").fingerprint)
+    names = read_list(tree / "ImageSets/Segmentation/train.txt")
+    (tree / "ImageSets/Segmentation/train.txt").write_text("\n".join(names[::-1]), encoding="utf-8")
+    others.append(VOC2012(tree, "train").fingerprint)
+    assert len({first, *others}) == 5
+
+
+def test_label_cache(tree, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    expected = VOC2012(tree, "train").image_labels()
+    assert torch.equal(VOC2012(tree, "train", cache_dir=cache).image_labels(), expected)
+    (file,) = cache.iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(VOC2012, "mask", lambda self, i: pytest.fail("read a mask"))
+        assert torch.equal(VOC2012(tree, "train", cache_dir=cache).image_labels(), expected)
+    file.write_bytes(b"junk")
+    with pytest.warns(UserWarning, match="reading the masks again"):
+        assert torch.equal(VOC2012(tree, "train", cache_dir=cache).image_labels(), expected)
+    assert np.load(file).shape == expected.shape
+
+
+def reachable(thing):
+    """Everything that ordinary attribute access finds, two steps deep."""
+    for name in (
+        dir(type(thing)) + dir(thing) + ["_dataset", "_labels", "__dict__", "dataset", "root", "label"]
+    ):
+        try:
+            value = getattr(thing, name)
+        except AttributeError:
+            continue
+        yield name, value
+        if hasattr(value, "__self__"):
+            yield name, value.__self__
+
+
+def test_without_masks_gives_no_way_to_a_mask(voc_tree):
+    for ds in (VOC2012(voc_tree, "train"), TinyDataset(forbid_masks=True)):
+        weak = without_masks(ds)
+        with pytest.raises(MaskAccessError, match="scoring only"):
+            weak.mask(0)
+        for _, value in reachable(weak):
+            assert value is not ds and not isinstance(value, (VOC2012, TinyDataset))
+        with pytest.raises(AttributeError):
+            weak._dataset = None
+        assert without_masks(weak) is weak
+
+
+def test_without_masks_is_the_same_otherwise(voc_tree):
+    for ds in (VOC2012(voc_tree, "train"), TinyDataset()):
+        weak = without_masks(ds)
+        assert (len(weak), weak.names, weak.classes) == (len(ds), ds.names, ds.classes)
+        assert (weak.num_classes, weak.fingerprint, weak.split) == (ds.num_classes, ds.fingerprint, "train")
+        for i in range(len(ds)):
+            assert all(torch.equal(a, b) for a, b in zip(ds[i], weak[i], strict=True))
+            np.testing.assert_array_equal(ds.saliency(i), weak.saliency(i))
+        with pytest.raises(IndexError):
+            weak[len(ds)]
+
+
+def test_without_masks_opens_no_mask_file_afterwards(tree):
+    weak = without_masks(VOC2012(tree, "train"))
+    labels = [label for _, label in weak]
+    shutil.rmtree(tree / "SegmentationClassAug")
+    shutil.rmtree(tree / "SegmentationClass")
+    copy = pickle.loads(pickle.dumps(weak))
+    assert all(torch.equal(a, b) for a, (_, b) in zip(labels, copy, strict=True))
+    with pytest.raises(MaskAccessError):
+        copy.mask(0)
+
+
+def test_workers_read_the_same(voc_tree):
+    weak = without_masks(VOC2012(voc_tree, "train"))
+    loader = DataLoader(weak, batch_size=None, num_workers=1)
+    for (image, label), (expected_image, expected_label) in zip(loader, weak, strict=True):
+        assert torch.equal(image, expected_image) and torch.equal(label, expected_label)
+
+
+def test_the_data_folder_is_only_read(tree):
+    before = sorted((str(p), p.stat().st_mtime_ns) for p in Path(tree).rglob("*"))
+    ds = VOC2012(tree, "train")
+    without_masks(ds)
+    ds[0], ds.mask(0), ds.saliency(0), ds.fingerprint
+    assert sorted((str(p), p.stat().st_mtime_ns) for p in Path(tree).rglob("*")) == before
