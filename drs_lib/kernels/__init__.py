@@ -1,0 +1,68 @@
+"""The suppressor, compiled, and the one place that decides when the compiled form is used.
+
+Nothing is compiled, and numba is not imported, before the first call that can use it. Results and
+gradients are those of :func:`drs_lib.drs.suppress_plain` up to float32 rounding.
+"""
+
+import importlib
+import logging
+import os
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+
+import torch
+
+__all__ = ["available", "disabled", "for_input"]
+
+_disabled = ContextVar("drs_lib.kernels.disabled", default=os.environ.get("DRS_LIB_KERNELS", "1") == "0")
+
+
+@contextmanager
+def disabled():
+    """Use the plain composition of library calls inside the ``with`` block, in this thread.
+
+    Setting the environment variable ``DRS_LIB_KERNELS=0`` before the import does the same for a whole
+    process. What counts is the forward pass: the backward pass takes the form in which the forward pass
+    ran.
+    """
+    token = _disabled.set(True)
+    try:
+        yield
+    finally:
+        _disabled.reset(token)
+
+
+@cache
+def _cpu_module():
+    try:
+        return importlib.import_module(f"{__name__}.cpu")
+    except ImportError as error:
+        logging.getLogger(__name__).warning(
+            "DRS runs uncompiled on this machine, a training step takes about twice as long: %s. "
+            "`pip install numba` provides the compiled form.", error)
+        return None
+
+
+def available() -> bool:
+    """Whether the compiled form can be used here at all (numba imports)."""
+    return _cpu_module() is not None
+
+
+def for_input(x: torch.Tensor):
+    """The module whose ``suppress`` and ``suppress_by`` take ``x``, or None where the plain form is needed.
+
+    The compiled form covers float32 on a processor in dense NCHW or channels-last memory, one element or
+    more. Anything else, and whatever torch is tracing or compiling, is left to the plain form.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _disabled.get():
+        return None
+    if type(x) not in (torch.Tensor, torch.nn.Parameter):
+        return None
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return None
+    if x.layout != torch.strided or x.numel() == 0 or x.shape[2] * x.shape[3] >= 2**31:
+        return None
+    if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+        return None
+    return _cpu_module()

@@ -1,0 +1,313 @@
+"""Algorithm 1 on a processor: four short loops, compiled by numba, behind two autograd functions.
+
+A feature map is read once for its maxima and averages and once more to be clamped. Only the result y,
+which the next layer keeps anyway, and a few numbers per channel are saved for the backward pass: y tells
+a dead element (0), a passed one (below tau) and a suppressed one (tau) apart.
+
+Every loop works on a matrix (positions, channels) whose inner index is contiguous, so the compiler
+vectorises across channels. In channels-last memory that is the map as it lies there; in NCHW memory a
+plane is read as rows of ``LANES`` neighbours, and the lanes are reduced at the end. Sums are float32
+within a block of positions and float64 across blocks.
+
+The loops release the GIL and are spread over the batch by a thread pool, in as many parts as torch has
+threads: numba's own threading layers differ between platforms, and its portable one aborts when two
+threads call at once.
+"""
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numba
+import numpy as np
+import torch
+from torch.autograd.function import once_differentiable
+
+LANES = 32
+BLOCK = 64
+SMALLEST_PART = 1 << 19  # elements: below this, waking a second thread costs more than it saves
+
+
+def _compiled(function):
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        return numba.njit(function, cache=True, **options)
+    except RuntimeError:  # numba finds no folder to write its cache to: compile anew in each process
+        return numba.njit(function, **options)
+
+
+@_compiled
+def _extract(x, peak, where, total, part):
+    positions, lanes = x.shape
+    for c in range(lanes):
+        peak[c] = np.float32(0)
+        where[c] = np.int32(0)
+        total[c] = 0.0
+    for start in range(0, positions, BLOCK):
+        for c in range(lanes):
+            part[c] = np.float32(0)
+        for p in range(start, min(start + BLOCK, positions)):
+            for c in range(lanes):
+                v = x[p, c]
+                larger = (v > peak[c]) | (v != v)
+                peak[c] = v if larger else peak[c]
+                where[c] = np.int32(p) if larger else where[c]
+                part[c] += np.float32(0) if v <= 0 else v
+        for c in range(lanes):
+            total[c] += part[c]
+
+
+@_compiled
+def _clamp(x, tau, y):
+    positions, lanes = x.shape
+    for p in range(positions):
+        for c in range(lanes):
+            v = x[p, c]
+            low = v if v < tau[c] else tau[c]
+            y[p, c] = np.float32(0) if v <= 0 else low
+
+
+@_compiled
+def _backward(g, y, tau, gx, total, part):
+    positions, lanes = g.shape
+    for c in range(lanes):
+        total[c] = 0.0
+    for start in range(0, positions, BLOCK):
+        for c in range(lanes):
+            part[c] = np.float32(0)
+        for p in range(start, min(start + BLOCK, positions)):
+            for c in range(lanes):
+                alive = np.float32(0) if y[p, c] <= 0 else g[p, c]
+                passed = y[p, c] < tau[c]
+                gx[p, c] = alive if passed else np.float32(0)
+                part[c] += np.float32(0) if passed else alive
+        for c in range(lanes):
+            total[c] += part[c]
+
+
+@_compiled
+def extract_last(x, peak, where, total):
+    part = np.empty(x.shape[2], np.float32)
+    for i in range(x.shape[0]):
+        _extract(x[i], peak[i], where[i], total[i], part)
+
+
+@_compiled
+def clamp_last(x, tau, y):
+    for i in range(x.shape[0]):
+        _clamp(x[i], tau[i], y[i])
+
+
+@_compiled
+def backward_last(g, y, tau, control, where, gx, total):
+    part = np.empty(g.shape[2], np.float32)
+    for i in range(g.shape[0]):
+        _backward(g[i], y[i], tau[i], gx[i], total[i], part)
+        for c in range(g.shape[2]):
+            gx[i, where[i, c], c] += np.float32(control[i, c] * total[i, c])
+
+
+@_compiled
+def spread_last(y, share, gx):
+    for i in range(y.shape[0]):
+        for p in range(y.shape[1]):
+            for c in range(y.shape[2]):
+                gx[i, p, c] += np.float32(0) if y[i, p, c] <= 0 else share[i, c]
+
+
+@_compiled
+def _pieces(plane):
+    """A plane as rows of LANES neighbours, and the rest as one short row."""
+    body = plane.size // LANES * LANES
+    return plane[:body].reshape(body // LANES, LANES), plane[body:].reshape(1, plane.size - body)
+
+
+@_compiled
+def extract_planes(x, peak, where, total):
+    peaks, places = np.empty(LANES, np.float32), np.empty(LANES, np.int32)
+    totals, part = np.empty(LANES, np.float64), np.empty(LANES, np.float32)
+    for i in range(x.shape[0]):
+        peak[i], where[i], total[i] = np.float32(0), np.int32(0), 0.0
+        offset = 0
+        for piece in _pieces(x[i]):
+            _extract(piece, peaks, places, totals, part)
+            for c in range(piece.shape[1]):
+                place = np.int32(offset + places[c] * LANES + c)
+                first = (peaks[c] == peak[i]) & (place < where[i])
+                if (peaks[c] > peak[i]) | (peaks[c] != peaks[c]) | first:
+                    peak[i], where[i] = peaks[c], place
+                total[i] += totals[c]
+            offset += piece.size
+
+
+@_compiled
+def clamp_planes(x, tau, y):
+    for i in range(x.shape[0]):
+        t = tau[i]
+        for p in range(x.shape[1]):
+            v = x[i, p]
+            low = v if v < t else t
+            y[i, p] = np.float32(0) if v <= 0 else low
+
+
+@_compiled
+def backward_planes(g, y, tau, control, where, gx, total):
+    taus, totals, part = np.empty(LANES, np.float32), np.empty(LANES, np.float64), np.empty(LANES, np.float32)
+    for i in range(g.shape[0]):
+        taus[:], total[i] = tau[i], 0.0
+        gs, ys, gxs = _pieces(g[i]), _pieces(y[i]), _pieces(gx[i])
+        for k in range(2):
+            _backward(gs[k], ys[k], taus, gxs[k], totals, part)
+            for c in range(gs[k].shape[1]):
+                total[i] += totals[c]
+        gx[i, where[i]] += np.float32(control[i] * total[i])
+
+
+@_compiled
+def spread_planes(y, share, gx):
+    for i in range(y.shape[0]):
+        s = share[i]
+        for p in range(y.shape[1]):
+            gx[i, p] += np.float32(0) if y[i, p] <= 0 else s
+
+
+_pool = None
+_pool_lock = threading.Lock()
+
+
+def _threads():
+    global _pool
+    with _pool_lock:
+        if _pool is None:
+            _pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="drs_lib")
+        return _pool
+
+
+def _forget_threads():
+    """Threads do not survive a fork, and the lock may have been held in the parent."""
+    global _pool, _pool_lock
+    _pool, _pool_lock = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads)
+
+
+def _run(loop, *arrays):
+    """``loop`` over the first axis of ``arrays``, split between threads where that pays."""
+    rows = len(arrays[0])
+    parts = min(torch.get_num_threads(), rows, max(1, arrays[0].size // SMALLEST_PART))
+    if parts == 1:
+        loop(*arrays)
+        return
+    cuts = [rows * i // parts for i in range(parts + 1)]
+    slices = [[a[start:stop] for a in arrays] for start, stop in zip(cuts[:-1], cuts[1:], strict=True)]
+    others = [_threads().submit(loop, *part) for part in slices[1:]]
+    loop(*slices[0])
+    for other in others:
+        other.result()
+
+
+class _Layout:
+    """The loops for one memory format, and tensors as the arrays these loops take."""
+
+    def __init__(self, like):
+        n, k, h, w = like.shape
+        self.last = k > 1 and like.is_contiguous(memory_format=torch.channels_last)
+        self.format = torch.channels_last if self.last else torch.contiguous_format
+        self.maps_shape = (n, h * w, k) if self.last else (n * k, h * w)
+        self.channels_shape = (n, k) if self.last else (n * k,)
+        self.extract, self.clamp, self.backward, self.spread = (
+            (extract_last, clamp_last, backward_last, spread_last) if self.last
+            else (extract_planes, clamp_planes, backward_planes, spread_planes))
+
+    def maps(self, x):
+        x = x.detach().contiguous(memory_format=self.format)
+        return (x.permute(0, 2, 3, 1) if self.last else x).numpy().reshape(self.maps_shape)
+
+    def channels(self, x):
+        return x.detach().contiguous().numpy().reshape(self.channels_shape)
+
+
+def _extracted(x):
+    """Maximum, its first position and the sum of relu(x), each (N, K)."""
+    layout, size = _Layout(x), x.shape[:2]
+    peak, where = torch.empty(size, dtype=torch.float32), torch.empty(size, dtype=torch.int32)
+    total = torch.empty(size, dtype=torch.float64)
+    _run(layout.extract, layout.maps(x), *map(layout.channels, (peak, where, total)))
+    return peak, where, total
+
+
+def _clamped(x, tau):
+    layout, y = _Layout(x), torch.empty_like(x)
+    _run(layout.clamp, layout.maps(x), layout.channels(tau), layout.maps(y))
+    return y
+
+
+def _gradients(g, y, tau, control, where):
+    """The gradient that reaches x through the suppressor and the maximum, and the one that reaches tau."""
+    layout, gx = _Layout(y), torch.empty_like(y)
+    total = torch.empty(tau.shape, dtype=torch.float64)
+    _run(layout.backward, layout.maps(g), layout.maps(y), layout.channels(tau), layout.channels(control),
+         layout.channels(where), layout.maps(gx), layout.channels(total))
+    return gx, total.float()
+
+
+def _average_gradient(y, share, gx):
+    layout = _Layout(y)
+    _run(layout.spread, layout.maps(y), layout.channels(share), layout.maps(gx))
+
+
+class _Suppress(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, control):
+        peak, where, _ = _extracted(x)
+        tau = peak * control
+        y = _clamped(x, tau)
+        ctx.save_for_backward(y, tau, control, peak, where)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        y, tau, control, peak, where = ctx.saved_tensors
+        gx, g_tau = _gradients(g, y, tau, control, where)
+        return gx, g_tau * peak
+
+
+class _SuppressBy(torch.autograd.Function):
+    """The controller runs inside, on the averages, so that x gets one gradient instead of a sum of two."""
+
+    @staticmethod
+    def forward(ctx, x, controller, *parameters):
+        peak, where, total = _extracted(x)
+        average = (total / (x.shape[2] * x.shape[3])).float()
+        with torch.set_grad_enabled(any(ctx.needs_input_grad)):
+            average.requires_grad_(ctx.needs_input_grad[0])
+            control = controller(average[:, :, None, None]).to(x.dtype)
+        tau = peak * control.detach()
+        y = _clamped(x, tau)
+        ctx.average, ctx.control, ctx.parameters = average, control, parameters
+        ctx.save_for_backward(y, tau, peak, where)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        y, tau, peak, where = ctx.saved_tensors
+        gx, g_tau = _gradients(g, y, tau, ctx.control.detach(), where)
+        wanted = [t for t in (ctx.average, *ctx.parameters) if t.requires_grad]
+        found = iter(torch.autograd.grad(ctx.control, wanted, g_tau * peak, retain_graph=True))
+        if ctx.average.requires_grad:
+            _average_gradient(y, next(found) / (y.shape[2] * y.shape[3]), gx)
+        return gx, None, *(next(found) if p.requires_grad else None for p in ctx.parameters)
+
+
+def suppress(x, control):
+    """:func:`drs_lib.drs.suppress` for an ``x`` that ``kernels.for_input`` accepts, ``control`` (N, K)."""
+    return _Suppress.apply(x, control)
+
+
+def suppress_by(x, controller):
+    """The same with the control values ``controller`` gives for the averages of relu(x), (N, K, 1, 1)."""
+    return _SuppressBy.apply(x, controller, *controller.parameters())

@@ -1,0 +1,330 @@
+"""The compiled suppressor against Algorithm 1 and its gradients written out in numpy, in float64."""
+
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from joblib import Parallel, delayed
+
+from drs_lib import kernels
+from drs_lib.drs import DRS, ConstantController, LearnableController, suppress, suppress_plain
+
+pytest.importorskip("numba")
+FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+SHAPES = [(1, 1, 1, 1), (2, 3, 1, 1), (1, 1, 5, 7), (3, 1, 8, 8), (2, 5, 7, 3), (1, 16, 9, 4), (3, 19, 1, 70),
+          (2, 33, 13, 11), (2, 40, 6, 32), (4, 8, 64, 64)]
+# No multiple of 1/64 below 6 times this delta comes closer to a multiple of 1/64 than float32 can tell.
+DELTA = 0.5371
+
+
+@pytest.fixture(params=[1, 2], ids=["one_thread", "two_threads"])
+def threads(request, monkeypatch):
+    monkeypatch.setattr("drs_lib.kernels.cpu.SMALLEST_PART", 64)
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def maps(shape, memory_format, seed=0):
+    """Multiples of 1/64, so that equal maxima occur; about half of them negative, one plane entirely."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator).mul(64).round().div(64)
+    if shape[0] > 1:
+        x[0, 0] = -x[0, 0].abs()
+    return x.contiguous(memory_format=memory_format)
+
+
+def reference(x, g, control=None, weight=None):
+    """y and the gradients to x, to the control values and to the controller's weight, in float64."""
+    x, g = x.double().numpy(), g.double().numpy()
+    n, k, h, w = x.shape
+    features = np.where(x > 0, x, 0)
+    average = features.mean(axis=(2, 3))
+    if weight is not None:
+        weight = weight.double().numpy()
+        control = 1 / (1 + np.exp(-np.einsum("kj,nj->nk", weight, average)))
+    control = np.broadcast_to(control, (n, k)).astype(np.float64)
+    peak = features.max(axis=(2, 3))
+    tau = (peak * control)[:, :, None, None]
+    suppressed = (features > 0) & (features >= tau)
+    y = np.where(suppressed, tau, features)
+
+    g_tau = np.where(suppressed, g, 0).sum(axis=(2, 3))
+    gx = np.where((features > 0) & ~suppressed, g, 0)
+    for i, c in np.ndindex(n, k):
+        if peak[i, c] > 0:
+            first = np.unravel_index(features[i, c].argmax(), (h, w))
+            gx[i, c][first] += g_tau[i, c] * control[i, c]
+    g_control, g_weight = g_tau * peak, None
+    if weight is not None:
+        g_logit = g_control * control * (1 - control)
+        g_weight = np.einsum("nk,nj->kj", g_logit, average)
+        gx += np.where(features > 0, np.einsum("nk,kj->nj", g_logit, weight)[:, :, None, None] / (h * w), 0)
+    return y, gx, g_control, g_weight
+
+
+def assert_close(found, expected, tolerance=2e-6):
+    scale = np.abs(expected).max(initial=1e-30)
+    found = found.detach().double().numpy()
+    np.testing.assert_allclose(found / scale, expected / scale, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_constant_control_is_the_formula(shape, memory_format, threads):
+    x = maps(shape, memory_format).requires_grad_()
+    g = maps(shape, memory_format, seed=1)
+    y = suppress(x, DELTA)
+    y.backward(g)
+    expected, gx, _, _ = reference(x.detach(), g, control=DELTA)
+    assert y.is_contiguous(memory_format=memory_format)
+    assert type(y.grad_fn).__name__ == "_SuppressBackward", "the compiled form did not run"
+    assert_close(y, expected)
+    assert_close(x.grad, gx)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_learnable_control_is_the_formula(shape, memory_format, threads):
+    torch.manual_seed(3)
+    drs = DRS(shape[1])
+    torch.nn.init.normal_(drs.controller.f.weight, std=0.5)
+    x = maps(shape, memory_format).requires_grad_()
+    g = maps(shape, memory_format, seed=1)
+    y = drs(x)
+    y.backward(g)
+    expected, gx, _, g_weight = reference(x.detach(), g, weight=drs.controller.f.weight.detach())
+    assert type(y.grad_fn).__name__ == "_SuppressByBackward", "the compiled form did not run"
+    assert_close(y, expected)
+    assert_close(x.grad, gx)
+    assert_close(drs.controller.f.weight.grad, g_weight)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("inputs", ["both", "x", "control"])
+@pytest.mark.parametrize("form", ["K", "NK", "NK11"])
+def test_tensor_control_is_the_formula(form, inputs, memory_format):
+    n, k, h, w = shape = (3, 5, 9, 6)
+    x, g = maps(shape, memory_format), maps(shape, memory_format, seed=1)
+    size = {"K": (k,), "NK": (n, k), "NK11": (n, k, 1, 1)}[form]
+    control = torch.rand(size, generator=torch.Generator().manual_seed(2))
+    x.requires_grad_(inputs != "control")
+    control.requires_grad_(inputs != "x")
+    y = suppress(x, control)
+    y.backward(g)
+    values = control.detach().double().numpy()
+    expected, gx, g_control, _ = reference(x.detach(), g, control=values.reshape(-1, k))
+    assert_close(y, expected)
+    if inputs != "control":
+        assert_close(x.grad, gx)
+    if inputs != "x":
+        g_control = g_control.sum(0, keepdims=True) if form == "K" else g_control
+        assert_close(control.grad.reshape(-1, k), g_control)
+
+
+def test_a_control_of_zero_keeps_its_gradient():
+    x = maps((2, 3, 4, 5), torch.contiguous_format)
+    g = maps((2, 3, 4, 5), torch.contiguous_format, seed=1)
+    control = torch.tensor([0.0, 0.4, 1.0], requires_grad=True)
+    y = suppress(x, control)
+    y.backward(g)
+    expected, _, g_control, _ = reference(x, g, control=control.detach().double().numpy())
+    assert_close(y, expected)
+    assert_close(control.grad[None], g_control.sum(0, keepdims=True))
+
+
+@pytest.mark.parametrize("how", ["sliced", "strided", "transposed", "expanded gradient"])
+@pytest.mark.parametrize("delta", [DELTA, None], ids=["constant", "learnable"])
+def test_memory_that_is_not_dense(how, delta):
+    torch.manual_seed(0)
+    drs = DRS(6, delta)
+    whole = maps((2, 12, 14, 10), torch.contiguous_format)
+    x = {"sliced": whole[:, 2:8, 3:11, 1:9], "strided": whole[:, ::2, ::2, ::2],
+         "transposed": whole[:, :6].transpose(2, 3), "expanded gradient": whole[:, :6].contiguous()}[how]
+    leaf = x.clone(memory_format=torch.preserve_format) if how == "transposed" else x
+    leaf = leaf.detach().requires_grad_()
+    y = drs(leaf)
+    if how == "expanded gradient":
+        g = torch.ones(())
+        y.sum().backward()
+    else:
+        g = maps(y.shape, torch.contiguous_format, seed=1).transpose(2, 3).contiguous().transpose(2, 3)
+        y.backward(g)
+    weight = None if delta else drs.controller.f.weight.detach()
+    expected, gx, _, _ = reference(x.detach(), g.expand(y.shape), control=delta, weight=weight)
+    assert_close(y, expected)
+    assert_close(leaf.grad, gx)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+def test_the_average_of_a_large_map_is_accurate(memory_format):
+    """A running float32 sum over 512 * 513 elements would be off by more than this."""
+    x = torch.rand((1, 2, 512, 513), generator=torch.Generator().manual_seed(0)).contiguous(
+        memory_format=memory_format)
+    seen = []
+    drs = DRS(2)
+    drs.controller.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    drs(x)
+    assert_close(seen[0][:, :, 0, 0], x.double().mean(dim=(2, 3)).numpy(), tolerance=1e-7)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("place", [0, 37, -1])
+def test_nan_stays_visible(memory_format, place):
+    x = torch.rand(2, 3, 7, 9).add(0.1).contiguous(memory_format=memory_format)
+    x[1, 2].view(-1)[place] = float("nan")
+    y = suppress(x, 0.5)
+    assert y[1, 2].isnan().all() and not y[0].isnan().any() and not y[1, :2].isnan().any()
+    assert suppress_plain(x, 0.5).isnan().equal(y.isnan())
+    learned = DRS(3)(x)
+    assert learned[1].isnan().all() and not learned[0].isnan().any()
+
+
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+def test_infinite_maximum(memory_format):
+    x = torch.rand(1, 2, 4, 4).contiguous(memory_format=memory_format)
+    x[0, 1, 2, 2] = float("inf")
+    assert suppress(x, 0.5).equal(suppress_plain(x, 0.5))
+
+
+def test_hooks_on_the_controller_see_its_values():
+    seen = []
+    drs = DRS(4)
+    drs.controller.register_forward_hook(lambda module, args, control: seen.append(control))
+    x = maps((2, 4, 5, 5), torch.channels_last)
+    y = drs(x)
+    assert len(seen) == 1
+    assert_close(y.amax((2, 3)), (x.relu().amax((2, 3)) * seen[0]).detach().double().numpy())
+
+
+def test_what_needs_no_gradient_gets_none():
+    drs = DRS(4)
+    drs.requires_grad_(False)
+    x = maps((2, 4, 5, 5), torch.channels_last)
+    assert not drs(x).requires_grad
+    y = drs(x.requires_grad_())
+    y.sum().backward(retain_graph=True)
+    first = x.grad.clone()
+    y.sum().backward()
+    assert x.grad.equal(2 * first) and drs.controller.f.weight.grad is None
+    with torch.inference_mode():
+        assert drs(x).equal(y)
+    with torch.no_grad():
+        assert drs(x).equal(y) and not drs(x).requires_grad
+
+
+def test_other_inputs_go_to_the_plain_form():
+    x = torch.rand(2, 3, 4, 5)
+    assert kernels.for_input(x) is not None
+    others = [x.double(), x.half(), x.to("meta"), x[:, :, ::2], x[:0], x.to_sparse()]
+    assert [kernels.for_input(other) for other in others] == [None] * len(others)
+    with kernels.disabled():
+        assert kernels.for_input(x) is None
+        with ThreadPoolExecutor(1) as other_thread:
+            assert other_thread.submit(kernels.for_input, x).result() is not None
+    assert kernels.for_input(x) is not None
+
+
+def test_torch_export_sees_library_calls():
+    x = torch.rand(2, 3, 4, 5)
+    drs = DRS(3)
+    program = torch.export.export(drs, (x,))
+    torch.testing.assert_close(program.module()(x), drs(x))
+
+
+def _work(x, weight):
+    drs = DRS(x.shape[1])
+    drs.controller.f.weight.data = weight
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    y = drs(x)
+    y.square().sum().backward()
+    return y.detach(), x.grad, drs.controller.f.weight.grad
+
+
+@pytest.fixture
+def job():
+    torch.manual_seed(0)
+    return torch.randn(4, 16, 48, 48).contiguous(memory_format=torch.channels_last), 0.1 * torch.randn(16, 16)
+
+
+def test_python_threads_may_call_at_once(job, threads):
+    expected = _work(*job)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: _work(*job), range(40)):
+            assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_child_has_its_own_threads(monkeypatch):
+    monkeypatch.setattr("drs_lib.kernels.cpu.SMALLEST_PART", 64)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        x = torch.randn(4, 16, 12, 12)
+        expected = suppress(x, 0.5)
+        child = os.fork()
+        if child == 0:
+            code = 1
+            signal.alarm(30)  # a child that waits for the parent's threads waits for ever
+            try:
+                code = 0 if suppress(x, 0.5).equal(expected) else 1
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_joblib_workers(job):
+    expected = _work(*job)
+    found, = Parallel(n_jobs=2, backend="loky", timeout=120)([delayed(_work)(*job)])
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_importing_costs_nothing_and_the_environment_can_switch_it_off():
+    code = ("import sys, torch; from drs_lib import drs, kernels; drs.DRS(2)(torch.rand(1, 2, 3, 3)); "
+            "print('numba' in sys.modules, kernels.for_input(torch.rand(1, 2, 3, 3)))")
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                           env={**os.environ, "DRS_LIB_KERNELS": "0"})
+    assert found.stdout.split() == ["False", "None"]
+
+
+def test_nowhere_to_write_the_compiled_code():
+    from drs_lib.kernels import cpu
+
+    namespace = {}
+    exec(compile("def increment(x):\n    return x + 1", "<no file>", "exec"), namespace)
+    assert cpu._compiled(namespace["increment"])(1) == 2
+
+
+def test_without_numba_the_plain_form_runs_and_says_so(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "drs_lib.kernels.cpu", None)
+    kernels._cpu_module.cache_clear()
+    try:
+        x = torch.rand(1, 2, 3, 3)
+        assert not kernels.available() and kernels.for_input(x) is None
+        assert suppress(x, 0.5).equal(suppress_plain(x, 0.5))
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert "pip install numba" in caplog.text
+    finally:
+        kernels._cpu_module.cache_clear()
+
+
+@pytest.mark.parametrize("controller", [LearnableController, lambda channels: ConstantController(0.6)],
+                         ids=["learnable", "constant"])
+def test_compiled_and_plain_modules_agree(controller):
+    torch.manual_seed(0)
+    drs = DRS(8)
+    drs.controller = controller(8)
+    x = maps((2, 8, 10, 10), torch.channels_last)
+    compiled = drs(x)
+    with kernels.disabled():
+        torch.testing.assert_close(drs(x), compiled)
