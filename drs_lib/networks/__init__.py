@@ -58,7 +58,7 @@ __all__ = [
 # (channels, convolution's stride, whether a 2x2 max pooling follows), layer 1 to 6.
 MINI = ((16, 2, False), (32, 1, True), (48, 1, True), (64, 1, False), (64, 1, False), (64, 1, False))
 # The stem's channels (stride 2), then (channels, stride, dilation) of each residual block.
-MINI_RESNET = (16, ((32, 2, 1), (64, 2, 1), (64, 1, 1), (128, 1, 2)))
+MINI_RESNET = (16, ((32, 2, 1), (48, 2, 1), (48, 1, 1), (96, 1, 2)))
 # (channels, convolutions), layer 1 to 6: VGG's configuration D, then the paper's three extra convolutions.
 VGG16 = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3), (512, 3))
 

@@ -1,0 +1,268 @@
+"""Localization maps: where a classifier sees each class (equation 1), and their refined successors.
+
+    M^c = ReLU(F^c) / max F^c                                                                    (1)
+
+F are the class maps of the classifier, the refinement network's output N takes M's place later. Both are made
+at the network's resolution, brought to the image's size, and restricted to the classes that the image's
+labels name.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import interpolate
+
+from drs_lib.runtime import evaluating, memory_format
+
+EPSILON = 1e-5
+RELEASE_SCALES = (256, 320, 384)
+
+
+def localization_maps(model, images, labels=None, scales=None, size=None):
+    """Localization maps of a classifier, equation 1.
+
+    The class maps are upsampled first (bilinear, corners aligned) and divided by their maximum (+ 1e-5) after
+    that, so that a map's largest value is 1 at the output's resolution too. A class map without positive
+    values gives zeros.
+
+    Args:
+        model: a network with ``class_maps(images) -> (N, C, h, w)``, in any mode; its mode is restored.
+        images: (N, 3, H, W) floats, normalised (`drs_lib.data.normalize`), on any device.
+        labels: (N, C) multi-hot; maps of absent classes are 0. None: all classes.
+        scales: sides in pixels of squares to which the images are resized in turn; the result is the
+            element-wise maximum of the maps of all of them, each divided by its own maximum. None: the images
+            as they are. The released code uses 256, 320 and 384.
+        size: (H, W) or side of the maps; None: the images' size.
+
+    Returns:
+        float32 (N, C, H, W) in [0, 1] on the model's device, without a graph.
+
+    Raises:
+        ValueError: inputs of another kind, or a network that gives NaN or infinity.
+    """
+    return _maps(model, "classifier", images, labels, scales, size)
+
+
+def refined_maps(model, images, labels=None, renormalize=False, scales=None, size=None):
+    """Maps of a refinement network: upsampled, clipped to [0, 1], restricted to the labels' classes.
+
+    The network is linear at its end and may leave [0, 1]. Trained with the squared error it also flattens:
+    its maps are lower than its targets, and a threshold of 0.2 means something else for them.
+    ``renormalize=True`` divides each map by its maximum (+ 1e-5), as equation 1 does. The other arguments,
+    the result and the errors are those of `localization_maps`.
+    """
+    return _maps(model, "refined", images, labels, scales, size, renormalize)
+
+
+def keep_largest_class(maps):
+    """Maps (..., C, H, W) in which every pixel keeps its largest class only.
+
+    The other classes are 0 there; of equal classes the first stays. The released code's target for the
+    refinement network.
+    """
+    largest, index = maps.max(dim=-3, keepdim=True)
+    return torch.zeros_like(maps).scatter_(-3, index, largest)
+
+
+def iterate_maps(
+    model,
+    dataset,
+    *,
+    batch_size=32,
+    scales=None,
+    resize=None,
+    device=None,
+    kind=None,
+    renormalize=False,
+    indices=None,
+    workers=0,
+    progress=False,
+):
+    """Maps of a whole data set, one image at a time, in order, each at the image's own size.
+
+    Args:
+        model: classifier or refinement network; it is moved to ``device`` (None: it stays where it is).
+        dataset: gives ``(image uint8 (3, H, W), labels (C,))``; masks and saliency are not touched.
+        batch_size: images per pass through the network. Images of different sizes are passed separately,
+            unless ``resize`` makes them equal.
+        scales: as for `localization_maps`.
+        resize: side of the square that images are resized to (antialiased) before the network; None: as they
+            are.
+        kind: ``"classifier"`` or ``"refined"``; None: by the model, a classifier being one with
+            ``class_maps``.
+        renormalize: as for `refined_maps`.
+        indices: images to take, in this order; None: all.
+        workers: processes that read images (`torch.utils.data.DataLoader`).
+
+    Yields:
+        ``(index, labels, maps)``: labels (C,), maps float32 (C, H, W) in [0, 1], both on the CPU.
+    """
+    kind = ("classifier" if hasattr(model, "class_maps") else "refined") if kind is None else kind
+    if kind not in ("classifier", "refined"):
+        raise ValueError(f"unknown kind {kind!r}; choose 'classifier', 'refined' or None.")
+    if renormalize and kind == "classifier":
+        raise ValueError(
+            "renormalize is for refined maps; a classifier's are always divided by their maximum."
+        )
+    _check_scales(scales)
+    if resize is not None and not (isinstance(resize, int) and resize > 0):
+        raise ValueError(f"resize is the side of a square in pixels; got {resize!r}.")
+    if device is not None:
+        model.to(device)
+    indices = range(len(dataset)) if indices is None else indices
+    return _iterate(model, dataset, batch_size, scales, resize, kind, renormalize, indices, workers, progress)
+
+
+def _iterate(model, dataset, batch_size, scales, resize, kind, renormalize, indices, workers, progress):
+    from tqdm.auto import tqdm
+
+    from drs_lib.data import normalize
+
+    device = _device(model)
+    loader = torch.utils.data.DataLoader(
+        _Inputs(dataset, resize),
+        batch_size=batch_size,
+        sampler=indices,
+        collate_fn=_group_by_size,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # its own, so that making maps leaves the global random stream alone
+    )
+    with tqdm(total=len(indices), desc="maps", unit="image", disable=not progress) as bar:
+        for groups in loader:
+            results = {}
+            for places, members, images, labels, sizes in groups:
+                images = normalize(images.to(device, non_blocking=True))
+                outputs = _network_outputs(model, kind, images, scales)
+                for size in dict.fromkeys(sizes):
+                    rows = [row for row, own in enumerate(sizes) if own == size]
+                    chosen = [output[rows] for output in outputs] if len(rows) < len(sizes) else outputs
+                    maps = _assemble(chosen, labels[rows], size, kind, renormalize).cpu()
+                    results.update(
+                        (places[row], (members[row], labels[row], maps[k])) for k, row in enumerate(rows)
+                    )
+            for place in range(len(results)):
+                yield results[place]
+            bar.update(len(results))
+
+
+class _Inputs(torch.utils.data.Dataset):
+    """What the network needs of a data set's images, resized where they are read."""
+
+    def __init__(self, dataset, resize):
+        self.dataset, self.resize = dataset, resize
+
+    def __getitem__(self, index):
+        image, labels = self.dataset[index]
+        own = tuple(image.shape[-2:])
+        if self.resize is not None and own != (self.resize, self.resize):
+            side = (self.resize, self.resize)
+            image = interpolate(image[None], side, mode="bilinear", antialias=True)[0]
+        return index, image, labels, own
+
+
+def _group_by_size(items):
+    """A batch as groups of images of equal size; ``places`` are the images' positions in the batch."""
+    groups = {}
+    for place, item in enumerate(items):
+        groups.setdefault(item[1].shape, []).append((place, *item))
+    return [
+        (places, indices, torch.stack(images), torch.stack(labels), sizes)
+        for places, indices, images, labels, sizes in (zip(*group, strict=True) for group in groups.values())
+    ]
+
+
+def _maps(model, kind, images, labels, scales, size, renormalize=False):
+    if not (
+        torch.is_tensor(images) and images.ndim == 4 and images.shape[1] == 3 and images.is_floating_point()
+    ):
+        found = f"{images.dtype} {tuple(images.shape)}" if torch.is_tensor(images) else type(images).__name__
+        raise ValueError(
+            f"images must be a float tensor (N, 3, H, W), normalised by drs_lib.data.normalize; got {found}."
+        )
+    _check_scales(scales)
+    if size is None:
+        size = images.shape[-2:]
+    elif isinstance(size, int):
+        size = (size, size)
+    outputs = _network_outputs(model, kind, images.to(_device(model)), scales)
+    return _assemble(outputs, labels, size, kind, renormalize)
+
+
+def _network_outputs(model, kind, images, scales):
+    """The network's maps (N, C, h, w), one per scale, before any upsampling."""
+    if kind == "classifier" and not hasattr(model, "class_maps"):
+        raise ValueError(
+            f"{type(model).__name__} has no class_maps; maps of a refinement network: refined_maps()."
+        )
+    forward = model.class_maps if kind == "classifier" else model
+    outputs = []
+    with evaluating(model):
+        for side in scales or (None,):
+            at_scale = images
+            if side is not None and images.shape[-2:] != (side, side):
+                at_scale = interpolate(images, (side, side), mode="bilinear", align_corners=False)
+            output = forward(at_scale.contiguous(memory_format=memory_format(images.device)))
+            if output.ndim != 4:
+                raise ValueError(
+                    f"{type(model).__name__} gives shape {tuple(output.shape)}, not maps (N, C, h, w); "
+                    "maps of a classifier: localization_maps()."
+                )
+            outputs.append(output.float())
+    return outputs
+
+
+@torch.no_grad()
+def _assemble(outputs, labels, size, kind, renormalize):
+    """Upsample each scale, turn it into maps in [0, 1], and keep the largest value over the scales."""
+    images, classes = outputs[0].shape[:2]
+    present = _present(labels, images, classes).to(outputs[0].device)
+    size = tuple(size)
+    maps = outputs[0].new_zeros(images, classes, *size)
+    # Only maps that will be kept are upsampled: one or two of VOC's 20. One image of many channels, because a
+    # batch of one-channel images would take a slower kernel.
+    chosen = None
+    for output in outputs:
+        output = output[present][None]
+        if not output.numel():
+            return maps
+        if not torch.isfinite(output).all():
+            raise ValueError(
+                "the network gives NaN or infinity: it has diverged, or its weights are damaged. Train it "
+                "again, with a lower learning rate, or load other weights."
+            )
+        upsampled = interpolate(output, size, mode="bilinear", align_corners=True)[0]
+        upsampled = upsampled.clamp_(0, 1) if kind == "refined" else upsampled.relu_()
+        if kind == "classifier" or renormalize:
+            upsampled.div_(upsampled.amax(dim=(1, 2), keepdim=True) + EPSILON)
+        chosen = upsampled if chosen is None else torch.maximum(chosen, upsampled)
+    maps[present] = chosen
+    return maps
+
+
+def _present(labels, images, classes):
+    if labels is None:
+        return torch.ones(images, classes, dtype=torch.bool)
+    labels = torch.as_tensor(labels)
+    if tuple(labels.shape) != (images, classes):
+        raise ValueError(f"labels must be (N, C) = ({images}, {classes}); got {tuple(labels.shape)}.")
+    if not ((labels == 0) | (labels == 1)).all():
+        raise ValueError("labels must be multi-hot: 1 for the classes an image shows, 0 for the others.")
+    return labels > 0
+
+
+def _check_scales(scales):
+    if scales is None:
+        return
+    if (
+        isinstance(scales, int)
+        or not scales
+        or not all(isinstance(side, int) and side > 0 for side in scales)
+    ):
+        raise ValueError(
+            f"scales are sides of squares in pixels, such as (256, 320, 384), or None; got {scales!r}."
+        )
+
+
+def _device(model):
+    return next(model.parameters()).device

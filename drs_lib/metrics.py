@@ -1,0 +1,206 @@
+"""Scores: mean IoU of label maps, exact-match accuracy of the classifier, quality of localization maps.
+
+The first and the last read masks: they are for scoring, and no training loss is computed here.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+IGNORED = 255
+
+
+def iou_per_class(confusion):
+    """Intersection over union of each label from a (K, K) confusion matrix, rows truth, columns prediction.
+
+    A label that occurs neither in the truth nor in the prediction has no IoU: NaN.
+    """
+    confusion = np.asarray(confusion, dtype=np.float64)
+    if confusion.ndim != 2 or confusion.shape[0] != confusion.shape[1]:
+        raise ValueError(f"a confusion matrix is square, (K, K); got shape {confusion.shape}.")
+    intersection = np.diag(confusion)
+    return _ratio(intersection, confusion.sum(axis=0) + confusion.sum(axis=1) - intersection)
+
+
+def mean_iou(confusion):
+    """Mean IoU of a (K, K) confusion matrix over the labels that occur in the truth or the prediction."""
+    iou = iou_per_class(confusion)
+    if np.isnan(iou).all():
+        raise ValueError("the confusion matrix is empty: no pixel was scored. Call update() first.")
+    return float(np.nanmean(iou))
+
+
+class SegmentationScore:
+    """Mean IoU over a set of images, from one confusion matrix of all their pixels, as VOC scores it.
+
+    Pixels whose mask is 255 are left out. A prediction may hold 255 too, when it is a pseudo label:
+    ``ignored_prediction="background"`` (default) counts such pixels as background, so that a label map can't
+    look better by leaving out what is hard; ``"exclude"`` leaves them out and scores what is claimed only.
+
+    Args:
+        num_classes: number of labels, background included: a data set's ``num_classes`` + 1, 21 for VOC.
+    """
+
+    def __init__(self, num_classes, ignored_prediction="background"):
+        if ignored_prediction not in ("background", "exclude"):
+            raise ValueError(
+                f"ignored_prediction must be 'background' or 'exclude'; got {ignored_prediction!r}."
+            )
+        # Imported here: it takes seconds to load, and a run that only reads stored scores never needs it.
+        from torchmetrics.classification import MulticlassConfusionMatrix
+
+        self.num_classes = num_classes
+        self.ignored_prediction = ignored_prediction
+        self._confusion = MulticlassConfusionMatrix(num_classes, ignore_index=IGNORED, validate_args=False)
+
+    def update(self, pred, mask):
+        """Add predictions and masks, integer tensors or arrays of equal shape: (H, W) or (N, H, W)."""
+        mask = _labels(mask)
+        pred = _labels(pred).to(mask.device)
+        if pred.shape != mask.shape:
+            raise ValueError(
+                f"prediction {tuple(pred.shape)} and mask {tuple(mask.shape)} differ in size; score at the "
+                "image's size."
+            )
+        for name, values in (("prediction", pred), ("mask", mask)):
+            outside = values[(values != IGNORED) & ((values < 0) | (values >= self.num_classes))]
+            if outside.numel():
+                raise ValueError(
+                    f"the {name} holds label {outside[0].item()}; expected 0..{self.num_classes - 1} "
+                    "(background included in num_classes) or 255 for ignored."
+                )
+        ignored = pred == IGNORED
+        if self.ignored_prediction == "exclude":
+            mask = mask.masked_fill(ignored, IGNORED)
+        self._confusion.to(mask.device).update(pred.masked_fill(ignored, 0), mask)
+        return self
+
+    @property
+    def confusion(self):
+        """(K, K) integer array, rows truth, columns prediction."""
+        return self._confusion.confmat.cpu().numpy().astype(np.int64)
+
+    def compute(self):
+        """``miou``, the mean over labels that occur in truth or prediction, and ``iou`` per label (K,)."""
+        return {"miou": mean_iou(self.confusion), "iou": iou_per_class(self.confusion)}
+
+
+def exact_match_accuracy(logits, labels):
+    """Fraction of images with every one of the C image-level labels right, at a sigmoid of 0.5 or more.
+
+    The paper gives 72.6 % and 68.7 % "classification accuracy" without a definition; this is the one of the
+    released code. Logits and labels are (N, C).
+    """
+    logits, labels = torch.as_tensor(logits), torch.as_tensor(labels)
+    if logits.ndim != 2 or logits.shape != labels.shape or not len(logits):
+        raise ValueError(
+            f"logits and labels must both be (N, C), N at least 1; got {tuple(logits.shape)} and "
+            f"{tuple(labels.shape)}."
+        )
+    if torch.isnan(logits).any():
+        raise ValueError(
+            "the logits hold NaN: the network has diverged; train again with a lower learning rate."
+        )
+    return ((logits >= 0) == (labels.to(logits.device) > 0)).all(dim=1).float().mean().item()
+
+
+class MapScore:
+    """Quality of localization maps against masks, over many images, for the classes that their labels name.
+
+    Every pair of image and present class c compares the map of c with the pixels that the mask gives to c.
+    Counts are pooled per class over all images and averaged over classes, as mIoU does; pixels masked 255 are
+    left out.
+    """
+
+    KEYS = ("recall", "precision", "iou", "on_object", "on_background")
+
+    def __init__(self, alpha=0.2):
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha is a threshold and must lie in [0, 1]; got {alpha!r}.")
+        self.alpha = alpha
+        self._sums = None
+
+    def update(self, maps, masks, labels):
+        """Add maps (N, C, H, W) in [0, 1], masks (N, H, W) and image-level labels (N, C)."""
+        maps = torch.as_tensor(maps)
+        masks = _labels(masks).to(maps.device)
+        labels = torch.as_tensor(labels).to(maps.device)
+        if (
+            maps.ndim != 4
+            or masks.shape != (maps.shape[0], *maps.shape[2:])
+            or labels.shape != maps.shape[:2]
+        ):
+            raise ValueError(
+                "maps (N, C, H, W), masks (N, H, W) and labels (N, C) do not belong together: got "
+                f"{tuple(maps.shape)}, {tuple(masks.shape)} and {tuple(labels.shape)}."
+            )
+        classes = maps.shape[1]
+        outside = masks[(masks != IGNORED) & ((masks < 0) | (masks > classes))]
+        if outside.numel():
+            raise ValueError(
+                f"a mask holds label {outside[0].item()}; expected 0..{classes} or 255 for ignored."
+            )
+        if self._sums is None:
+            self._sums = torch.zeros(7, classes, dtype=torch.float64)
+        elif self._sums.shape[1] != classes:
+            raise ValueError(f"maps of {self._sums.shape[1]} classes came before; now {classes}.")
+
+        image, c = torch.nonzero(labels > 0, as_tuple=True)
+        values, mask = maps[image, c].flatten(1).float(), masks[image].flatten(1)
+        scored, background = mask != IGNORED, mask == 0
+        on_object = mask == (c + 1)[:, None]
+        above = (values > self.alpha) & scored
+        found = above & on_object
+        sums = (
+            found.sum(1), above.sum(1), on_object.sum(1), (above | on_object).sum(1), background.sum(1),
+            (values * on_object).sum(1), (values * background).sum(1),
+        )  # fmt: skip
+        # float64 lives on the CPU: MPS has none.
+        self._sums.index_add_(1, c.cpu(), torch.stack([total.cpu().double() for total in sums]))
+        return self
+
+    def compute(self):
+        """The scores as a dict, each the mean over the classes for which it is defined.
+
+        ``recall``, ``precision`` and ``iou`` of "map > alpha"; ``on_object`` and ``on_background``, the mean
+        map value on the class's own pixels and on background pixels. ``per_class`` holds the same keys as
+        arrays (C,), NaN where undefined (precision: a map never above alpha; recall and ``on_object``: no
+        pixel of the class).
+        """
+        if self._sums is None:
+            raise ValueError("no map was scored yet; call update() first.")
+        found, above, objects, union, background, object_sum, background_sum = self._sums.numpy()
+        per_class = {
+            "recall": _ratio(found, objects),
+            "precision": _ratio(found, above),
+            "iou": _ratio(found, union),
+            "on_object": _ratio(object_sum, objects),
+            "on_background": _ratio(background_sum, background),
+        }
+        return {**{key: _mean(values) for key, values in per_class.items()}, "per_class": per_class}
+
+
+def map_quality(maps, masks, labels, alpha=0.2):
+    """`MapScore` of one batch of maps; see there for the keys."""
+    return MapScore(alpha).update(maps, masks, labels).compute()
+
+
+def _labels(values):
+    tensor = values if isinstance(values, torch.Tensor) else torch.from_numpy(np.array(values, order="C"))
+    if tensor.is_floating_point() or tensor.dtype == torch.bool:
+        raise ValueError(
+            f"label maps hold integers; got {tensor.dtype}. Take the argmax of probabilities first."
+        )
+    return tensor.long()
+
+
+def _ratio(part, whole):
+    return np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0)
+
+
+def _mean(values):
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if len(defined) else math.nan
