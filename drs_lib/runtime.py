@@ -1,0 +1,157 @@
+"""Seed, device, precision and threads: the one place where a run's surroundings are decided.
+
+What a training produces depends on its recipe, its data, its seed, the machine, and on two things that are
+easy to overlook: the random numbers drawn before it, and the number of threads (sums are split differently,
+so the last bits differ). `seeded` and `threads` take both away.
+"""
+
+import os
+import random
+from contextlib import contextmanager, nullcontext
+
+import numpy as np
+import torch
+
+from drs_lib.recipes import PRECISIONS
+
+
+def seed_everything(seed, accelerators=True):
+    """Seed Python's, NumPy's and torch's generators, the last on every device unless `accelerators` is False.
+
+    seed: int in [0, 2**32), NumPy's range. Raises ValueError outside it.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed!r}: expected an integer from 0 to 2**32 - 1")
+    random.seed(int(seed))
+    np.random.seed(int(seed))
+    if accelerators:
+        torch.manual_seed(int(seed))
+    else:
+        torch.default_generator.manual_seed(int(seed))
+
+
+@contextmanager
+def preserved_rng(accelerators=True):
+    """Give the caller's random generators back as they were, whatever the block draws from them."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    # A GPU that has not been used has no state worth keeping, and asking for it would start the GPU.
+    cuda = torch.cuda.get_rng_state_all() if accelerators and torch.cuda.is_initialized() else None
+    mps = torch.mps.get_rng_state() if accelerators and torch.backends.mps.is_available() else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+        if mps is not None:
+            torch.mps.set_rng_state(mps)
+
+
+@contextmanager
+def seeded(seed, accelerators=True):
+    """Run a block from `seed`, whatever was drawn before, and leave the caller's generators untouched.
+
+    accelerators: False where the block only works on the CPU, as in a process that reads images.
+    """
+    with preserved_rng(accelerators):
+        seed_everything(seed, accelerators)
+        yield
+
+
+@contextmanager
+def threads(n=None):
+    """Run a block with `n` torch threads (None: leave the number alone), then restore the former number.
+
+    The Critters recipes train with one thread. Their layers are too small to gain much from more, a table's
+    rows run as one process per core instead, and a number fixed in the recipe is what makes a laptop with
+    eight cores print the table that one with two prints.
+    """
+    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
+        raise ValueError(f"threads is {n!r}: expected a positive integer, or None to leave the number alone")
+    former = torch.get_num_threads()
+    if n is not None:
+        torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(former)
+
+
+def pick_device(name=None):
+    """The device to compute on: `name`, else the environment variable DRS_DEVICE, else the best there is.
+
+    The best is cuda, then mps, then cpu. Returns a torch.device. Raises ValueError for a name torch doesn't
+    know, RuntimeError for a device this machine doesn't have.
+    """
+    origin = "device"
+    if name is None and os.environ.get("DRS_DEVICE"):
+        name, origin = os.environ["DRS_DEVICE"], "the environment variable DRS_DEVICE"
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"{origin} is {name!r}: expected cpu, cuda, cuda:<number> or mps") from error
+    found = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if device.type not in found:
+        raise ValueError(f"{origin} is {name!r}: expected cpu, cuda, cuda:<number> or mps")
+    if (device.index or 0) >= found[device.type]:
+        raise RuntimeError(
+            f"{origin} asks for {name!r}, but torch finds {found[device.type]} {device.type} devices on this "
+            "machine: leave it out to take the best one there is"
+        )
+    return device
+
+
+def autocast(device, precision="float32"):
+    """The context in which a forward pass runs: "float32" as it is, "bfloat16" under torch's autocast."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}: expected one of {', '.join(PRECISIONS)}")
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
+
+
+def memory_format(device):
+    """Channels-last where convolutions are faster for it (CPU, CUDA), contiguous elsewhere (MPS)."""
+    return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
+
+
+@contextmanager
+def evaluating(model):
+    """Evaluation mode without gradients; afterwards every module is back in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield model
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def deterministic():
+    """Ask CUDA for bitwise repeatable operations inside the block, at some cost in speed.
+
+    A CPU with a fixed number of threads repeats itself without. Where torch has no repeatable form of an
+    operation it says so in a warning. cuBLAS reads its setting when CUDA starts, so enter the block before
+    the first CUDA call of the process.
+    """
+    former = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    benchmark = torch.backends.cudnn.benchmark
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(former[0], warn_only=former[1])
+        torch.backends.cudnn.benchmark = benchmark

@@ -1,0 +1,604 @@
+"""Training and scoring the three networks of Figure 3: one loop, three losses.
+
+    recipe + images and labels                    -> train_classifier    -> classifier with DRS
+    recipe + images and localization maps         -> train_refinement    -> refinement network
+    recipe + images and (pseudo) segment labels   -> train_segmentation  -> DeepLab
+
+Each is a function of its arguments and the seed alone: the same call gives the same weights, bit for bit, on
+the same machine with the same number of threads, whatever was drawn before it and however many processes read
+the images. The data set's pixel masks are out of reach for all three (`drs_lib.data.without_masks`).
+"""
+
+import functools
+import math
+import time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm.auto import tqdm
+
+from drs_lib import networks
+from drs_lib.crf import iterate_crf
+from drs_lib.data import normalize, without_masks
+from drs_lib.data.transforms import training_transform
+from drs_lib.drs import LearnableController
+from drs_lib.metrics import SegmentationScore, exact_match_accuracy
+from drs_lib.recipes import PARAMETER_GROUPS, ClassifyRecipe, RefineRecipe, SegmentRecipe
+from drs_lib.runtime import autocast, evaluating, memory_format, pick_device, preserved_rng, seeded, threads
+
+__all__ = [
+    "ClassifyRecipe",
+    "RefineRecipe",
+    "SegmentRecipe",
+    "TrainingDiverged",
+    "evaluate_classifier",
+    "evaluate_segmentation",
+    "fit",
+    "make_optimizer",
+    "parameter_groups",
+    "predict_segmentation",
+    "train_classifier",
+    "train_network",
+    "train_refinement",
+    "train_segmentation",
+]
+
+IGNORED = 255
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or the weights are no longer finite; nothing of the training is returned."""
+
+
+def classification_loss(model, batch):
+    """Binary cross-entropy of P = sigmoid(GAP(F)) against the labels, averaged over images and classes."""
+    return F.binary_cross_entropy_with_logits(model(batch.images).float(), batch.labels)
+
+
+def refinement_loss(model, batch, size="map", label_mask=False):
+    """Mean-squared error between refined maps N and target maps M, batch.extra (N, C, H, W) in [0, 1].
+
+    size "map": M is sampled at N's size, by the grid on which the localization maps were upsampled (bilinear
+    with aligned corners), so that an uncropped map comes back unchanged. "image": N is upsampled instead.
+    label_mask: the mean is over the channels of the image's own classes.
+    """
+    refined, target = model(batch.images).float(), batch.extra
+    if size == "map":
+        target = _resize_maps(target, refined.shape[-2:])
+    else:
+        refined = _resize_maps(refined, target.shape[-2:])
+    if not label_mask:
+        return F.mse_loss(refined, target)
+    error = (refined - target).square().mean((2, 3)) * batch.labels
+    return error.sum() / batch.labels.sum().clamp(min=1)
+
+
+def segmentation_loss(model, batch, size="logits"):
+    """Cross-entropy against the labels, batch.extra uint8 (N, H, W); the mean over pixels that are not 255.
+
+    Summed over `model.training_logits`: one map for LargeFOV, three scales and their maximum for ASPP. size
+    "logits": the labels are sampled, nearest, at the size of each; "image": the logits are upsampled.
+    """
+    return sum(
+        _cross_entropy(logits.float(), batch.extra, size) for logits in model.training_logits(batch.images)
+    )
+
+
+def _cross_entropy(logits, labels, size):
+    if size == "image":
+        logits = _resize_logits(logits, labels.shape[-2:])
+    else:
+        labels = F.interpolate(labels[:, None].float(), logits.shape[-2:], mode="nearest-exact")[:, 0]
+    labels = labels.long()
+    # A batch of crops may hold no labelled pixel at all, and the mean over none of them is NaN.
+    labelled = (labels != IGNORED).sum().clamp(min=1)
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / labelled
+
+
+def _resize_maps(maps, size):
+    return F.interpolate(maps, tuple(size), mode="bilinear", align_corners=True)
+
+
+def _resize_logits(logits, size):
+    # Without aligned corners, a logit stands for a cell of the image, the same cell from which the nearest
+    # label is taken.
+    return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
+
+
+class Batch(NamedTuple):
+    """Indices (N,) into the data set, images (N, 3, H, W), labels (N, C), and what the stage adds or None."""
+
+    indices: torch.Tensor
+    images: torch.Tensor
+    labels: torch.Tensor
+    extra: torch.Tensor | None
+
+
+def fit(
+    model,
+    batches,
+    loss,
+    optimizer,
+    scheduler,
+    *,
+    steps,
+    accumulate=1,
+    precision="float32",
+    names=None,
+    title="training",
+    progress=True,
+    on_epoch=None,
+):
+    """Train `model` in place for `steps` iterations of the optimiser; the loop of all three stages.
+
+    batches: an iterable of `Batch` with uint8 images; one pass over it is an epoch. loss(model, batch): a
+    scalar. scheduler: stepped after each iteration. accumulate: batches per iteration. names: the images'
+    ids, for messages. on_epoch(history): called after every epoch; random numbers it draws don't change the
+    training.
+
+    Returns the history, a list of dict(epoch, loss, lr, seconds) in which `loss` is the epoch's mean and `lr`
+    the first parameter group's rate at its end. Raises TrainingDiverged when the loss or a weight stops being
+    finite.
+    """
+    device = next(model.parameters()).device
+    layout = memory_format(device)
+    model.train()
+    optimizer.zero_grad(set_to_none=True)
+    history, step, seen = [], 0, 0
+    with tqdm(total=steps, desc=title, unit="step", disable=not progress, dynamic_ncols=True) as bar:
+        while step < steps:
+            start, losses, seen_before = time.perf_counter(), [], seen
+            rate = optimizer.param_groups[0]["lr"]
+            for batch in batches:
+                indices = batch.indices
+                batch = Batch(
+                    *(None if part is None else part.to(device, non_blocking=True) for part in batch)
+                )
+                batch = batch._replace(images=normalize(batch.images).contiguous(memory_format=layout))
+                with autocast(device, precision):
+                    value = loss(model, batch)
+                losses.append(value.item())
+                if not math.isfinite(losses[-1]):
+                    raise TrainingDiverged(
+                        f"{title}: the loss is {losses[-1]} in epoch {len(history) + 1}, iteration "
+                        f"{step + 1} of {steps}, at learning rate {_rates(optimizer)}, on the images "
+                        f"{_ids(indices, names)}. {_REMEDY}"
+                    )
+                (value / accumulate).backward()
+                seen += 1
+                if seen % accumulate:
+                    continue
+                rate = optimizer.param_groups[0]["lr"]
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                scheduler.step()
+                step += 1
+                bar.update()
+                bar.set_postfix(epoch=len(history) + 1, loss=f"{losses[-1]:.4f}", refresh=False)
+                if step == steps:
+                    break
+            if seen == seen_before:
+                raise ValueError(f"{title}: no batch came out of the data; is the data set empty?")
+            history.append(
+                dict(
+                    epoch=len(history) + 1,
+                    loss=float(np.mean(losses)),
+                    lr=rate,
+                    seconds=time.perf_counter() - start,
+                )
+            )
+            if step == steps:
+                _check_weights(model, f"{title}: after the last iteration, {steps}")
+            if on_epoch is not None:
+                with preserved_rng():
+                    on_epoch(history)
+    return history
+
+
+_REMEDY = (
+    "Nothing of this training is kept. Try a smaller learning rate first, recipe.replace(lr=...), then "
+    "precision='float32' if it was lower, then look at those images and at what they are trained on."
+)
+
+
+def _check_weights(model, when):
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise TrainingDiverged(f"{when}, {name} is no longer finite. {_REMEDY}")
+
+
+def _rates(optimizer):
+    return ", ".join(f"{rate:.3g}" for rate in sorted({group["lr"] for group in optimizer.param_groups}))
+
+
+def _ids(indices, names):
+    ids = [str(i) if names is None else str(names[i]) for i in indices.tolist()]
+    return ", ".join(ids[:10]) + (f" and {len(ids) - 10} more" if len(ids) > 10 else "")
+
+
+def parameter_groups(model, recipe):
+    """The model's trainable parameters as groups for an optimiser, in the order of PARAMETER_GROUPS.
+
+    Which modules are new is the model's own word, `model.new_modules()`. A parameter is placed by what it is,
+    never by its name, which changes under wrappers. The biases are all parameters of one dimension: batch
+    norm's scales and shifts are among them, and `bias_decay=False` spares them from decay too. Empty groups
+    are left out.
+
+    Raises ValueError when new_modules() lists a module twice or one that isn't in the model, or leaves out a
+    DRS controller or the head; when weights of either kind are missing altogether, or any group whose
+    learning rate the recipe multiplies.
+    """
+    new = [id(module) for listed in model.new_modules() for module in listed.modules()]
+    modules = {id(module): module for module in model.modules()}
+    if len(set(new)) < len(new):
+        twice = next(modules.get(i) for i in new if new.count(i) > 1)
+        raise ValueError(f"new_modules() of {_kind(model)} lists a {_kind(twice)} twice: list it once")
+    if not modules.keys() >= set(new):
+        raise ValueError(f"new_modules() of {_kind(model)} lists a module that is not part of the model")
+    for module in modules.values():
+        always_new = isinstance(module, LearnableController) or module is getattr(model, "head", None)
+        if always_new and id(module) not in new:
+            raise ValueError(f"new_modules() of {_kind(model)} leaves out its {_kind(module)}, which is new")
+
+    fresh = {id(p) for listed in model.new_modules() for p in listed.parameters()}
+    groups = {name: [] for name in PARAMETER_GROUPS}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            age = "new" if id(parameter) in fresh else "pretrained"
+            groups[f"{age} {'biases' if parameter.ndim == 1 else 'weights'}"].append(parameter)
+    multipliers = dict(zip(PARAMETER_GROUPS, recipe.lr_multipliers, strict=True))
+    for name, parameters in groups.items():
+        if not parameters and (name.endswith("weights") or multipliers[name] != 1):
+            raise ValueError(
+                f"{_kind(model)} has no trainable {name}, for which the recipe has the learning rate "
+                f"{recipe.lr:g} x {multipliers[name]:g}: its new_modules() is wrong, or the recipe is for "
+                "another network (then set that multiplier to 1)"
+            )
+    return [
+        dict(
+            params=parameters,
+            name=name,
+            lr=recipe.lr * multipliers[name],
+            weight_decay=recipe.weight_decay if recipe.bias_decay or name.endswith("weights") else 0.0,
+        )
+        for name, parameters in groups.items()
+        if parameters
+    ]
+
+
+def _kind(module):
+    return type(module).__name__
+
+
+def make_optimizer(model, recipe):
+    """The recipe's optimiser over `parameter_groups(model, recipe)`."""
+    groups = parameter_groups(model, recipe)
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer](groups, lr=recipe.lr)
+
+
+class _Order(Sampler):
+    """Which images make up which batch, epoch after epoch, and the seed of each batch's augmentation.
+
+    With a seed of its own, a batch looks the same whichever process makes it.
+    """
+
+    def __init__(self, images, per_epoch, batch, accumulate, seed):
+        self.images, self.batch, self.used = images, batch, per_epoch * batch * accumulate
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __iter__(self):
+        order = torch.randperm(self.images, generator=self.generator)[: self.used]
+        for indices in order.split(self.batch):
+            yield int(torch.randint(2**32, (), generator=self.generator)), indices
+
+    def __len__(self):
+        return math.ceil(min(self.images, self.used) / self.batch)
+
+
+class _Samples(Dataset):
+    """Reads, checks, augments and stacks the images of a batch, with what `extra(i, image)` adds to each."""
+
+    def __init__(self, dataset, transform, extra=None):
+        self.dataset, self.transform, self.extra = dataset, transform, extra
+
+    def __getitem__(self, key):
+        seed, indices = key
+        images, labels, extras = [], [], []
+        with seeded(seed, accelerators=False):
+            for i in indices.tolist():
+                image, label = self.dataset[i]
+                if self.extra is None:
+                    (image,) = self.transform(image)
+                else:
+                    image, extra = self.transform(image, self.extra(i, image))
+                    extras.append(extra)
+                images.append(image)
+                labels.append(label)
+        if any(image.shape != images[0].shape for image in images):
+            sizes = sorted({f"{image.shape[-2]}x{image.shape[-1]}" for image in images})
+            raise ValueError(
+                f"the images of one batch have different sizes ({', '.join(sizes)}) after augmentation: set "
+                "the recipe's crop or resize"
+            )
+        return Batch(
+            indices, torch.stack(images), torch.stack(labels), torch.stack(extras) if extras else None
+        )
+
+
+def _loader(dataset, recipe, extra, seed, device):
+    per_epoch, _ = recipe.steps(len(dataset))
+    transform = training_transform(
+        crop=recipe.crop, resize=recipe.resize, scale=recipe.scale, flip=recipe.flip, jitter=recipe.jitter
+    )
+    return DataLoader(
+        _Samples(dataset, transform, extra),
+        batch_size=None,
+        sampler=_Order(len(dataset), per_epoch, recipe.batch, recipe.accumulate, seed),
+        num_workers=recipe.workers,
+        persistent_workers=recipe.workers > 0,
+        pin_memory=device.type == "cuda",
+        # The loader draws a number of its own each epoch; it must not come out of the network's stream.
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+class _TargetMaps:
+    """Target localization maps by index, checked, as float32 (C, H, W) at the image's size."""
+
+    def __init__(self, targets, dataset):
+        _expect_one_each(targets, dataset, "targets")
+        self.targets, self.names, self.classes = targets, dataset.names, dataset.num_classes
+
+    def __call__(self, i, image):
+        maps = _tensor(self.targets[i])
+        if maps.ndim != 3 or len(maps) != self.classes or not maps.is_floating_point():
+            raise ValueError(
+                f"the target maps of {self.names[i]} are {maps.dtype} {tuple(maps.shape)}: expected floating "
+                f"point ({self.classes}, H, W) in [0, 1]"
+            )
+        maps = maps.float()
+        low, high = (float(value) for value in torch.aminmax(maps))
+        if not (low >= 0 and high <= 1):
+            raise ValueError(
+                f"the target maps of {self.names[i]} go from {low:g} to {high:g}: expected [0, 1]"
+            )
+        if maps.shape[-2:] != image.shape[-2:]:
+            maps = _resize_maps(maps[None], image.shape[-2:])[0]
+        return maps
+
+
+class _LabelMaps:
+    """Segmentation labels by index, checked, as uint8 (H, W)."""
+
+    def __init__(self, labels, dataset):
+        _expect_one_each(labels, dataset, "labels")
+        self.labels, self.names, self.classes = labels, dataset.names, dataset.num_classes
+
+    def __call__(self, i, image):
+        labels = _tensor(self.labels[i])
+        if labels.dtype != torch.uint8 or labels.shape != image.shape[-2:]:
+            raise ValueError(
+                f"the segmentation labels of {self.names[i]} are {labels.dtype} {tuple(labels.shape)}: "
+                f"expected uint8 {tuple(image.shape[-2:])}, the image's size"
+            )
+        wrong = labels[(labels > self.classes) & (labels != IGNORED)]
+        if len(wrong):
+            raise ValueError(
+                f"the segmentation labels of {self.names[i]} hold the value {int(wrong.max())}: expected 0 "
+                f"for background, 1 to {self.classes} for the classes, {IGNORED} for ignored pixels"
+            )
+        return labels
+
+
+def _tensor(values):
+    # An array is copied: it may be read-only, a memory map for one, and torch has no read-only tensors.
+    return values if isinstance(values, torch.Tensor) else torch.from_numpy(np.array(values))
+
+
+def _expect_one_each(sequence, dataset, what):
+    if len(sequence) != len(dataset):
+        raise ValueError(f"{len(sequence)} {what} for {len(dataset)} images: expected one each")
+
+
+def train_classifier(recipe, dataset, seed=0, device=None, progress=True, on_epoch=None):
+    """Train a classifier with DRS on image-level labels; Figure 3 (a).
+
+    recipe: ClassifyRecipe. dataset: see drs_lib.data; its masks can't be reached from here. device: None for
+    the best there is. on_epoch(history): called after every epoch. The last epoch's weights are kept:
+    choosing an epoch by its masks' score would be supervision the method claims to do without.
+
+    Returns (model in eval mode, history); see `fit` for the history. Raises TrainingDiverged.
+    """
+
+    def build(data):
+        return networks.classifier(
+            recipe.backbone, data.num_classes, recipe.drs_layers, recipe.delta, weights=recipe.weights
+        )
+
+    return _train(
+        ClassifyRecipe, recipe, dataset, build, classification_loss, None, seed, device, progress, on_epoch
+    )
+
+
+def train_refinement(recipe, dataset, targets, seed=0, device=None, progress=True, on_epoch=None):
+    """Train the refinement network on localization maps; Figure 3 (b).
+
+    recipe: RefineRecipe. targets: a sequence with one float array (C, H, W) in [0, 1] for each image, read
+    when it is needed; of another size than the image, it is upsampled. The rest as in `train_classifier`.
+    """
+
+    def build(data):
+        return networks.refinement_network(recipe.backbone, data.num_classes, weights=recipe.weights)
+
+    loss = functools.partial(refinement_loss, size=recipe.loss_size, label_mask=recipe.label_mask)
+    extra = _TargetMaps(targets, dataset)
+    return _train(RefineRecipe, recipe, dataset, build, loss, extra, seed, device, progress, on_epoch)
+
+
+def train_segmentation(recipe, dataset, labels, seed=0, device=None, progress=True, on_epoch=None):
+    """Train a DeepLab on segmentation labels; Figure 3 (c).
+
+    recipe: SegmentRecipe. labels: a sequence with one uint8 array (H, W) for each image: 0 background, 1..C
+    the classes, 255 ignored. Pseudo labels give the weakly supervised network; a caller who hands over the
+    true masks gets the fully supervised one. The rest as in `train_classifier`.
+    """
+
+    def build(data):
+        return networks.deeplab(recipe.kind, recipe.backbone, data.num_classes + 1, weights=recipe.weights)
+
+    loss = functools.partial(segmentation_loss, size=recipe.loss_size)
+    extra = _LabelMaps(labels, dataset)
+    return _train(SegmentRecipe, recipe, dataset, build, loss, extra, seed, device, progress, on_epoch)
+
+
+def train_network(
+    recipe,
+    dataset,
+    build,
+    loss,
+    *,
+    labels=None,
+    extra=None,
+    seed=0,
+    device=None,
+    progress=True,
+    on_epoch=None,
+    title="training",
+):
+    """Train the network that ``build(dataset)`` returns: what the three stages and pretraining share.
+
+    loss(model, batch): a scalar, see `fit`. labels: what becomes ``batch.extra``, a sequence with one uint8
+    array (H, W) for each image. The rest as in `train_classifier`.
+    """
+    dataset = without_masks(dataset)
+    if labels is not None:
+        extra = _LabelMaps(labels, dataset)
+    device = pick_device(device)
+    per_epoch, steps = recipe.steps(len(dataset))
+    with seeded(seed), threads(recipe.threads):
+        model = build(dataset).to(device=device, memory_format=memory_format(device))
+        optimizer = make_optimizer(model, recipe)
+        factor = functools.partial(recipe.lr_factor, per_epoch=per_epoch, total=steps)
+        history = fit(
+            model,
+            _loader(dataset, recipe, extra, seed, device),
+            loss,
+            optimizer,
+            torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
+            steps=steps,
+            accumulate=min(recipe.accumulate, math.ceil(len(dataset) / recipe.batch)),
+            precision=recipe.precision,
+            names=dataset.names,
+            title=title,
+            progress=progress,
+            on_epoch=on_epoch,
+        )
+    return model.eval(), history
+
+
+def _train(kind, recipe, dataset, build, loss, extra, seed, device, progress, on_epoch):
+    if not isinstance(recipe, kind):
+        raise TypeError(f"recipe is a {_kind(recipe)}: expected a {kind.__name__}")
+    return train_network(
+        recipe,
+        dataset,
+        build,
+        loss,
+        extra=extra,
+        seed=seed,
+        device=device,
+        progress=progress,
+        on_epoch=on_epoch,
+        title=kind.__name__.removesuffix("Recipe").lower(),
+    )
+
+
+def predict_segmentation(model, dataset, *, batch_size=16, output="labels", progress=False):
+    """Segment every image of a data set, whole, with the logits upsampled (bilinear) to the image's size.
+
+    Images of one size are passed through the network together. Runs where the model is; its mode is restored.
+
+    Yields (index, result) in order; the result is a NumPy array: for output "labels" uint8 (H, W), for
+    "probabilities" float32 (C + 1, H, W), the softmax.
+    """
+    if output not in ("labels", "probabilities"):
+        raise ValueError(f"output is {output!r}: expected 'labels' or 'probabilities'")
+    return _predict(model, dataset, batch_size, output, progress)
+
+
+def _predict(model, dataset, batch_size, output, progress):
+    for indices, images, _ in _image_batches(dataset, batch_size, None, "segmenting", progress):
+        logits = _resize_logits(_infer(model, images), images.shape[-2:])
+        results = logits.argmax(1).to(torch.uint8) if output == "labels" else logits.softmax(1)
+        yield from zip(indices, results.cpu().numpy(), strict=True)
+
+
+def evaluate_segmentation(model, dataset, crf=None, jobs=None, *, batch_size=16, progress=False):
+    """Mean IoU of a segmentation network against the data set's masks.
+
+    crf: a CRFConfig to score the network's output after the dense CRF as well, on `jobs` processes.
+    Returns dict(miou, iou), see drs_lib.metrics.SegmentationScore; with crf also miou_crf and iou_crf.
+    """
+    plain = SegmentationScore(dataset.num_classes + 1)
+    if crf is None:
+        for i, labels in predict_segmentation(model, dataset, batch_size=batch_size, progress=progress):
+            plain.update(labels, dataset.mask(i))
+        return plain.compute()
+
+    def items():
+        predictions = predict_segmentation(
+            model, dataset, batch_size=batch_size, output="probabilities", progress=progress
+        )
+        for i, probabilities in predictions:
+            plain.update(probabilities.argmax(0), dataset.mask(i))
+            yield probabilities, dataset[i][0].permute(1, 2, 0).numpy()
+
+    refined = SegmentationScore(dataset.num_classes + 1)
+    for i, labels in enumerate(iterate_crf(items(), crf, jobs, progress=False)):
+        refined.update(labels, dataset.mask(i))
+    return {**plain.compute(), **{f"{key}_crf": value for key, value in refined.compute().items()}}
+
+
+def evaluate_classifier(model, dataset, *, batch_size=32, resize=None, progress=False):
+    """Exact-match accuracy of a classifier: the fraction of images with every label right at a sigmoid of
+    0.5.
+
+    resize: side of the square that images are resized to; None: as they are.
+    """
+    logits, labels = [], []
+    for _, images, batch_labels in _image_batches(dataset, batch_size, resize, "classifying", progress):
+        logits.append(_infer(model, images).cpu())
+        labels.append(batch_labels)
+    return exact_match_accuracy(torch.cat(logits), torch.cat(labels))
+
+
+def _image_batches(dataset, batch_size, resize, title, progress):
+    """(indices, images (n, 3, H, W), labels (n, C)): neighbours of one size, `batch_size` at most."""
+    pending = []
+    for i in tqdm(range(len(dataset)), desc=title, unit="image", disable=not progress, dynamic_ncols=True):
+        image, labels = dataset[i]
+        if resize is not None and image.shape[-2:] != (resize, resize):
+            image = F.interpolate(image[None], (resize, resize), mode="bilinear", antialias=True)[0]
+        if pending and (len(pending) == batch_size or pending[0][1].shape != image.shape):
+            yield _stack(pending)
+            pending = []
+        pending.append((i, image, labels))
+    if pending:
+        yield _stack(pending)
+
+
+def _stack(items):
+    indices, images, labels = zip(*items, strict=True)
+    return indices, torch.stack(images), torch.stack(labels)
+
+
+def _infer(model, images):
+    device = next(model.parameters()).device
+    with evaluating(model):
+        images = normalize(images.to(device)).contiguous(memory_format=memory_format(device))
+        return model(images).float()

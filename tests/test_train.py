@@ -1,0 +1,667 @@
+import copy
+import types
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from drs_lib import networks, runtime, train
+from drs_lib.data import MaskAccessError, without_masks
+from drs_lib.train import ClassifyRecipe, RefineRecipe, SegmentRecipe, TrainingDiverged
+
+SIDE = 32
+CLASSIFY = ClassifyRecipe.laptop().replace(weights=None, batch=8, epochs=2)
+REFINE = RefineRecipe.laptop().replace(weights=None, batch=8, epochs=1)
+SEGMENT = SegmentRecipe.laptop().replace(weights=None, batch=8, epochs=1)
+
+
+class Squares:
+    """Images with one coloured square each, whose colour is its class; `mask` counts who asks for it."""
+
+    classes = ("red", "green", "blue")
+    num_classes = 3
+    fingerprint = "squares"
+
+    def __init__(self, length=24, sizes=(SIDE,)):
+        rng = np.random.default_rng(0)
+        self.names = [f"square-{i:02d}" for i in range(length)]
+        self.images, self.masks, self.asked = [], [], []
+        for i in range(length):
+            side, c = sizes[i % len(sizes)], i % 3
+            image, mask = rng.integers(0, 60, (3, side, side), np.uint8), np.zeros((side, side), np.uint8)
+            top, left = rng.integers(0, side // 2, 2)
+            square = np.s_[top : top + side // 2, left : left + side // 2]
+            image[c][square], mask[square] = 255, c + 1
+            self.images.append(torch.from_numpy(image))
+            self.masks.append(mask)
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, i):
+        labels = torch.zeros(3)
+        labels[i % 3] = 1
+        return self.images[i], labels
+
+    def saliency(self, i):
+        return (self.masks[i] > 0).astype(np.uint8) * 255
+
+    def mask(self, i):
+        self.asked.append(i)
+        return self.masks[i]
+
+    def maps(self):
+        return [np.stack([mask == c for c in (1, 2, 3)]).astype(np.float32) for mask in self.masks]
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch):
+    monkeypatch.setenv("DRS_DEVICE", "cpu")
+
+
+@pytest.fixture
+def squares():
+    return Squares()
+
+
+def same_weights(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def classify(dataset, recipe=CLASSIFY, **changes):
+    return train.train_classifier(recipe, dataset, progress=False, **changes)
+
+
+class Outputs(nn.Module):
+    """A network that returns what it was given."""
+
+    def __init__(self, *outputs):
+        super().__init__()
+        self.outputs = [
+            nn.Parameter(torch.tensor(np.array(output), dtype=torch.float32)) for output in outputs
+        ]
+
+    def forward(self, images):
+        return self.outputs[0]
+
+    def training_logits(self, images):
+        return self.outputs
+
+
+def batch_of(labels=None, extra=None):
+    n = len(labels if labels is not None else extra)
+    return train.Batch(torch.arange(n), torch.zeros(n, 3, 8, 8), labels, extra)
+
+
+def nearest(labels, height, width):
+    """The pixel under each output cell's centre."""
+    rows = [int((r + 0.5) * labels.shape[1] / height) for r in range(height)]
+    columns = [int((c + 0.5) * labels.shape[2] / width) for c in range(width)]
+    return labels[:, rows][:, :, columns]
+
+
+def cross_entropy(logits, labels):
+    logits = np.asarray(logits, np.float64)
+    log_sum = np.log(np.exp(logits).sum(1))
+    picked = np.take_along_axis(logits, np.where(labels == 255, 0, labels)[:, None].astype(int), 1)[:, 0]
+    return (log_sum - picked)[labels != 255].mean()
+
+
+def test_classification_loss_is_binary_cross_entropy():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(5, 4)), rng.integers(0, 2, (5, 4)).astype(np.float32)
+    p = 1 / (1 + np.exp(-logits))
+    expected = -(labels * np.log(p) + (1 - labels) * np.log(1 - p)).mean()
+    loss = train.classification_loss(Outputs(logits), batch_of(torch.from_numpy(labels)))
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    same = nn.functional.multilabel_soft_margin_loss(torch.from_numpy(logits), torch.from_numpy(labels))
+    assert loss.item() == pytest.approx(same.item(), rel=1e-5)
+
+
+def test_refinement_loss_at_the_maps_size_in_the_image_and_over_present_classes():
+    rng = np.random.default_rng(0)
+    n, small = rng.normal(size=(2, 3, 5, 5)).astype(np.float32), rng.random((2, 3, 5, 5), np.float32)
+    labels = torch.tensor([[1.0, 0, 0], [1, 0, 1]])
+    upsampled = train._resize_maps(torch.from_numpy(small), (33, 33))
+    batch = batch_of(labels, upsampled)
+    # 33 = 8 x 4 + 1: with aligned corners the small map's nodes are pixels of the upsampled one.
+    assert np.allclose(upsampled[..., ::8, ::8], small, atol=1e-6)
+    assert train.refinement_loss(Outputs(n), batch).item() == pytest.approx(
+        ((n - small) ** 2).mean(), rel=1e-4
+    )
+
+    large = train._resize_maps(torch.from_numpy(n), (33, 33)).numpy()
+    expected = ((large - upsampled.numpy()) ** 2).mean()
+    assert train.refinement_loss(Outputs(n), batch, size="image").item() == pytest.approx(expected, rel=1e-5)
+
+    channels = [((n - small) ** 2)[i, c].mean() for i, c in ((0, 0), (1, 0), (1, 2))]
+    masked = train.refinement_loss(Outputs(n), batch, label_mask=True)
+    assert masked.item() == pytest.approx(np.mean(channels), rel=1e-4)
+    assert train.refinement_loss(Outputs(n), batch_of(labels * 0, upsampled), label_mask=True).item() == 0
+
+
+def test_segmentation_loss_is_the_sum_over_the_scales_outputs():
+    rng = np.random.default_rng(0)
+    labels = rng.choice(np.array([0, 1, 2, 3, 255], np.uint8), (2, 20, 24))
+    sizes = [(5, 6), (4, 5), (3, 3), (5, 6)]
+    logits = [rng.normal(size=(2, 4, *size)) for size in sizes]
+    expected = sum(
+        cross_entropy(scale, nearest(labels, *size)) for scale, size in zip(logits, sizes, strict=True)
+    )
+    loss = train.segmentation_loss(Outputs(*logits), batch_of(extra=torch.from_numpy(labels)))
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_segmentation_loss_of_deeplab_aspp_is_that_of_its_three_scales_and_their_maximum():
+    torch.manual_seed(0)
+    model = networks.deeplab("aspp", "mini", 4)
+    labels = torch.randint(0, 4, (2, 64, 64), dtype=torch.uint8)
+    images = torch.randn(2, 3, 64, 64)
+    batch = train.Batch(torch.arange(2), images, torch.ones(2, 3), labels)
+    logits = model.training_logits(images)
+    assert len(logits) == 4
+    expected = sum(
+        cross_entropy(scale.detach().numpy(), nearest(labels.numpy(), *scale.shape[-2:])) for scale in logits
+    )
+    loss = train.segmentation_loss(model.train(), batch)
+    assert loss.item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_segmentation_loss_at_the_images_size():
+    rng = np.random.default_rng(0)
+    labels = rng.choice(np.array([0, 1, 255], np.uint8), (1, 8, 8))
+    constant = np.broadcast_to(np.array([0.3, -1.0])[None, :, None, None], (1, 2, 2, 2))
+    expected = cross_entropy(np.broadcast_to(constant[..., :1, :1], (1, 2, 8, 8)), labels)
+    loss = train.segmentation_loss(Outputs(constant), batch_of(extra=torch.from_numpy(labels)), size="image")
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_batch_without_a_labelled_pixel_has_no_loss_and_no_gradient():
+    model = Outputs(np.ones((2, 3, 4, 4)))
+    loss = train.segmentation_loss(model, batch_of(extra=torch.full((2, 8, 8), 255, dtype=torch.uint8)))
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(model.outputs[0].grad, torch.zeros(2, 3, 4, 4))
+
+
+def test_training_learns(squares):
+    model, history = classify(squares, CLASSIFY.replace(epochs=12, lr=3e-3), device="cpu")
+    assert history[-1]["loss"] < 0.5 * history[0]["loss"]
+    assert train.evaluate_classifier(model, squares) > 0.9
+    assert [entry["epoch"] for entry in history] == list(range(1, 13))
+    assert all(entry["seconds"] > 0 for entry in history)
+    assert not model.training
+
+
+def test_segmentation_learns_and_is_scored(squares):
+    recipe = SEGMENT.replace(backbone="mini_resnet", epochs=30, lr=3e-3, schedule="constant")
+    model, history = train.train_segmentation(recipe, squares, squares.masks, progress=False)
+    assert history[-1]["loss"] < 0.5 * history[0]["loss"]
+    assert squares.asked == []
+    score = train.evaluate_segmentation(model, squares)
+    # 0.19 for an empty prediction, 0.27 for squares of one and the same class. The logits are 4 x 4.
+    assert score["miou"] > 0.35
+    assert len(score["iou"]) == 4
+    assert sorted(squares.asked) == list(range(24))
+
+
+def test_refinement_learns(squares):
+    recipe = REFINE.replace(epochs=8, lr=3e-3)
+    _, history = train.train_refinement(recipe, squares, squares.maps(), progress=False)
+    assert history[-1]["loss"] < 0.7 * history[0]["loss"]
+
+
+@pytest.mark.parametrize("kind", ["largefov", "aspp"])
+@pytest.mark.parametrize("backbone", ["mini", "mini_resnet"])
+def test_every_small_deeplab_trains(squares, kind, backbone):
+    recipe = SegmentRecipe.laptop(kind, backbone).replace(weights=None, batch=8, iterations=1, epochs=None)
+    model, history = train.train_segmentation(recipe, squares, squares.masks, progress=False)
+    assert len(history) == 1 and np.isfinite(history[0]["loss"])
+    assert model.num_classes == 4
+
+
+def test_the_history_tells_the_rate(squares):
+    recipe = CLASSIFY.replace(epochs=3, schedule="step", milestones=(2, 3), lr=1e-3)
+    seen = []
+    _, history = classify(squares, recipe, on_epoch=lambda history: seen.append(len(history)))
+    assert [entry["lr"] for entry in history] == pytest.approx([1e-3, 1e-4, 1e-5])
+    assert seen == [1, 2, 3]
+
+
+def test_iterations_are_counted_across_epochs_and_stop_within_one(squares, monkeypatch):
+    steps = []
+    monkeypatch.setattr(
+        torch.optim.Adam, "step", lambda self, closure=None: steps.append(self.param_groups[0]["lr"])
+    )
+    recipe = CLASSIFY.replace(epochs=None, iterations=5, schedule="poly", lr=1.0)
+    _, history = classify(squares, recipe)
+    assert len(history) == 2
+    assert steps == pytest.approx([(1 - step / 5) ** 0.9 for step in range(5)])
+
+
+def test_the_same_seed_gives_the_same_weights_whatever_came_before(squares):
+    first, history = classify(squares, seed=3)
+    torch.manual_seed(99)
+    np.random.seed(1)
+    torch.randn(1000)
+    before = torch.get_rng_state()
+    again, history_again = classify(squares, seed=3)
+    assert same_weights(first, again)
+    assert [entry["loss"] for entry in history] == [entry["loss"] for entry in history_again]
+    assert torch.equal(torch.get_rng_state(), before)
+    other, _ = classify(squares, seed=4)
+    assert not same_weights(first, other)
+
+
+def test_neither_a_callback_nor_the_reading_processes_change_the_weights(squares):
+    # DeepLab draws random numbers between the epochs: dropout.
+    def run(recipe, **kwargs):
+        recipe = recipe.replace(epochs=2)
+        return train.train_segmentation(recipe, squares, squares.masks, progress=False, **kwargs)[0]
+
+    plain = run(SEGMENT)
+    assert same_weights(plain, run(SEGMENT, on_epoch=lambda history: torch.rand(7)))
+    assert same_weights(plain, run(SEGMENT.replace(workers=1)))
+
+
+def test_augmentation_differs_from_epoch_to_epoch_and_every_image_is_shown(squares):
+    loader = train._loader(without_masks(squares), CLASSIFY, None, 0, torch.device("cpu"))
+    epochs = []
+    for _ in range(2):
+        batches = list(loader)
+        order = torch.cat([batch.indices for batch in batches]).tolist()
+        assert sorted(order) == list(range(24))
+        images = torch.cat([batch.images for batch in batches])
+        flipped = [not torch.equal(images[k], squares.images[i]) for k, i in enumerate(order)]
+        assert all(torch.equal(images[k].flip(-1), squares.images[order[k]]) for k in range(24) if flipped[k])
+        epochs.append((order, [flipped[order.index(i)] for i in range(24)]))
+    assert epochs[0][0] != epochs[1][0]
+    assert epochs[0][1] != epochs[1][1]
+    assert 0 < sum(epochs[0][1]) < 24
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "accumulate", "expected"),
+    [(24, 8, 1, [8, 8, 8]), (23, 8, 1, [8, 8]), (5, 8, 1, [5]), (24, 4, 2, [4] * 6), (20, 4, 2, [4] * 4)]
+    + [(5, 4, 2, [4, 1]), (3, 4, 2, [3])],
+)
+def test_batches_of_an_epoch(images, batch, accumulate, expected):
+    recipe = CLASSIFY.replace(batch=batch, accumulate=accumulate)
+    loader = train._loader(without_masks(Squares(images)), recipe, None, 0, torch.device("cpu"))
+    assert [len(b.indices) for b in loader] == expected
+    assert len(loader) == len(expected)
+
+
+def test_the_loop_is_gradient_descent_at_the_schedules_rates():
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (3, 4, 3, 1, 1), np.uint8)
+    labels = rng.integers(0, 2, (3, 4, 2)).astype(np.float32)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3, 2, bias=False)).eval()
+    weight = model[1].weight.detach().numpy().astype(np.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    batches = [
+        train.Batch(torch.arange(4), torch.from_numpy(x), torch.from_numpy(y), None)
+        for x, y in zip(pixels, labels, strict=True)
+    ]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    losses = train.fit(
+        model, batches, train.classification_loss, optimizer, scheduler, steps=3, progress=False
+    )
+    expected = []
+    for step in range(3):
+        x = (pixels[step, :, :, 0, 0] / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+        p = 1 / (1 + np.exp(-x @ weight.T))
+        expected.append(-np.mean(labels[step] * np.log(p) + (1 - labels[step]) * np.log(1 - p)))
+        weight = weight - 0.5 / (1 + step) * (p - labels[step]).T @ x / p.size
+    assert np.allclose(model[1].weight.detach().numpy(), weight, atol=1e-5)
+    assert losses[0]["loss"] == pytest.approx(np.mean(expected), rel=1e-5)
+    assert losses[0]["lr"] == pytest.approx(0.5 / 3)
+    assert model.training
+
+
+def test_two_accumulated_batches_are_one_of_twice_the_size(squares):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    results = []
+    for batch, accumulate in ((8, 1), (4, 2)):
+        net = copy.deepcopy(model)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+        scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+        recipe = CLASSIFY.replace(batch=batch, accumulate=accumulate, flip=False)
+        train.fit(
+            net,
+            train._loader(without_masks(squares), recipe, None, 0, torch.device("cpu")),
+            train.classification_loss,
+            optimizer,
+            scheduler,
+            steps=1,
+            accumulate=accumulate,
+            progress=False,
+        )
+        results.append(net[0].weight)
+    assert (results[0] - model[0].weight).abs().max() > 1e-2
+    assert torch.allclose(*results, rtol=0, atol=1e-5)
+
+
+def test_targets_and_labels_are_augmented_with_their_image(squares):
+    data = without_masks(squares)
+    for extra in (train._LabelMaps(squares.masks, data), train._TargetMaps(squares.maps(), data)):
+        loader = train._loader(data, SEGMENT.replace(batch=24), extra, 0, torch.device("cpu"))
+        batch = next(iter(loader))
+        for image, target in zip(batch.images, batch.extra, strict=True):
+            assert torch.equal(image.amax(0) > 100, target > 0 if target.ndim == 2 else target.amax(0) > 0)
+
+
+@pytest.mark.parametrize(
+    ("build", "recipe"),
+    [
+        (lambda: networks.classifier("mini", 3), CLASSIFY),
+        (lambda: networks.classifier("mini", 3, (5, 6), delta=0.5), CLASSIFY),
+        (lambda: networks.classifier("vgg16", 20), ClassifyRecipe(lr_multipliers=(1, 2, 10, 20))),
+        (lambda: networks.refinement_network("vgg16", 20), RefineRecipe(lr_multipliers=(1, 2, 10, 20))),
+        (lambda: networks.deeplab("largefov", "vgg16", 21), SegmentRecipe.largefov_vgg16()),
+        (lambda: networks.deeplab("largefov", "resnet101", 21), SegmentRecipe.largefov_resnet101()),
+        (lambda: networks.deeplab("aspp", "resnet101", 21), SegmentRecipe.aspp_resnet101()),
+        (lambda: networks.deeplab("aspp", "mini_resnet", 4), SegmentRecipe.laptop("aspp", "mini_resnet")),
+    ],
+)
+def test_groups_are_the_trainable_parameters_each_once_at_its_rate(build, recipe):
+    with torch.device("meta"):
+        model = build()
+    groups = train.parameter_groups(model, recipe)
+    grouped = [id(p) for group in groups for p in group["params"]]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == {id(p) for p in model.parameters() if p.requires_grad}
+    fresh = {id(p) for module in model.new_modules() for p in module.parameters()}
+    multiplier = dict(zip(train.PARAMETER_GROUPS, recipe.lr_multipliers, strict=True))
+    for group in groups:
+        age, kind = group["name"].split()
+        assert {id(p) in fresh for p in group["params"]} == {age == "new"}
+        assert {p.ndim == 1 for p in group["params"]} == {kind == "biases"}
+        assert group["lr"] == recipe.lr * multiplier[group["name"]]
+        decays = recipe.bias_decay or kind == "weights"
+        assert group["weight_decay"] == (recipe.weight_decay if decays else 0)
+    assert {"pretrained weights", "new weights", "new biases"} <= {group["name"] for group in groups}
+
+
+def with_new_modules(change):
+    model = networks.classifier("mini", 3)
+    listed = model.new_modules()
+    model.new_modules = types.MethodType(lambda self: change(list(listed)), model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda new: [], "leaves out"),
+        (lambda new: new[1:], "leaves out its Conv2d"),
+        (lambda new: new[:-1], "leaves out its LearnableController"),
+        (lambda new: [*new, new[0]], "lists a Conv2d twice"),
+        (lambda new: [*new, new[-1].controller], "lists a LearnableController twice"),
+        (lambda new: [*new, nn.Linear(2, 2)], "not part of the model"),
+    ],
+)
+def test_a_wrong_list_of_new_modules_is_refused(change, message):
+    model = with_new_modules(change)
+    with pytest.raises(ValueError, match=message):
+        train.parameter_groups(model, CLASSIFY)
+
+
+def test_an_empty_group_with_a_rate_of_its_own_is_refused():
+    model = networks.deeplab("largefov", "mini", 4)
+    model.new_modules = types.MethodType(lambda self: [self.layers, self.head], model)
+    with pytest.raises(ValueError, match="no trainable pretrained weights"):
+        train.parameter_groups(model, SEGMENT)
+    with torch.device("meta"):
+        resnet = networks.deeplab("largefov", "resnet101", 21)
+    with pytest.raises(ValueError, match="no trainable pretrained biases.* 0.001 x 2"):
+        train.parameter_groups(resnet, SegmentRecipe())
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        (dict(), torch.optim.Adam),
+        (dict(optimizer="adamw", weight_decay=0.1), torch.optim.AdamW),
+        (dict(optimizer="sgd", momentum=0.7, nesterov=True), torch.optim.SGD),
+    ],
+)
+def test_make_optimizer(changes, kind):
+    recipe = CLASSIFY.replace(**changes)
+    optimizer = train.make_optimizer(networks.classifier("mini", 3), recipe)
+    assert type(optimizer) is kind
+    for group in optimizer.param_groups:
+        assert group["weight_decay"] == recipe.weight_decay
+        if kind is torch.optim.SGD:
+            assert (group["momentum"], group["nesterov"]) == (0.7, True)
+
+
+def test_a_diverging_training_says_where_and_stops(squares):
+    recipe = CLASSIFY.replace(optimizer="sgd", lr=1e30, schedule="constant")
+    with pytest.raises(TrainingDiverged) as caught:
+        classify(squares, recipe)
+    message = str(caught.value)
+    assert "epoch 1, iteration" in message and "learning rate 1e+30" in message
+    assert message.count("square-") == 8 and "recipe.replace(lr=...)" in message
+
+
+def test_weights_that_end_as_nan_are_noticed_though_the_last_loss_was_finite():
+    model = nn.Conv2d(3, 1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batch = train.Batch(torch.arange(1), torch.zeros(1, 3, 4, 4, dtype=torch.uint8), None, None)
+    with pytest.raises(TrainingDiverged, match="after the last iteration, 1, bias is no longer finite"):
+        train.fit(
+            model,
+            [batch],
+            lambda model, batch: (0 * model.bias).sqrt().sum(),
+            optimizer,
+            torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0),
+            steps=1,
+            progress=False,
+        )
+
+
+def test_an_empty_stream_of_batches_is_an_error():
+    model = nn.Conv2d(3, 1, 1)
+    with pytest.raises(ValueError, match="no batch"):
+        train.fit(model, [], None, torch.optim.SGD(model.parameters()), None, steps=1, progress=False)
+
+
+def test_labels_are_checked(squares):
+    def run(labels):
+        return train.train_segmentation(SEGMENT, squares, labels, progress=False)
+
+    wrong = [mask.copy() for mask in squares.masks]
+    wrong[5][3, 3] = 4
+    with pytest.raises(ValueError, match="square-05 hold the value 4: expected 0 for background, 1 to 3"):
+        run(wrong)
+    with pytest.raises(ValueError, match="23 labels for 24 images"):
+        run(squares.masks[:-1])
+    with pytest.raises(ValueError, match=r"are torch.uint8 \(31, 32\): expected uint8 \(32, 32\)"):
+        run([mask[1:] for mask in squares.masks])
+    with pytest.raises(ValueError, match="torch.int64"):
+        run([mask.astype(np.int64) for mask in squares.masks])
+
+
+def test_target_maps_are_checked(squares):
+    def run(targets):
+        return train.train_refinement(REFINE, squares, targets, progress=False)
+
+    with pytest.raises(ValueError, match=r"go from 0 to 1.5: expected \[0, 1\]"):
+        run([maps * 1.5 for maps in squares.maps()])
+    with pytest.raises(ValueError, match="nan"):
+        run([maps * np.nan for maps in squares.maps()])
+    with pytest.raises(ValueError, match=r"\(2, 32, 32\): expected floating point \(3, H, W\)"):
+        run([maps[:2] for maps in squares.maps()])
+    with pytest.raises(ValueError, match="torch.uint8"):
+        run([maps.astype(np.uint8) for maps in squares.maps()])
+    with pytest.raises(ValueError, match="1 targets for 24 images"):
+        run(squares.maps()[:1])
+
+
+def test_target_maps_may_be_small_half_precision_and_read_only(squares):
+    def read_only(maps):
+        maps = maps[:, ::8, ::8].astype(np.float16)
+        maps.flags.writeable = False
+        return maps
+
+    _, history = train.train_refinement(
+        REFINE, squares, [read_only(m) for m in squares.maps()], progress=False
+    )
+    assert np.isfinite(history[0]["loss"])
+
+
+def test_no_stage_can_reach_a_mask(squares, monkeypatch):
+    reached = []
+    loader = train._loader
+
+    def spy(dataset, *args):
+        reached.append(dataset)
+        return loader(dataset, *args)
+
+    monkeypatch.setattr(train, "_loader", spy)
+    classify(squares)
+    train.train_refinement(REFINE, squares, squares.maps(), progress=False)
+    train.train_segmentation(
+        SEGMENT, squares, [squares.saliency(i) // 255 for i in range(24)], progress=False
+    )
+    assert squares.asked == []
+    for dataset in reached:
+        with pytest.raises(MaskAccessError):
+            dataset.mask(0)
+    assert len(reached) == 3 and squares.asked == []
+
+
+def test_images_of_several_sizes_need_a_crop_or_a_resize():
+    dataset = Squares(24, sizes=(32, 40))
+    with pytest.raises(ValueError, match="32x32, 40x40.*set the recipe's crop or resize"):
+        classify(dataset)
+    for change in (dict(crop=24), dict(resize=32)):
+        _, history = classify(dataset, CLASSIFY.replace(epochs=1, **change))
+        assert np.isfinite(history[0]["loss"])
+
+
+def test_the_papers_augmentation_runs(squares):
+    recipe = SEGMENT.replace(scale=(0.5, 1.5), crop=40, jitter=(0.3, 0.3, 0.3, 0.1))
+    _, history = train.train_segmentation(recipe, squares, squares.masks, progress=False)
+    assert np.isfinite(history[0]["loss"])
+
+
+def test_bfloat16_trains(squares):
+    _, history = classify(squares, CLASSIFY.replace(precision="bfloat16", epochs=1))
+    assert np.isfinite(history[0]["loss"])
+
+
+def test_an_interrupt_passes_and_the_surroundings_are_restored(squares):
+    def stop(history):
+        raise KeyboardInterrupt
+
+    with runtime.threads(2):
+        state = torch.get_rng_state()
+        with pytest.raises(KeyboardInterrupt):
+            classify(squares, CLASSIFY.replace(threads=1), on_epoch=stop)
+        assert torch.get_num_threads() == 2
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_recipe_of_another_stage_is_refused(squares):
+    with pytest.raises(TypeError, match="recipe is a SegmentRecipe: expected a ClassifyRecipe"):
+        train.train_classifier(SEGMENT, squares)
+
+
+@pytest.fixture(scope="module")
+def deeplab():
+    with runtime.seeded(0):
+        model = networks.deeplab("largefov", "mini", 4)
+        nn.init.normal_(model.head.score.weight)
+    return model
+
+
+def test_predictions_are_at_the_images_size_one_image_at_a_time_or_many(deeplab):
+    dataset = Squares(7, sizes=(32, 32, 40))
+    alone = dict(train.predict_segmentation(deeplab, dataset, batch_size=1))
+    assert list(alone) == list(range(7))
+    assert len(np.unique(np.concatenate([labels.ravel() for labels in alone.values()]))) > 1
+    deeplab.train()
+    together = train.predict_segmentation(deeplab, dataset, output="probabilities")
+    for i, probabilities in together:
+        assert probabilities.shape == (4, *dataset.masks[i].shape)
+        assert np.allclose(probabilities.sum(0), 1, atol=1e-5)
+        assert (probabilities.argmax(0) == alone[i]).mean() > 0.999
+        assert alone[i].dtype == np.uint8
+    assert deeplab.training
+    with pytest.raises(ValueError, match="output is 'masks'"):
+        train.predict_segmentation(deeplab, dataset, output="masks")
+
+
+def test_evaluate_segmentation_against_a_confusion_matrix_by_hand(deeplab):
+    dataset = Squares(5, sizes=(32, 40))
+    dataset.masks[0][:4] = 255
+    confusion = np.zeros((4, 4))
+    for i, labels in train.predict_segmentation(deeplab, dataset):
+        for truth, prediction in zip(dataset.masks[i].ravel(), labels.ravel(), strict=True):
+            if truth != 255:
+                confusion[truth, prediction] += 1
+    union = confusion.sum(0) + confusion.sum(1) - np.diag(confusion)
+    score = train.evaluate_segmentation(deeplab, dataset, batch_size=2)
+    assert score["iou"] == pytest.approx(np.diag(confusion)[union > 0] / union[union > 0])
+    assert score["miou"] == pytest.approx(np.mean(np.diag(confusion)[union > 0] / union[union > 0]))
+
+
+def test_evaluate_segmentation_with_a_crf(deeplab):
+    crf = pytest.importorskip("drs_lib.crf")
+    if not crf.available():
+        pytest.skip("pydensecrf is not installed")
+    dataset = Squares(3)
+    # Without iterations and kernels the CRF is the network's own answer.
+    off = crf.CRFConfig(iterations=0, gaussian_weight=0, bilateral_weight=0)
+    score = train.evaluate_segmentation(deeplab, dataset, crf=off, jobs=1)
+    assert score["miou"] == train.evaluate_segmentation(deeplab, dataset)["miou"]
+    assert score["miou_crf"] == pytest.approx(score["miou"], abs=1e-3)
+    smooth = crf.CRFConfig(gaussian_weight=50)
+    assert train.evaluate_segmentation(deeplab, dataset, crf=smooth, jobs=1)["miou_crf"] != score["miou_crf"]
+
+
+def test_evaluate_classifier_counts_images_with_every_label_right(squares):
+    class Channels(nn.Module):
+        """Sees the colour of the square, and one colour too many in every fourth image."""
+
+        def __init__(self):
+            super().__init__()
+            self.threshold = nn.Parameter(torch.tensor(0.0))
+            self.seen = 0
+
+        def forward(self, x):
+            self.seen, logits = self.seen + len(x), x.mean((2, 3)) - self.threshold
+            logits[::4] = 1
+            return logits
+
+    model = Channels()
+    with torch.no_grad():
+        images = train.normalize(torch.stack(squares.images)).mean((2, 3))
+        model.threshold.copy_((images.max(1).values.min() + images.min(1).values.max()) / 2)
+    expected = np.mean(
+        [i % 8 % 4 != 0 and (images[i] >= model.threshold).sum().item() == 1 for i in range(24)]
+    )
+    assert 0.3 < expected < 0.9
+    assert train.evaluate_classifier(model, squares, batch_size=8) == pytest.approx(expected)
+    assert model.seen == 24
+
+
+def test_evaluate_classifier_resizes():
+    sizes = []
+
+    class Sizes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.p = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            sizes.append(tuple(x.shape))
+            return x.mean((2, 3))
+
+    train.evaluate_classifier(Sizes(), Squares(6, sizes=(32, 40)), resize=24)
+    assert sizes == [(6, 3, 24, 24)]
