@@ -56,15 +56,15 @@ __all__ = [
 ]
 
 # (channels, convolution's stride, whether a 2x2 max pooling follows), layer 1 to 6.
-MINI = ((16, 2, False), (32, 1, True), (48, 1, True), (64, 1, False), (64, 1, False), (64, 1, False))
+MINI = ((16, 2, False), (16, 1, True), (32, 1, True), (64, 1, False), (64, 1, False), (64, 1, False))
 # The stem's channels (stride 2), then (channels, stride, dilation) of each residual block.
 MINI_RESNET = (16, ((32, 2, 1), (48, 2, 1), (48, 1, 1), (96, 1, 2)))
 # (channels, convolutions), layer 1 to 6: VGG's configuration D, then the paper's three extra convolutions.
 VGG16 = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3), (512, 3))
 
 LARGEFOV = {
-    "mini": {"width": 128, "dilation": 6, "dropout": 0.1},
-    "mini_resnet": {"width": 128, "dilation": 6, "dropout": 0.1},
+    "mini": {"width": 96, "dilation": 6, "dropout": 0.1},
+    "mini_resnet": {"width": 96, "dilation": 6, "dropout": 0.1},
     "vgg16": {"width": 1024, "dilation": 12, "dropout": 0.5},
     "resnet101": {"width": 1024, "dilation": 12, "dropout": 0.5},
 }

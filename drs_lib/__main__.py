@@ -1,0 +1,144 @@
+"""The command line: ``python -m drs_lib course`` measures the paper's tables, ``reference`` keeps them."""
+
+import argparse
+import hashlib
+import sys
+import time
+from pathlib import Path
+
+from drs_lib.experiments import (
+    TABLES,
+    RowsFailed,
+    format_table,
+    reference_path,
+    run_tables,
+    save_table,
+    write_text,
+)
+from drs_lib.paper import table_rows
+from drs_lib.pipeline import Pipeline
+from drs_lib.store import RunStore, StoreError
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog="python -m drs_lib", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    course = commands.add_parser(
+        "course", help="run the tables, print them beside the paper's, write them and figures"
+    )
+    reference = commands.add_parser(
+        "reference", help="run the tables and keep them as the course's reference results"
+    )
+    for command in (course, reference):
+        command.add_argument("--data", choices=("critters", "voc"), default="critters")
+        command.add_argument("--voc-root", metavar="DIR", help="the folder VOC 2012 is in")
+        command.add_argument(
+            "--budget", choices=("ci", "laptop", "paper"), help="default: laptop for critters, paper for voc"
+        )
+        command.add_argument("--seeds", type=_seed, nargs="+", default=[0], metavar="N")
+        command.add_argument(
+            "--tables", type=int, nargs="+", choices=TABLES, default=list(TABLES), metavar="N"
+        )
+        command.add_argument(
+            "--jobs", type=_positive, metavar="N", help="processes; default: one per physical core"
+        )
+        command.add_argument("--store", metavar="DIR", help="the run store; default: $DRS_STORE, else ./runs")
+        command.add_argument("--overwrite", action="store_true", help="train again what is in the store")
+        command.add_argument("--quiet", action="store_true", help="no progress bar")
+    course.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="default: results")
+    course.add_argument("--no-figures", dest="figures", action="store_false", help="tables only")
+    return parser
+
+
+def _positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+def _seed(text):
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2**32 - 1")
+    return value
+
+
+def _figures(options, store):
+    """Draws the figures, unless they are there, drawn from the very same stages; returns their folder."""
+    folder = options.out / "figures"
+    choice = dict(data=options.data, budget=options.budget, voc_root=options.voc_root)
+    state = hashlib.sha256(Path(__file__).with_name("plots.py").read_bytes())
+    for seed in options.seeds:
+        line = Pipeline(seed=seed, store=store, **choice)
+        rows = [row for number in TABLES for row in table_rows(number)]
+        for configuration in (row.configuration for row in rows if row.configuration is not None):
+            for stage in line.stages(configuration):
+                state.update(f"{stage.name} {stage.key} {store.made_at(stage.name, stage.key)}\n".encode())
+    stamp = folder / "drawn-from.txt"
+    if stamp.is_file() and stamp.read_text() == state.hexdigest():
+        return folder
+    from drs_lib.plots import make_figures
+
+    make_figures(folder, store=store, seed=options.seeds[0], seeds=options.seeds, **choice)
+    write_text(stamp, state.hexdigest())
+    return folder
+
+
+def main(arguments=None):
+    """Runs the command line; returns the exit status: 0, or 1 if anything failed."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal without some character (Windows code pages lack delta) gets a question mark, no error.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    options = _parser().parse_args(arguments)
+    began = time.perf_counter()
+    store = RunStore(options.store)
+    failed = None
+    try:
+        tables = run_tables(
+            options.tables,
+            data=options.data,
+            budget=options.budget,
+            seeds=options.seeds,
+            voc_root=options.voc_root,
+            store=store,
+            jobs=options.jobs,
+            overwrite=options.overwrite,
+            progress=not options.quiet,
+        )
+    except RowsFailed as error:
+        tables, failed = error.tables, error
+    except (ValueError, FileNotFoundError, StoreError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; finished stages are kept, the same command goes on from there", file=sys.stderr)
+        return 130
+    for table in tables.values():
+        print("\n" + format_table(table))
+    written = []
+    if failed is None or options.command == "course":
+        for number, table in tables.items():
+            if options.command == "reference":
+                path = reference_path(number, options.data)
+            else:
+                path = options.out / f"table{number}.json"
+            save_table(table, path)
+            written.append(path)
+    if options.command == "course" and options.figures and failed is None:
+        written.append(_figures(options, store))
+    seconds = time.perf_counter() - began
+    print(
+        f"\n{seconds / 60:.1f} minutes. Stages: {store.root}. Written: {', '.join(map(str, written)) or '-'}."
+    )
+    if failed is not None:
+        for trace in {error: trace for error, trace in failed.failures.values()}.values():
+            print(f"\n{trace}", file=sys.stderr)
+        print(f"error: {failed}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

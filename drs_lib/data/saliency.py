@@ -1,0 +1,83 @@
+"""Background cues for Critters: an off-the-shelf salient object detector in small.
+
+The paper takes its background cues from PoolNet, a detector trained with class-agnostic masks of other images.
+Here a network of 46 thousand parameters is trained likewise, on the twelve species that the course does not use
+(``python -m drs_lib.pretrain``), and shipped as weights/saliency.safetensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+
+WEIGHTS = Path(__file__).parents[1] / "weights" / "saliency.safetensors"
+
+
+def saliency_network():
+    """The detector with random weights: normalised images (N, 3, H, W) -> logits (N, H, W), H and W from 32 on.
+
+    An encoder to 1/8 of the size with two dilated convolutions at the bottom, and a decoder that joins the
+    encoder's maps at 1/4 and 1/2: the usual U-shape.
+    """
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
+    def block(in_channels, channels, stride=1, dilation=1):
+        conv = nn.Conv2d(in_channels, channels, 3, stride, dilation, dilation, bias=False)
+        return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU())
+
+    class SaliencyNetwork(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.to_half, self.to_quarter = block(3, 12, stride=2), block(12, 24, stride=2)
+            self.bottom = nn.Sequential(
+                block(24, 32, stride=2), block(32, 32, dilation=2), block(32, 32, dilation=4)
+            )
+            self.join_quarter, self.join_half = block(32 + 24, 24), block(24 + 12, 16)
+            self.head = nn.Conv2d(16, 1, 1)
+
+        def forward(self, x):
+            half = self.to_half(x)
+            quarter = self.to_quarter(half)
+            y = self.join_quarter(torch.cat([_like(self.bottom(quarter), quarter), quarter], 1))
+            y = self.join_half(torch.cat([_like(y, half), half], 1))
+            return _like(self.head(y), x)[:, 0]
+
+    def _like(maps, other):
+        return F.interpolate(maps, other.shape[-2:], mode="bilinear", align_corners=False)
+
+    return SaliencyNetwork()
+
+
+@lru_cache(maxsize=1)
+def shipped_identity():
+    """Short hash of the shipped weights: part of what determines the data set. Reads the file, loads no torch."""
+    if not WEIGHTS.is_file():
+        return "missing"
+    return hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()[:12]
+
+
+@lru_cache(maxsize=1)
+def _shipped_network():
+    from safetensors.torch import load_file
+
+    if not WEIGHTS.is_file():
+        raise FileNotFoundError(
+            f"no weights of the saliency network at {WEIGHTS}; 'python -m drs_lib.pretrain' trains them"
+        )
+    network = saliency_network()
+    network.load_state_dict(load_file(WEIGHTS))
+    return network.eval()
+
+
+def predict(images):
+    """Saliency of images uint8 (N, 3, H, W): uint8 array (N, H, W), 0..255 for 0..1."""
+    import torch
+
+    from drs_lib.data.transforms import normalize
+
+    with torch.inference_mode():
+        logits = _shipped_network()(normalize(torch.as_tensor(images)))
+    return (torch.sigmoid(logits) * 255).round().byte().numpy()

@@ -1,0 +1,758 @@
+"""The paper's Figure 3 as stored stages: image-level labels in, mean IoU out.
+
+    classify -> labels -> segment -> evaluate              without refinement
+    classify -> target -> refine -> labels -> segment ...  with it
+
+A stage is a function of a configuration and of the stages before it, kept in the run store under the hash of
+both: rows of Tables 1 to 4 that share a stage train it once, and a run that was killed goes on at the stage
+it was in. The hashes follow from configurations alone, so a finished run is read without drawing an image or
+building a network.
+
+The stages that make labels see the training images through `without_masks`; only scores are given masks.
+"""
+
+import hashlib
+import io
+import math
+import multiprocessing
+import os
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from drs_lib.crf import CRFConfig
+from drs_lib.paper import Configuration
+from drs_lib.recipes import ClassifyRecipe, RefineRecipe, SegmentRecipe
+from drs_lib.store import Entry, EntryWriter, RunStore
+
+# Raised when the code of a stage changes what it produces: entries of an older version are then made again.
+STAGE_VERSIONS = {
+    "classify": 1,
+    "accuracy": 1,
+    "map_score": 1,
+    "target": 1,
+    "refine": 1,
+    "labels": 1,
+    "label_score": 1,
+    "segment": 1,
+    "evaluate": 1,
+    "evaluate_crf": 1,
+}
+# Rough work in each stage, for the order of the jobs and the progress bar.
+STAGE_COST = {"classify": 10, "refine": 10, "segment": 10, "evaluate_crf": 5}
+# What can be measured of a configuration, and the stage that holds it.
+MEASURES = {
+    "miou": "evaluate",
+    "crf": "evaluate_crf",
+    "accuracy": "accuracy",
+    "labels": "label_score",
+    "maps": "map_score",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Sizes, recipes and thresholds of a run. Budgets differ in these values, never in code paths.
+
+    train_images, val_images, image_size: for Critters, which is drawn to order; VOC is what it is.
+    largefov, largefov_resnet, aspp: recipes of Table 4's three networks; crf_...: the CRF of each.
+    scales, resize: of the images from which localization maps are made, see `iterate_maps`; the classifier's
+    accuracy is measured at ``resize`` too.
+    alpha, beta, rule, conflict: see `pseudo_labels`. refined_alpha, renormalize: how refined maps are read.
+    """
+
+    name: str
+    classify: ClassifyRecipe
+    refine: RefineRecipe
+    largefov: SegmentRecipe
+    largefov_resnet: SegmentRecipe
+    aspp: SegmentRecipe
+    train_images: int | None = None
+    val_images: int | None = None
+    image_size: int = 128
+    scales: tuple[int, ...] | None = None
+    resize: int | None = None
+    alpha: float = 0.2
+    beta: float = 0.06
+    rule: str = "paper"
+    conflict: str = "background"
+    refined_alpha: float = 0.2
+    renormalize: bool = False
+    crf_largefov: CRFConfig = CRFConfig.LARGEFOV_VGG16
+    crf_largefov_resnet: CRFConfig = CRFConfig.LARGEFOV_RESNET101
+    crf_aspp: CRFConfig = CRFConfig.ASPP_RESNET101
+
+    def segment(self, network: str) -> SegmentRecipe:
+        return getattr(self, network)
+
+    def crf(self, network: str) -> CRFConfig:
+        return getattr(self, f"crf_{network}")
+
+    def replace(self, **changes: Any) -> "Budget":
+        return replace(self, **changes)
+
+
+def get_budget(name: str | None = None, data: str = "critters") -> Budget:
+    """The budget "ci" (for tests), "laptop" or "paper" (the paper's recipes; a GPU). None: "laptop" on
+    Critters, "paper" on VOC.
+
+    On VOC, "ci" is a few steps of the full-size networks on tiny crops: it tells that everything runs, and
+    its numbers mean nothing. There is no "laptop" for VOC, whose images and networks no laptop trains on.
+    """
+    budgets = {
+        "critters": {"ci": _critters_ci, "laptop": _critters_laptop, "paper": _paper},
+        "voc": {"ci": _voc_ci, "paper": _paper},
+    }
+    if data not in budgets:
+        raise ValueError(f"unknown data {data!r}; expected 'critters' or 'voc'.")
+    name = {"critters": "laptop", "voc": "paper"}[data] if name is None else name
+    if name not in budgets[data]:
+        raise ValueError(
+            f"there is no budget {name!r} for data {data!r}; expected "
+            f"{' or '.join(map(repr, budgets[data]))}."
+        )
+    return budgets[data][name]()
+
+
+def _critters_laptop():
+    return Budget(
+        name="laptop",
+        classify=ClassifyRecipe.laptop(),
+        refine=RefineRecipe.laptop(),
+        largefov=SegmentRecipe.laptop("largefov", "mini"),
+        largefov_resnet=SegmentRecipe.laptop("largefov", "mini_resnet"),
+        aspp=SegmentRecipe.laptop("aspp", "mini_resnet"),
+        train_images=1000,
+        val_images=300,
+    )
+
+
+def _critters_ci():
+    laptop = _critters_laptop()
+    short = {"epochs": 1, "batch": 8}
+    return laptop.replace(
+        name="ci",
+        classify=laptop.classify.replace(**short),
+        refine=laptop.refine.replace(**short),
+        largefov=laptop.largefov.replace(**short),
+        largefov_resnet=laptop.largefov_resnet.replace(**short),
+        aspp=laptop.aspp.replace(**short),
+        train_images=36,
+        val_images=12,
+        image_size=64,
+    )
+
+
+def _paper():
+    return Budget(
+        name="paper",
+        classify=ClassifyRecipe(),
+        refine=RefineRecipe(),
+        largefov=SegmentRecipe.largefov_vgg16(),
+        largefov_resnet=SegmentRecipe.largefov_resnet101(),
+        aspp=SegmentRecipe.aspp_resnet101(),
+        train_images=10_582,
+        val_images=1_449,
+        image_size=376,
+        # The paper doesn't state them; these are the release's.
+        scales=(256, 320, 384),
+        resize=320,
+    )
+
+
+def _voc_ci():
+    paper = _paper()
+    # Random weights under frozen batch norm: with the paper's rates the residual networks would diverge.
+    short = {
+        "weights": None, "epochs": None, "iterations": 2, "schedule": "constant", "lr": 1e-7, "batch": 2,
+        "accumulate": 1, "crop": 65, "threads": 1, "workers": 0,
+    }  # fmt: skip
+    return paper.replace(
+        name="ci",
+        classify=paper.classify.replace(**short),
+        refine=paper.refine.replace(**short),
+        largefov=paper.largefov.replace(**short),
+        largefov_resnet=paper.largefov_resnet.replace(**short),
+        aspp=paper.aspp.replace(**short),
+        scales=None,
+        resize=64,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Splits:
+    """Data sets of a run: training images, validation images, and the images whose labels the classifier's
+    accuracy is measured on (None: the validation images)."""
+
+    name: str
+    train: Any
+    val: Any
+    accuracy: Any = None
+
+    @property
+    def accuracy_images(self) -> Any:
+        return self.val if self.accuracy is None else self.accuracy
+
+
+@lru_cache(maxsize=4)
+def open_data(
+    data: str, budget: Budget, voc_root: str | None = None, cache_dir: Path | None = None
+) -> Splits:
+    """The data sets that `data` names; kept, so that a process with several rows draws its images once."""
+    if data == "critters":
+        from drs_lib.data import Critters
+
+        return Splits(
+            data,
+            Critters("train", size=budget.image_size, length=budget.train_images),
+            Critters("val", size=budget.image_size, length=budget.val_images),
+        )
+    if data == "voc":
+        from drs_lib.data import VOC2012
+
+        if voc_root is None:
+            raise ValueError(
+                "data 'voc' needs the folder VOC 2012 is in: voc_root (--voc-root DIR, or make course "
+                "DATA=voc VOC_ROOT=DIR). 'python -m drs_lib.data.download --root DIR' puts it there."
+            )
+        # The accuracy is measured on VOC's own 1,464 training images, as in the release.
+        return Splits(
+            data, *(VOC2012(voc_root, name, cache_dir=cache_dir) for name in ("trainaug", "val", "train"))
+        )
+    raise ValueError(f"unknown data {data!r}; expected 'critters', 'voc' or a Splits.")
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """An entry of the store, there or to be made: ``key`` is its place, ``parents`` are what it reads."""
+
+    name: str
+    title: str
+    config: dict
+    inputs: dict[str, str]
+    make: Callable[[EntryWriter], None] = field(repr=False)
+    parents: tuple["Stage", ...] = field(default=(), repr=False)
+
+    @cached_property
+    def key(self) -> str:
+        return RunStore.key(self.name, self.config, self.inputs, STAGE_VERSIONS[self.name])
+
+    def chain(self) -> Iterator["Stage"]:
+        """This stage and all before it, first to last."""
+        for parent in self.parents:
+            yield from parent.chain()
+        yield self
+
+
+class Pipeline:
+    """One seed's road from images to scores under a budget; everything on it goes through the store.
+
+    Args:
+        data: "critters", "voc" (with ``voc_root``), or a `Splits` of your own.
+        budget: a `Budget` or the name of one.
+        seed: of the three trainings. The data are the same for all seeds.
+        store: a `RunStore`, or its folder.
+        device: None for the best there is.
+        crf_jobs: processes for the CRF.
+        not_before: entries made before this time (seconds since 1970) are made again.
+        report: called with a line of text whenever there is something new to say about a stage in progress.
+    """
+
+    def __init__(
+        self,
+        data: str | Splits = "critters",
+        budget: str | Budget | None = None,
+        *,
+        seed: int = 0,
+        voc_root: str | None = None,
+        store: RunStore | str | Path | None = None,
+        device: str | None = None,
+        crf_jobs: int = 1,
+        not_before: float | None = None,
+        report: Callable[[str], None] | None = None,
+    ):
+        kind = data if isinstance(data, str) else "critters"
+        self.budget = budget if isinstance(budget, Budget) else get_budget(budget, kind)
+        self.store = store if isinstance(store, RunStore) else RunStore(store)
+        if isinstance(data, str):
+            root = None if voc_root is None else str(voc_root)
+            self.data = open_data(data, self.budget, root, self.store.root / "voc-labels")
+        else:
+            self.data = data
+        self.seed, self.device, self.crf_jobs, self.not_before = seed, device, crf_jobs, not_before
+        self._report = report or (lambda text: None)
+        self._parent = os.getppid() if multiprocessing.parent_process() is not None else None
+
+    def scores(self, configuration: Configuration, measures: Iterable[str] = ("miou",)) -> dict[str, Any]:
+        """The measures (keys of MEASURES) of a configuration, made where they are missing: {measure: what its
+        stage stored}; ``["miou"]["miou"]`` is a fraction."""
+        return {m: self.get(self.stage(MEASURES[m], configuration)).json("scores.json") for m in measures}
+
+    def stored_scores(self, configuration: Configuration, measures: Iterable[str] = ("miou",)) -> dict | None:
+        """`scores` if all of them are in the store, else None; makes nothing."""
+        found = {}
+        for measure in measures:
+            stage = self.stage(MEASURES[measure], configuration)
+            entry = self.store.get(stage.name, stage.config, stage.inputs, STAGE_VERSIONS[stage.name])
+            if entry is None or (self.not_before is not None and entry.meta["made_at"] < self.not_before):
+                return None
+            found[measure] = entry.json("scores.json")
+        return found
+
+    def classifier(self, configuration: Configuration) -> Any:
+        """The trained classifier, in evaluation mode on the device."""
+        from drs_lib.networks import classifier
+
+        recipe = self._classify_recipe(configuration)
+        model = classifier(recipe.backbone, self.data.train.num_classes, recipe.drs_layers, recipe.delta)
+        return self._load(model, self._classify(configuration))
+
+    def refinement_network(self, configuration: Configuration) -> Any:
+        """The trained refinement network, in evaluation mode on the device."""
+        from drs_lib.networks import refinement_network
+
+        model = refinement_network(self.budget.refine.backbone, self.data.train.num_classes)
+        return self._load(model, self._refine(configuration))
+
+    def segmentation_network(self, configuration: Configuration) -> Any:
+        """The trained DeepLab, in evaluation mode on the device."""
+        from drs_lib.networks import deeplab
+
+        recipe = self.budget.segment(configuration.network)
+        model = deeplab(recipe.kind, recipe.backbone, self.data.train.num_classes + 1)
+        return self._load(model, self._segment(configuration))
+
+    def labels(self, configuration: Configuration) -> Sequence:
+        """The pseudo labels of the training images: a sequence of uint8 (H, W)."""
+        return LabelArchive(self.get(self._labels(configuration)).file("labels.zip"))
+
+    def history(self, stage: str, configuration: Configuration) -> list[dict]:
+        """dict(epoch, loss, lr, seconds) of each epoch of "classify", "refine" or "segment"."""
+        return self.get(self.stage(stage, configuration)).json("history.json")
+
+    def stage(self, name: str, configuration: Configuration) -> Stage:
+        """The stage of that name for this configuration. Raises ValueError where it has none."""
+        if name not in STAGE_VERSIONS:
+            raise ValueError(f"unknown stage {name!r}; expected one of {', '.join(STAGE_VERSIONS)}.")
+        if configuration.supervised and name not in ("segment", "evaluate", "evaluate_crf"):
+            raise ValueError(f"a fully supervised configuration has no stage {name!r}.")
+        if name in ("target", "refine") and not configuration.refine:
+            raise ValueError(f"{configuration} has no stage {name!r}: its refine is False.")
+        return getattr(self, f"_{name}")(configuration)
+
+    def stages(self, configuration: Configuration, measures: Iterable[str] = ("miou",)) -> list[Stage]:
+        """All stages that these measures need, in an order in which they can be made, each once."""
+        found = {}
+        for measure in measures:
+            for stage in self.stage(MEASURES[measure], configuration).chain():
+                found.setdefault((stage.name, stage.key), stage)
+        return list(found.values())
+
+    def get(self, stage: Stage) -> Entry:
+        """The stage's entry, made if it is not in the store."""
+        made = self.store.made_at(stage.name, stage.key)
+        if made is None or (self.not_before is not None and made < self.not_before):
+            for parent in stage.parents:
+                self.get(parent)
+
+        def make(writer):
+            self._stop_if_orphaned()
+            self._report(stage.title)
+            stage.make(writer)
+            writer.note(device=str(self._device))
+
+        return self.store.get_or_make(
+            stage.name,
+            stage.config,
+            stage.inputs,
+            make,
+            version=STAGE_VERSIONS[stage.name],
+            not_before=self.not_before,
+        )
+
+    def _classify(self, configuration):
+        recipe = self._classify_recipe(configuration)
+
+        def make(writer):
+            from drs_lib.train import train_classifier
+
+            model, history = train_classifier(recipe, self._weak_train, **self._training(stage))
+            writer.weights("model.safetensors", model)
+            writer.json("history.json", history)
+
+        return (stage := self._trained("classify", configuration, recipe, make))
+
+    def _accuracy(self, configuration):
+        classify = self._classify(configuration)
+        images = self.data.accuracy_images
+
+        def make(writer):
+            from drs_lib.train import evaluate_classifier
+
+            with self._threads(self.budget.classify):
+                accuracy = evaluate_classifier(
+                    self.classifier(configuration), images, resize=self.budget.resize
+                )
+            writer.json("scores.json", {"accuracy": accuracy})
+
+        config = {"resize": self.budget.resize}
+        return self._derived(
+            "accuracy", configuration, config, {"classify": classify}, make, images=images.fingerprint
+        )
+
+    def _map_score(self, configuration):
+        source = self._map_source(configuration)
+        train = self.data.train
+
+        def make(writer):
+            from drs_lib.metrics import MapScore
+
+            score = MapScore(self._alpha(configuration))
+            for index, labels, maps in self._maps(configuration):
+                score.update(maps[None], train.mask(index)[None], labels[None])
+            scores = score.compute()
+            per_class = {k: _by_class(train.classes, v) for k, v in scores.pop("per_class").items()}
+            writer.json("scores.json", {**{k: _number(v) for k, v in scores.items()}, "per_class": per_class})
+
+        config = self._map_config(configuration) | {"alpha": self._alpha(configuration)}
+        return self._derived("map_score", configuration, config, source, make, data=train.fingerprint)
+
+    def _target(self, configuration):
+        """What the refinement network learns: maps whose pixels keep their largest class only, in 8 bits."""
+        plain = replace(configuration, refine=False)
+
+        def make(writer):
+            from drs_lib.localization import keep_largest_class
+
+            classes = []
+            with writer.open("maps.zip") as file, zipfile.ZipFile(file, "w") as archive:
+                for index, labels, maps in self._maps(plain):
+                    present = labels.nonzero().flatten()
+                    classes.append(present.tolist())
+                    # An image without any class is kept as one map of zeros, which remembers its size.
+                    stack = keep_largest_class(maps)[present] if len(present) else maps[:1] * 0
+                    pixels = (stack * 255).round().byte().flatten(0, 1).numpy()
+                    _write_png(archive, self.data.train.names[index], pixels)
+            writer.json("classes.json", classes)
+
+        config, source = self._map_config(plain), self._map_source(plain)
+        return self._derived("target", plain, config, source, make, data=self.data.train.fingerprint)
+
+    def _refine(self, configuration):
+        target = self._target(configuration)
+        recipe = self.budget.refine
+
+        def make(writer):
+            from drs_lib.train import train_refinement
+
+            entry = self.get(target)
+            targets = TargetMaps(
+                entry.file("maps.zip"), entry.json("classes.json"), self.data.train.num_classes
+            )
+            model, history = train_refinement(recipe, self._weak_train, targets, **self._training(stage))
+            writer.weights("model.safetensors", model)
+            writer.json("history.json", history)
+
+        return (stage := self._trained("refine", configuration, recipe, make, {"target": target}))
+
+    def _labels(self, configuration):
+        budget = self.budget
+        rule = {
+            "alpha": self._alpha(configuration),
+            "beta": budget.beta,
+            "rule": budget.rule,
+            "conflict": budget.conflict,
+        }
+
+        def make(writer):
+            from drs_lib.labels import pseudo_labels
+
+            weak = self._weak_train
+            with writer.open("labels.zip") as file, zipfile.ZipFile(file, "w") as archive:
+                for index, _, maps in self._maps(configuration):
+                    labels = pseudo_labels(maps[None], weak.saliency(index)[None], **rule)
+                    _write_png(archive, weak.names[index], labels[0].cpu().numpy(), indexed=True)
+
+        config, source = self._map_config(configuration) | rule, self._map_source(configuration)
+        return self._derived("labels", configuration, config, source, make, data=self.data.train.fingerprint)
+
+    def _label_score(self, configuration):
+        labels = self._labels(configuration)
+        train = self.data.train
+
+        def make(writer):
+            from drs_lib.metrics import SegmentationScore, mean_iou
+
+            archive = self.labels(configuration)
+            score = SegmentationScore(train.num_classes + 1, ignored_prediction="background")
+            claimed = SegmentationScore(train.num_classes + 1, ignored_prediction="exclude")
+            for index, prediction in enumerate(archive):
+                mask = train.mask(index)
+                score.update(prediction, mask)
+                claimed.update(prediction, mask)
+            # Over the pixels that were given a label; there may be none.
+            miou_claimed = mean_iou(claimed.confusion) if claimed.confusion.any() else None
+            scores = _segmentation_scores(score.compute(), train)
+            writer.json("scores.json", scores | {"miou_claimed": miou_claimed})
+
+        return self._derived(
+            "label_score", configuration, {}, {"labels": labels}, make, data=train.fingerprint
+        )
+
+    def _segment(self, configuration):
+        recipe = self.budget.segment(configuration.network)
+        parents = {} if configuration.supervised else {"labels": self._labels(configuration)}
+
+        def make(writer):
+            from drs_lib.train import train_segmentation
+
+            # The upper bound, and nothing else, is handed the masks: here, in the open.
+            labels = TrueMasks(self.data.train) if configuration.supervised else self.labels(configuration)
+            model, history = train_segmentation(recipe, self._weak_train, labels, **self._training(stage))
+            writer.weights("model.safetensors", model)
+            writer.json("history.json", history)
+
+        extra = {"labels": "masks"} if configuration.supervised else {}
+        return (stage := self._trained("segment", configuration, recipe, make, parents, **extra))
+
+    def _evaluate(self, configuration):
+        def make(writer):
+            writer.json(
+                "scores.json", _segmentation_scores(self._segmentation_result(configuration), self.data.val)
+            )
+
+        parents = {"segment": self._segment(configuration)}
+        return self._derived("evaluate", configuration, {}, parents, make, data=self.data.val.fingerprint)
+
+    def _evaluate_crf(self, configuration):
+        crf = self.budget.crf(configuration.network)
+
+        def make(writer):
+            result = self._segmentation_result(configuration, crf=crf, jobs=self.crf_jobs)
+            scores = {key: result[f"{key}_crf"] for key in ("miou", "iou")}
+            writer.json("scores.json", _segmentation_scores(scores, self.data.val))
+
+        parents = {"segment": self._segment(configuration)}
+        return self._derived(
+            "evaluate_crf", configuration, asdict(crf), parents, make, data=self.data.val.fingerprint
+        )
+
+    def _trained(self, name, configuration, recipe, make, parents=None, **inputs):
+        config = recipe.to_dict()
+        inputs |= {
+            "data": self.data.train.fingerprint,
+            "weights": weights_identity(recipe.backbone, config.pop("weights")),
+        }
+        return self._derived(name, configuration, config | {"seed": self.seed}, parents or {}, make, **inputs)
+
+    def _derived(self, name, configuration, config, parents, make, **inputs):
+        inputs |= {role: parent.key for role, parent in parents.items()}
+        seed = f", seed {self.seed}" if self.seed else ""
+        title = f"{configuration}{seed}: {name.replace('_', ' ')}"
+        return Stage(name, title, config, inputs, make, tuple(parents.values()))
+
+    def _classify_recipe(self, configuration):
+        return self.budget.classify.replace(drs_layers=configuration.drs_layers, delta=configuration.delta)
+
+    def _map_source(self, configuration):
+        if configuration.refine:
+            return {"refine": self._refine(configuration)}
+        return {"classify": self._classify(configuration)}
+
+    def _map_config(self, configuration):
+        config = {"scales": self.budget.scales, "resize": self.budget.resize}
+        return config | ({"renormalize": self.budget.renormalize} if configuration.refine else {})
+
+    def _alpha(self, configuration):
+        return self.budget.refined_alpha if configuration.refine else self.budget.alpha
+
+    def _maps(self, configuration):
+        """(index, labels, maps) of the training images: the classifier's or the refinement network's."""
+        from drs_lib.localization import iterate_maps
+
+        model = (self.refinement_network if configuration.refine else self.classifier)(configuration)
+        recipe = self.budget.refine if configuration.refine else self.budget.classify
+        with self._threads(recipe):
+            yield from iterate_maps(
+                model,
+                self._weak_train,
+                kind="refined" if configuration.refine else "classifier",
+                workers=recipe.workers,
+                **self._map_config(configuration),
+            )
+
+    def _segmentation_result(self, configuration, **options):
+        from drs_lib.train import evaluate_segmentation
+
+        with self._threads(self.budget.segment(configuration.network)):
+            return evaluate_segmentation(self.segmentation_network(configuration), self.data.val, **options)
+
+    def _load(self, model, stage):
+        from drs_lib.runtime import memory_format
+
+        model.load_state_dict(self.get(stage).weights())
+        return model.eval().to(device=self._device, memory_format=memory_format(self._device))
+
+    def _training(self, stage):
+        def on_epoch(history):
+            self._stop_if_orphaned()
+            last = history[-1]
+            self._report(f"{stage.title}, epoch {last['epoch']}, loss {last['loss']:.3f}")
+
+        return {"seed": self.seed, "device": self._device, "progress": False, "on_epoch": on_epoch}
+
+    @cached_property
+    def _device(self):
+        from drs_lib.runtime import pick_device
+
+        return pick_device(self.device)
+
+    @cached_property
+    def _weak_train(self):
+        from drs_lib.data import without_masks
+
+        return without_masks(self.data.train)
+
+    @staticmethod
+    def _threads(recipe):
+        from drs_lib.runtime import threads
+
+        return threads(recipe.threads)
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether this is a worker process whose run was killed. (Windows doesn't tell.)"""
+        return self._parent is not None and os.getppid() != self._parent
+
+    def _stop_if_orphaned(self):
+        # It would otherwise train on, unseen, until its row is finished.
+        if self.orphaned:
+            raise RuntimeError("the run that this worker process belongs to has ended; stopping.")
+
+
+class TrueMasks(Sequence):
+    """A data set's masks as training labels, for the fully supervised upper bound."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.dataset.mask(index)
+
+
+class LabelArchive(Sequence):
+    """Label maps uint8 (H, W) by index, from a zip file of indexed PNGs in VOC's colours, one per image."""
+
+    def __init__(self, path):
+        self.path, self._archive, self._process = Path(path), None, None
+        with zipfile.ZipFile(self.path) as archive:
+            self.names = archive.namelist()
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, index):
+        import numpy as np
+        from PIL import Image
+
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return np.array(Image.open(io.BytesIO(self._opened().read(self.names[index]))))
+
+    def _opened(self):
+        # A forked process would share the parent's file position.
+        process = os.getpid()
+        if self._process != process:
+            self._archive, self._process = zipfile.ZipFile(self.path), process
+        return self._archive
+
+    def __getstate__(self):
+        return self.__dict__ | {"_archive": None, "_process": None}
+
+
+class TargetMaps(LabelArchive):
+    """Localization maps by index, float32 (C, H, W) in [0, 1], from 8-bit maps of the present classes, one
+    above the other in one greyscale PNG per image."""
+
+    def __init__(self, path, classes, num_classes):
+        super().__init__(path)
+        self.classes, self.num_classes = classes, num_classes
+
+    def __getitem__(self, index):
+        import numpy as np
+
+        present = self.classes[index]
+        stack = super().__getitem__(index)
+        stack = stack.reshape(max(len(present), 1), -1, stack.shape[1])
+        maps = np.zeros((self.num_classes, *stack.shape[1:]), np.float32)
+        maps[present] = stack[: len(present)] * np.float32(1 / 255)
+        return maps
+
+
+def _write_png(archive, name, pixels, indexed=False):
+    from PIL import Image
+
+    image = Image.fromarray(pixels)
+    if indexed:
+        image.putpalette(_palette())
+    buffer = io.BytesIO()
+    # The fastest setting: it costs a few per cent in size, and training waits for these files.
+    image.save(buffer, format="PNG", compress_level=1)
+    # A fixed date, so that the same labels are the same file.
+    archive.writestr(zipfile.ZipInfo(f"{name}.png", (1980, 1, 1, 0, 0, 0)), buffer.getvalue())
+
+
+@lru_cache
+def _palette():
+    from drs_lib.data import voc_palette
+
+    return voc_palette().tobytes()
+
+
+def weights_identity(backbone: str, weights: str | None) -> str:
+    """What initial weights a recipe's ``weights`` means, as an input of a stage: the content of a file, or
+    the name of torchvision's. Raises FileNotFoundError."""
+    if weights is None:
+        return "random"
+    if weights == "coco" or (weights == "pretrained" and not backbone.startswith("mini")):
+        return f"torchvision {backbone} {weights}"
+    shipped = Path(__file__).with_name("weights") / f"{backbone}.safetensors"
+    return _file_digest(shipped if weights == "pretrained" else Path(weights))
+
+
+def _file_digest(path):
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"no weights file {path}. The shipped ones are made by 'python -m drs_lib.pretrain'; for others "
+            "check the recipe's weights."
+        ) from None
+    return _digest_of(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache
+def _digest_of(path, size, modified):
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:24]
+
+
+def _segmentation_scores(result, dataset):
+    classes = ("background", *dataset.classes)
+    return {"miou": _number(result["miou"]), "iou": _by_class(classes, result["iou"])}
+
+
+def _by_class(classes, values):
+    return {name: _number(value) for name, value in zip(classes, values, strict=True)}
+
+
+def _number(value):
+    """JSON has no NaN: a class that occurs nowhere has no score."""
+    return None if math.isnan(value) else float(value)

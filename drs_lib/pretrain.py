@@ -1,0 +1,107 @@
+"""The shipped weights of Critters, and the command that retrains them: ``python -m drs_lib.pretrain``.
+
+Three networks are trained on the twelve species that the course does not use: the bodies of "mini" and
+"mini_resnet" as plain image classifiers, without DRS, in the place of ImageNet's weights; and the saliency network
+with class-agnostic masks (animals and props), in the place of PoolNet. Masks of these other species are all the pixels' truth that any
+of the course's networks comes from.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from drs_lib.data import Critters, normalize
+from drs_lib.data.critters import draw
+from drs_lib.data.saliency import saliency_network
+from drs_lib.data.voc import atomic_path
+from drs_lib.networks import pretraining_classifier
+from drs_lib.networks.weights import body_state_dict
+from drs_lib.recipes import ClassifyRecipe
+from drs_lib.train import classification_loss, evaluate_classifier, train_network
+
+WEIGHTS = Path(__file__).with_name("weights")
+CLASSIFY = ClassifyRecipe.laptop().replace(lr=4e-3, epochs=12, weights=None, drs_layers=())
+SALIENCY = CLASSIFY.replace(lr=5e-3, epochs=4)
+SALIENCY_IMAGES = 1500
+
+
+def pretrain_backbone(backbone, progress=True):
+    """Train "mini" or "mini_resnet" on the other species; returns (state dict of its body, facts)."""
+    train, held_out = Critters("pretrain"), Critters("pretrain_val")
+    model, history = train_network(
+        CLASSIFY,
+        train,
+        lambda data: pretraining_classifier(backbone, data.num_classes),
+        classification_loss,
+        title=f"pretrain {backbone}",
+        progress=progress,
+    )
+    accuracy = evaluate_classifier(model, held_out)
+    return body_state_dict(model), {"exact-match accuracy, held out": accuracy, "loss": history[-1]["loss"]}
+
+
+def pretrain_saliency(progress=True):
+    """Train the saliency network on class-agnostic masks of the other species; returns (state dict, facts)."""
+    train, held_out = Critters("pretrain", length=SALIENCY_IMAGES), Critters("pretrain_val")
+
+    class Network(torch.nn.Module):
+        # `train_network` asks a network what of it is new; with one learning rate for all it does not matter.
+        def __init__(self):
+            super().__init__()
+            self.detector = saliency_network()
+
+        def new_modules(self):
+            return [self.detector.head]
+
+        def forward(self, x):
+            return self.detector(x)
+
+    def loss(model, batch):
+        return F.binary_cross_entropy_with_logits(model(batch.images), batch.extra.float())
+
+    salient = [draw("pretrain", i).salient.astype(np.uint8) for i in range(len(train))]
+    model, history = train_network(
+        SALIENCY, train, lambda data: Network(), loss, labels=salient, title="pretrain saliency", progress=progress
+    )
+    detector = model.detector
+    overlap = union = 0
+    with torch.inference_mode():
+        for i in range(len(held_out)):
+            found = detector(normalize(held_out[i][0][None]))[0] > 0
+            truth = torch.from_numpy(draw("pretrain_val", i).salient)
+            overlap, union = overlap + int((found & truth).sum()), union + int((found | truth).sum())
+    state = {k: v.detach().contiguous() for k, v in detector.state_dict().items()}
+    return state, {"IoU at 0.5, held out": overlap / union, "loss": history[-1]["loss"]}
+
+
+NETWORKS = {
+    "mini": lambda progress: pretrain_backbone("mini", progress),
+    "mini_resnet": lambda progress: pretrain_backbone("mini_resnet", progress),
+    "saliency": pretrain_saliency,
+}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m drs_lib.pretrain", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder for the weights (default: the library's)")
+    arguments = parser.parse_args(argv)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name in arguments.only:
+        start = time.perf_counter()
+        state, facts = NETWORKS[name](True)
+        path = arguments.out / f"{name}.safetensors"
+        with atomic_path(path) as temporary:
+            save_file(state, temporary, metadata={"facts": json.dumps(facts)})
+        shown = ", ".join(f"{k} {v:.4f}" for k, v in facts.items())
+        print(f"{path}: {path.stat().st_size / 1000:.0f} kB, {shown}, {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,371 @@
+"""The run store: what a stage of the pipeline made, kept under the hash of what it was made from.
+
+An entry is a folder ``<root>/<stage>/<key>/`` with the stage's files, ``meta.json`` (configuration, inputs,
+versions, seconds, date) and ``manifest.json`` (size and SHA-256 of every file). It is written beside its
+final place, flushed to the disk and renamed, so that an entry is there completely or not at all, whenever the
+process is killed. One process makes an entry while others that want it wait and then read it.
+``joblib.Memory`` was considered: it neither locks an entry that several processes want at once nor notices a
+damaged one.
+"""
+
+import errno
+import hashlib
+import importlib.metadata
+import io
+import json
+import logging
+import os
+import platform
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from filelock import AcquireReturnProxy, FileLock, Timeout
+
+META, MANIFEST = "meta.json", "manifest.json"
+_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+_READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
+_log = logging.getLogger(__name__)
+
+
+class StoreError(RuntimeError):
+    """The store cannot be written (disk full, no permission), or an entry lacks what was asked of it."""
+
+
+class _Damaged(Exception):
+    """An entry's files do not agree with its manifest."""
+
+
+class EntryWriter:
+    """What a stage's ``make(writer)`` writes through: files of an entry that is not published yet."""
+
+    def __init__(self, path: Path, store: "RunStore"):
+        self.path, self.notes, self._store = path, {}, store
+
+    def note(self, **facts: Any) -> None:
+        """Adds facts (device, threads, ...) to the entry's ``meta.json``; they do not enter its key."""
+        self.notes.update(facts)
+
+    def bytes(self, name: str, data: bytes) -> None:
+        try:
+            with open(self.path / name, "wb") as file:
+                file.write(data)
+        except OSError as error:
+            if error.errno in _FULL:
+                raise self._store._full(f"{name} needs {_size(len(data))}") from error
+            raise
+
+    def json(self, name: str, value: Any) -> None:
+        self.bytes(name, json.dumps(value, indent=1, allow_nan=False).encode())
+
+    def weights(self, name: str, model: Any) -> None:
+        """The model's parameters and buffers as safetensors."""
+        from safetensors.torch import save
+
+        # As bytes first: the file is then written by `bytes`, which knows what a full disk is.
+        self.bytes(name, save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}))
+
+    def array(self, name: str, array: Any) -> None:
+        """One array as compressed npz."""
+        import numpy as np
+
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, array=array)
+        self.bytes(name, buffer.getvalue())
+
+    def open(self, name: str) -> BinaryIO:
+        """A file to stream into; the caller closes it."""
+        return open(self.path / name, "wb")
+
+
+class Entry:
+    """A complete, verified entry of a :class:`RunStore`."""
+
+    def __init__(self, path: Path, meta: dict, files: Mapping[str, dict]):
+        self.path, self.meta, self.files = path, meta, files
+
+    @property
+    def key(self) -> str:
+        return self.meta["key"]
+
+    def file(self, name: str) -> Path:
+        if name not in self.files:
+            raise StoreError(f"{self.path} has no {name!r}; it has {', '.join(sorted(self.files))}.")
+        return self.path / name
+
+    def json(self, name: str) -> Any:
+        return json.loads(self.file(name).read_text(encoding="utf-8"))
+
+    def weights(self, name: str = "model.safetensors") -> dict:
+        """The state dict, on the CPU."""
+        from safetensors.torch import load_file
+
+        return load_file(self.file(name), device="cpu")
+
+    def array(self, name: str) -> Any:
+        import numpy as np
+
+        with np.load(self.file(name)) as stored:
+            return stored["array"]
+
+    def __repr__(self) -> str:
+        return f"Entry({self.path})"
+
+
+class RunStore:
+    """Entries below ``root``: the argument, else the environment's ``DRS_STORE``, else ``./runs``."""
+
+    def __init__(self, root: str | os.PathLike | None = None):
+        self.root = Path(root or os.environ.get("DRS_STORE") or "runs").expanduser().absolute()
+
+    def __repr__(self) -> str:
+        return f"RunStore({str(self.root)!r})"
+
+    @staticmethod
+    def key(stage: str, config: Mapping, inputs: Mapping[str, str], version: int = 1) -> str:
+        """The hash of (stage, stage version, configuration, input keys): 24 hexadecimal digits."""
+        parts = {"stage": stage, "version": version, "config": config, "inputs": inputs}
+        return _digest(_canonical(parts))[:24]
+
+    def folder(self, stage: str, key: str) -> Path:
+        return self.root / stage / key
+
+    def made_at(self, stage: str, key: str) -> float | None:
+        """When the making of this entry began (seconds since 1970), unverified; None if it is not there."""
+        try:
+            return json.loads((self.folder(stage, key) / META).read_text(encoding="utf-8"))["made_at"]
+        except (OSError, ValueError, KeyError):
+            return None
+
+    def get(self, stage: str, config: Mapping, inputs: Mapping[str, str], version: int = 1) -> Entry | None:
+        """The verified entry, or None where there is none or a damaged one (which is left as it is)."""
+        try:
+            return self._read(self.folder(stage, self.key(stage, config, inputs, version)))
+        except _Damaged as damage:
+            _log.info("%s", damage)
+            return None
+
+    def get_or_make(
+        self,
+        stage: str,
+        config: Mapping,
+        inputs: Mapping[str, str],
+        make: Callable[[EntryWriter], None],
+        *,
+        version: int = 1,
+        overwrite: bool = False,
+        not_before: float | None = None,
+    ) -> Entry:
+        """Reads the entry of this stage, configuration and inputs, or makes it by ``make(writer)``.
+
+        Args:
+            stage: the folder's name; ``version`` is raised when the stage's code changes its results.
+            config, inputs: JSON values; inputs are the keys or fingerprints of what the stage reads.
+            make: writes the entry's files through the `EntryWriter` it is given.
+            overwrite: make it again in any case.
+            not_before: make it again if it was begun before this time (seconds since 1970), so that the jobs
+                of one run that share a stage make it again only once between them.
+
+        A damaged entry is set aside as ``<key>.damaged-<n>`` with a warning and made again.
+
+        Raises:
+            StoreError: the disk is full, or the store is read-only and the entry has to be made. What was
+                finished before is kept.
+        """
+        key = self.key(stage, config, inputs, version)
+        folder = self.folder(stage, key)
+        if not overwrite:
+            try:
+                entry = self._read(folder)
+            except _Damaged:
+                entry = None  # looked at again, and set aside, under the lock
+            if entry is not None and _recent(entry, not_before):
+                return entry
+        with self._lock(stage, key):
+            try:
+                entry = self._read(folder)
+            except _Damaged as damage:
+                self._set_aside(folder, str(damage))
+                entry = None
+            if entry is not None and not overwrite and _recent(entry, not_before):
+                return entry
+            meta = {"stage": stage, "version": version, "key": key, "config": config, "inputs": inputs}
+            return self._make(folder, meta, make)
+
+    def _make(self, folder: Path, meta: dict, make: Callable[[EntryWriter], None]) -> Entry:
+        # The lock is held, so what carries this key's temporary name was left behind by a killed process.
+        for left in folder.parent.glob(f".tmp-{folder.name}-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        temporary = folder.parent / f".tmp-{folder.name}-{os.getpid()}-{os.urandom(4).hex()}"
+        began = time.time()
+        clock = time.perf_counter()
+        try:
+            temporary.mkdir()
+            writer = EntryWriter(temporary, self)
+            make(writer)
+            meta = meta | {
+                "seconds": round(time.perf_counter() - clock, 3),
+                "date": datetime.fromtimestamp(began, timezone.utc).isoformat(timespec="seconds"),
+                "made_at": began,
+                "versions": _versions(),
+                "notes": writer.notes,
+            }
+            writer.json(META, meta)
+            files = {p.relative_to(temporary).as_posix(): _facts(p) for p in _files_of(temporary)}
+            writer.json(MANIFEST, files)
+            _flush(temporary)
+            self._publish(temporary, folder)
+        except OSError as error:
+            if error.errno in _FULL:
+                written = sum(p.stat().st_size for p in _files_of(temporary))
+                raise self._full(f"{meta['stage']} had written {_size(written)} of its files") from error
+            raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return self._read(folder)
+
+    def _publish(self, temporary: Path, folder: Path) -> None:
+        if folder.exists():
+            old = temporary.with_name(temporary.name + "-old")
+            os.rename(folder, old)
+            os.rename(temporary, folder)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(temporary, folder)
+        _flush_folder(folder.parent)
+
+    def _read(self, folder: Path) -> Entry | None:
+        """The entry, checked against its manifest; None where there is none. Raises _Damaged."""
+        if not folder.is_dir():
+            return None
+        try:
+            files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            for name, facts in files.items():
+                if (folder / name).stat().st_size != facts["bytes"]:
+                    raise _Damaged(
+                        f"{name} has {(folder / name).stat().st_size} bytes instead of {facts['bytes']}"
+                    )
+                if _facts(folder / name) != facts:
+                    raise _Damaged(f"{name} was altered")
+            meta = json.loads((folder / META).read_text(encoding="utf-8"))
+            if folder.name != self.key(meta["stage"], meta["config"], meta["inputs"], meta["version"]):
+                raise _Damaged(f"{META} describes another entry")
+        except FileNotFoundError as error:
+            if not folder.is_dir():  # another process replaced it meanwhile
+                return None
+            raise _Damaged(f"{Path(error.filename).name} is missing") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _Damaged(f"{MANIFEST} or {META} cannot be read ({error})") from error
+        return Entry(folder, meta, files)
+
+    def _set_aside(self, folder: Path, reason: str) -> None:
+        taken = 1
+        while (aside := folder.with_name(f"{folder.name}.damaged-{taken}")).exists():
+            taken += 1
+        os.rename(folder, aside)
+        warnings.warn(
+            f"{folder.parent.name}/{folder.name} in the run store is damaged ({reason}); "
+            f"it was set aside as {aside.name} and is made again.",
+            stacklevel=4,
+        )
+
+    def _lock(self, stage: str, key: str) -> AcquireReturnProxy:
+        """The entry's lock, taken: the operating system's, so a killed holder's is free again at once."""
+        locks = self.root / stage / ".locks"
+        try:
+            locks.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(locks / f"{key}.lock")
+            try:
+                return lock.acquire(timeout=1)
+            except Timeout:
+                _log.info("another process is making %s/%s; waiting for it", stage, key)
+                return lock.acquire()
+        except OSError as error:
+            if error.errno in _FULL:
+                raise self._full(f"{stage} has not begun") from error
+            if error.errno in _READ_ONLY:
+                raise StoreError(
+                    f"The run store {self.root} cannot be written ({error.strerror}), and {stage}/{key} is "
+                    "not in it. Set DRS_STORE to a folder of your own."
+                ) from error
+            if isinstance(error, (FileExistsError, NotADirectoryError)):
+                raise StoreError(
+                    f"The run store {self.root} is not a folder. Set DRS_STORE to a folder of your own."
+                ) from error
+            raise
+
+    def _full(self, needed: str) -> StoreError:
+        free = shutil.disk_usage(self.root).free
+        return StoreError(
+            f"The disk of the run store {self.root} is full: {needed}, {_size(free)} are free. Everything "
+            "that was finished is kept. Free some room, or move the store to a larger disk and set DRS_STORE "
+            "to it, and run the same command again: it goes on from here."
+        )
+
+
+def _recent(entry: Entry, not_before: float | None) -> bool:
+    return not_before is None or entry.meta["made_at"] >= not_before
+
+
+def _canonical(value: Any) -> bytes:
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"A stage's configuration and inputs must be finite JSON values: {error}") from error
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _facts(path: Path) -> dict:
+    """Size and SHA-256 of a file, as the manifest has them."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            size += len(block)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _files_of(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def _flush(folder: Path) -> None:
+    """Everything below the folder onto the disk, so that a power cut after the rename finds whole files."""
+    for path in _files_of(folder):
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+    _flush_folder(folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    if os.name == "nt":  # Windows cannot open a folder to flush it
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    for package in ("torch", "torchvision", "numpy"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def _size(count: int) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000

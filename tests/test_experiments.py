@@ -1,0 +1,634 @@
+"""Stages, jobs and tables: what is shared, what is measured, what happens when things go wrong."""
+
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import joblib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from conftest import TinyDataset
+from drs_lib import experiments, pipeline
+from drs_lib.__main__ import main
+from drs_lib.experiments import (
+    RowsFailed,
+    format_table,
+    load_table,
+    reference_table,
+    run_table,
+    run_tables,
+    save_table,
+    style_table,
+)
+from drs_lib.paper import Configuration, table_rows
+from drs_lib.pipeline import Budget, LabelArchive, Pipeline, Splits, TargetMaps, get_budget
+from drs_lib.store import RunStore
+
+ROOT = Path(__file__).parents[1]
+REFINED, CAM = Configuration(refine=True), Configuration(drs_layers=())
+
+
+def tiny_budget(**changes):
+    """The ci budget from random weights: the shipped ones belong to Critters."""
+    ci = get_budget("ci")
+    recipes = {
+        name: getattr(ci, name).replace(weights=None, batch=4)
+        for name in ("classify", "refine", "largefov", "largefov_resnet", "aspp")
+    }
+    return ci.replace(**recipes | changes)
+
+
+def tiny_splits(**options):
+    return Splits("tiny", TinyDataset(8, 32, **options), TinyDataset(4, 32, seed=1))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """All four tables in one store: (store, tables, splits, budget)."""
+    store, splits, budget = RunStore(tmp_path_factory.mktemp("runs")), tiny_splits(), tiny_budget()
+    return store, run_tables(data=splits, budget=budget, store=store, jobs=1, progress=False), splits, budget
+
+
+def stored(store):
+    return {
+        (path.parent.parent.name, path.parent.name): path.parent for path in store.root.glob("*/*/meta.json")
+    }
+
+
+def contents(store, names=("model.safetensors", "scores.json", "labels.zip", "maps.zip")):
+    return {
+        (*entry, name): (folder / name).read_bytes()
+        for entry, folder in stored(store).items()
+        for name in names
+        if (folder / name).exists()
+    }
+
+
+def test_the_paper_s_tables():
+    assert [len(table_rows(number)) for number in (1, 2, 3, 4)] == [8, 9, 4, 31]
+    quoted = [row for row in table_rows(4) if row.configuration is None]
+    assert len(quoted) == 21 and len({row.label for row in quoted}) == 13
+    best_quoted = {"DeepLab-Large-FOV (VGG-16)": 64.0, "DeepLab-Large-FOV (ResNet-101)": 67.8}
+    for network, miou in {**best_quoted, "DeepLab-ASPP (ResNet-101)": 67.1}.items():
+        assert max(row.paper for row in quoted if dict(row.columns)["network"] == network) == miou
+    # Numbers that the paper prints in several tables agree.
+    paper = {number: {r.configuration: r.paper for r in table_rows(number)} for number in (1, 2, 3, 4)}
+    for a in paper:
+        for b in paper:
+            for configuration in (paper[a].keys() & paper[b].keys()) - {None}:
+                assert paper[a][configuration] == paper[b][configuration], (a, b, configuration)
+    with pytest.raises(ValueError, match="no Table 5"):
+        table_rows(5)
+
+
+@pytest.mark.parametrize(
+    "changes, match",
+    [
+        ({"network": "unet"}, "network is 'unet'"),
+        ({"drs_layers": (), "delta": 0.5}, "plain CAM"),
+        ({"supervised": True, "refine": True}, "trains on masks"),
+    ],
+)
+def test_configurations_that_mean_nothing_are_refused(changes, match):
+    with pytest.raises(ValueError, match=match):
+        Configuration(**changes)
+
+
+def test_budgets():
+    assert get_budget().name == "laptop" and get_budget(data="voc").name == "paper"
+    paper = get_budget("paper", "voc")
+    assert (paper.alpha, paper.beta, paper.rule) == (0.2, 0.06, "paper")
+    assert (paper.classify.epochs, paper.classify.batch, paper.classify.backbone) == (15, 5, "vgg16")
+    assert (paper.aspp.kind, paper.aspp.backbone) == ("aspp", "resnet101")
+    for name, data, match in (
+        ("big", "critters", "'ci' or 'laptop'"),
+        ("laptop", "voc", "no budget 'laptop'"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            get_budget(name, data)
+    with pytest.raises(ValueError, match="unknown data"):
+        get_budget(None, "coco")
+
+
+def test_tables_share_stages(finished):
+    store, _, _, _ = finished
+    counts = pd.Series([stage for stage, _ in stored(store)]).value_counts().to_dict()
+    # 8 controllers and 8 further choices of layers; 2 refinements; LargeFOV on all of these and the masks,
+    # and two more networks on 2 refined label sets and the masks.
+    expected = {"classify": 16, "accuracy": 8, "target": 2, "refine": 2, "labels": 18, "label_score": 18}
+    expected |= {"segment": 18 + 1 + 2 * 3, "evaluate": 25}
+    assert {name: counts[name] for name in expected} == expected
+
+
+def test_the_columns_and_conditions_of_the_tables(finished):
+    _, tables, _, _ = finished
+    for number, table in tables.items():
+        measured = [row.configuration is not None for row in table_rows(number)]
+        assert len(table) == len(measured) and (table["measured"].notna() == measured).all()
+        assert (table["seeds"] == np.array(measured, int)).all() and table["sd"].isna().all()
+        assert table["measured"].dropna().between(0, 100).all()
+        np.testing.assert_array_equal(table["paper"], [row.paper or math.nan for row in table_rows(number)])
+        for key in ("split", "scales", "alpha", "beta", "CRF", "seeds", "budget", "rule"):
+            assert key in table.attrs
+    assert tables[1]["accuracy"].notna().all()
+    assert tables[1]["paper accuracy"].dropna().tolist() == [72.6, 68.7]
+    assert tables[2][[f"layer{n}" for n in range(1, 7)]].sum(axis=1).tolist() == [0, 1, 2, 3, 4, 5, 6, 5, 4]
+    assert tables[3]["refine"].tolist() == [False, True, False, True]
+    learnable = tables[1]["measured"][0]
+    assert learnable == tables[2]["measured"][6] == tables[3]["measured"][0]
+    assert (
+        tables[4].loc[tables[4]["configuration"].str.startswith("lower"), "measured"].item()
+        == (tables[2]["measured"][0])
+    )
+
+
+def direct_miou(pairs, classes):
+    """Mean IoU from its definition, in numpy; ignored predictions count as background."""
+    counts = np.zeros((classes, 3))
+    for prediction, mask in pairs:
+        prediction = np.where(prediction == 255, 0, prediction)[mask != 255]
+        mask = mask[mask != 255]
+        for c in range(classes):
+            counts[c] += [((prediction == c) & (mask == c)).sum(), (prediction == c).sum(), (mask == c).sum()]
+    union = counts[:, 1] + counts[:, 2] - counts[:, 0]
+    return 100 * float(np.mean([i / u for i, u in zip(counts[:, 0], union, strict=True) if u]))
+
+
+def test_the_numbers_are_those_of_the_stored_networks(finished):
+    store, tables, splits, budget = finished
+    line = Pipeline(splits, budget, store=store)
+    for row, configuration in enumerate(row.configuration for row in table_rows(3)):
+        network = line.segmentation_network(configuration)
+        pairs = []
+        for i in range(len(splits.val)):
+            image = splits.val[i][0][None].float() / 255
+            mean, std = (
+                torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+            )
+            with torch.no_grad():
+                logits = network((image - mean) / std)
+            logits = torch.nn.functional.interpolate(logits, (32, 32), mode="bilinear", align_corners=False)
+            pairs.append((logits.argmax(1)[0].numpy(), splits.val.mask(i)))
+        assert tables[3]["measured"][row] == pytest.approx(direct_miou(pairs, 4), abs=0.3)
+        labels = line.labels(configuration)
+        assert len(labels) == 8 and labels[0].dtype == np.uint8
+        pairs = [(labels[i], splits.train.mask(i)) for i in range(8)]
+        assert tables[3]["pseudo-label mIoU"][row] == pytest.approx(direct_miou(pairs, 4), abs=1e-3)
+
+
+def test_a_finished_run_reads_only_scores(finished, monkeypatch):
+    store, tables, splits, budget = finished
+    monkeypatch.setattr(Pipeline, "get", lambda self, stage: pytest.fail(f"{stage.title} was asked for"))
+    monkeypatch.setattr(TinyDataset, "__getitem__", lambda self, i: pytest.fail("an image was read"))
+    again = run_tables(data=splits, budget=budget, store=store, progress=False)
+    for number, table in tables.items():
+        pd.testing.assert_frame_equal(again[number], table)
+        assert again[number].attrs == table.attrs
+
+
+def test_no_stage_that_makes_labels_sees_a_mask(tmp_path):
+    splits = tiny_splits(forbid_masks=True)
+    line = Pipeline(splits, tiny_budget(), store=tmp_path)
+    configuration = Configuration(refine=True)
+    assert len(line.get(line.stage("segment", configuration)).weights()) > 0
+    made = {stage for stage, _ in stored(line.store)}
+    assert made == {"classify", "target", "refine", "labels", "segment"}
+    for name in ("label_score", "map_score"):
+        with pytest.raises(AssertionError, match="mask was read"):
+            line.get(line.stage(name, configuration))
+    with pytest.raises(AssertionError, match="mask was read"):
+        line.get(line.stage("segment", Configuration(supervised=True)))
+
+
+def test_map_scores(finished):
+    store, _, splits, budget = finished
+    scores = Pipeline(splits, budget, store=store).scores(Configuration(), ["maps"])["maps"]
+    assert 0 <= scores["recall"] <= 1 and set(scores["per_class"]["on_object"]) == set(splits.train.classes)
+
+
+def test_label_maps_that_claim_nothing_are_scored(tmp_path):
+    class AllSalient(TinyDataset):
+        def saliency(self, index):
+            return np.full_like(self.masks[index], 255)
+
+    line = Pipeline(
+        Splits("tiny", AllSalient(8, 32), TinyDataset(4, 32)), tiny_budget(alpha=1.0), store=tmp_path
+    )
+    assert all((labels == 255).all() for labels in line.labels(CAM))
+    scores = line.scores(CAM, ["labels"])["labels"]
+    assert scores["miou_claimed"] is None
+    background = np.mean([(line.data.train.mask(i) == 0).mean() for i in range(8)])
+    assert scores["miou"] == pytest.approx(background / 4), (
+        "all background: the other three classes have none"
+    )
+
+
+def test_keys_follow_from_what_changes_the_result_and_from_nothing_else(finished, monkeypatch, tmp_path):
+    store, _, splits, budget = finished
+    monkeypatch.setattr(TinyDataset, "__getitem__", lambda self, i: pytest.fail("an image was read"))
+    monkeypatch.setattr(TinyDataset, "mask", lambda self, i: pytest.fail("a mask was read"))
+
+    def keys(budget=budget, seed=0, data=splits, configuration=REFINED, **options):
+        line = Pipeline(data, budget, seed=seed, store=store, **options)
+        return {s.name: s.key for s in line.stages(configuration, ("miou", "crf", "accuracy", "labels"))}
+
+    def changed(**options):
+        before, after = keys(), keys(**options)
+        return {name for name in before if before[name] != after[name]}
+
+    everything = set(keys())
+    assert everything == set(pipeline.STAGE_VERSIONS) - {"map_score"}
+    workers = budget.replace(classify=budget.classify.replace(workers=3))
+    assert changed(budget=workers) == changed(device="cpu", crf_jobs=3) == set()
+    assert changed(seed=1) == changed(configuration=Configuration(delta=0.5, refine=True)) == everything
+    other_train = Splits("tiny", TinyDataset(6, 32), splits.val)
+    assert changed(data=other_train) == everything
+    assert changed(data=Splits("tiny", splits.train, TinyDataset(4, 32, seed=2))) == {
+        "accuracy",
+        "evaluate",
+        "evaluate_crf",
+    }
+    after_labels = {"labels", "label_score", "segment", "evaluate", "evaluate_crf"}
+    assert changed(budget=budget.replace(refined_alpha=0.3)) == after_labels
+    assert changed(budget=budget.replace(alpha=0.3)) == set(), "alpha is not what refined maps are read at"
+    assert changed(budget=budget.replace(scales=(32, 48))) == after_labels | {"target", "refine"}
+    assert changed(budget=budget.replace(refine=budget.refine.replace(lr=2e-4))) == after_labels | {"refine"}
+    monkeypatch.setitem(pipeline.STAGE_VERSIONS, "segment", 2)
+    assert keys()["segment"] not in {key for _, key in stored(store)}
+
+
+def test_other_initial_weights_are_another_training(tmp_path, monkeypatch):
+    file = tmp_path / "weights.safetensors"
+    file.write_bytes(b"one")
+    one = pipeline.weights_identity("mini", str(file))
+    moved = file.rename(tmp_path / "moved.safetensors")
+    assert pipeline.weights_identity("mini", str(moved)) == one, "the content counts, not the place"
+    moved.write_bytes(b"other")
+    assert pipeline.weights_identity("mini", str(moved)) != one
+    names = {pipeline.weights_identity("resnet101", w) for w in (None, "pretrained", "coco")}
+    assert len(names) == 3
+    with pytest.raises(FileNotFoundError, match="no weights file.*drs_lib.pretrain"):
+        pipeline.weights_identity("mini", str(tmp_path / "absent.safetensors"))
+
+
+def test_archives_of_labels_and_maps(tmp_path):
+    import zipfile
+
+    rng = np.random.default_rng(0)
+    labels = [rng.choice([0, 1, 7, 255], (5, 4 + i)).astype(np.uint8) for i in range(3)]
+    maps = [rng.random((2, 5, 4)).astype(np.float32), np.zeros((0, 6, 3), np.float32)]
+    for repeat in ("a", "b"):
+        with zipfile.ZipFile(tmp_path / f"{repeat}.zip", "w") as archive:
+            for i, label in enumerate(labels):
+                pipeline._write_png(archive, f"image{i}", label, indexed=True)
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+    archive = LabelArchive(tmp_path / "a.zip")
+    assert archive.names == ["image0.png", "image1.png", "image2.png"]
+    for found, expected in zip(archive, labels, strict=True):
+        np.testing.assert_array_equal(found, expected)
+    with zipfile.ZipFile(tmp_path / "maps.zip", "w") as archive:
+        pipeline._write_png(archive, "x", np.round(maps[0] * 255).astype(np.uint8).reshape(-1, 4))
+        pipeline._write_png(archive, "y", np.zeros((6, 3), np.uint8))
+    targets = TargetMaps(tmp_path / "maps.zip", [[1, 3], []], 4)
+    assert targets[0].shape == (4, 5, 4) and targets[0].dtype == np.float32
+    np.testing.assert_allclose(targets[0][[1, 3]], maps[0], atol=0.5 / 255 + 1e-6)
+    assert not targets[0][[0, 2]].any()
+    np.testing.assert_array_equal(targets[1], np.zeros((4, 6, 3)))
+
+
+def test_jobs_that_share_a_training_are_kept_apart(finished):
+    store, _, splits, budget = finished
+    lines = {0: Pipeline(splits, budget, store=store)}
+    measures = {1: ("miou", "accuracy", "labels"), 3: ("miou", "labels"), 4: ("miou", "labels", "crf")}
+    jobs = experiments._jobs_of(measures, (0,))
+    assert len(jobs) == len({job.configuration for job in jobs}) == 18
+    order = [job.configuration for job in experiments._in_order(jobs[::-1], lines)]
+    assert sorted(map(str, order)) == sorted(str(job.configuration) for job in jobs)
+    # Two make what six others share: the classifiers and, refined, the labels of Table 4's three networks.
+    assert {(c.delta, c.refine) for c in order[:2]} == {(None, True), (0.55, True)}
+    assert all(c.delta in (None, 0.55) and c.drs_layers and not c.supervised for c in order[-6:])
+
+
+def test_processes_change_nothing(finished, tmp_path):
+    store, tables, splits, budget = finished
+    other = RunStore(tmp_path)
+    table = run_table(3, splits, budget, store=other, jobs=2, progress=False)
+    pd.testing.assert_frame_equal(table, tables[3])
+    alone, together = contents(store), contents(other)
+    assert len(together) > 20 and together.items() <= alone.items(), "every file the same to the last bit"
+
+
+def test_threads_are_refused(finished, tmp_path):
+    _, _, splits, budget = finished
+    with (
+        joblib.parallel_config(backend="threading", n_jobs=2),
+        pytest.raises(ValueError, match="random generator"),
+    ):
+        run_table(3, splits, budget, store=tmp_path, progress=False)
+
+
+def test_how_many_processes(monkeypatch):
+    monkeypatch.setenv("DRS_DEVICE", "cpu")
+    cores = joblib.cpu_count(only_physical_cores=True)
+    assert experiments._processes(None, 100, get_budget("ci")) == (cores, cores, [None])
+    assert experiments._processes(3, 100, get_budget("ci")) == (3, 3, [None])
+    assert experiments._processes(8, 2, get_budget("ci")) == (8, 2, [None])
+    assert experiments._processes(1, 100, get_budget("ci")) == (1, 1, [None])
+    with joblib.parallel_config(n_jobs=5):
+        assert experiments._processes(None, 100, get_budget("ci"))[1] == 5
+    with joblib.parallel_config(n_jobs=1):
+        assert experiments._processes(None, 100, get_budget("ci"))[1] == 1
+
+
+PROGRAM = textwrap.dedent(
+    """
+    import sys
+    sys.path.insert(0, "tests")
+    import test_experiments as t
+    t.run_table(3, t.tiny_splits(), t.tiny_budget(), store=sys.argv[1], jobs=1, progress=False)
+    """
+)
+
+
+def test_killed_and_started_again_it_gives_the_same_numbers(finished, tmp_path):
+    store, tables, splits, budget = finished
+    target, rng = RunStore(tmp_path), random.Random(5)
+    for wanted in (1, 7):  # entries there when the process is killed, and a little more
+        process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path)], cwd=ROOT)
+        while process.poll() is None and len(stored(target)) < wanted:
+            time.sleep(0.005)
+        time.sleep(rng.random() * 0.1)
+        assert process.poll() is None, "it was to be killed while at work"
+        process.send_signal(getattr(signal, "SIGKILL", signal.SIGTERM))
+        process.wait()
+    before = {entry: os.stat(path).st_mtime_ns for entry, path in stored(target).items()}
+    assert len(before) >= 7
+    table = run_table(3, splits, budget, store=target, jobs=1, progress=False)
+    pd.testing.assert_frame_equal(table, tables[3])
+    assert contents(target).items() <= contents(store).items()
+    after = stored(target)
+    assert all(os.stat(after[entry]).st_mtime_ns == when for entry, when in before.items()), (
+        "kept, not made again"
+    )
+    assert not list(tmp_path.glob("*/.tmp-*")), "what the killed ones left is cleared away"
+
+
+def test_a_failing_row_costs_no_other_row(finished, tmp_path, monkeypatch, capsys):
+    store, tables, splits, budget = finished
+    import drs_lib.train
+
+    train = drs_lib.train.train_classifier
+
+    def failing(recipe, *args, **options):
+        if recipe.delta == 0.55:
+            raise drs_lib.train.TrainingDiverged("the loss is nan")
+        return train(recipe, *args, **options)
+
+    monkeypatch.setattr(drs_lib.train, "train_classifier", failing)
+    with pytest.raises(RowsFailed, match="2 of 4 rows failed.*\n.*delta 0.55.*the loss is nan") as caught:
+        run_table(3, splits, budget, store=tmp_path, jobs=1, progress=False)
+    partial = caught.value.tables[3]
+    assert partial["measured"].isna().tolist() == [False, False, True, True]
+    pd.testing.assert_frame_equal(partial[:2], tables[3][:2])
+    assert "TrainingDiverged" in next(iter(caught.value.failures.values()))[1]
+
+    monkeypatch.setattr("drs_lib.__main__.run_tables", lambda *a, **k: (_ for _ in ()).throw(caught.value))
+    assert main(["course", "--tables", "3", "--out", str(tmp_path / "out")]) == 1
+    output = capsys.readouterr()
+    assert "learnable, with refine" in output.out and "the loss is nan" in output.err
+
+    monkeypatch.setattr(drs_lib.train, "train_classifier", train)
+    pd.testing.assert_frame_equal(
+        run_table(3, splits, budget, store=tmp_path, jobs=1, progress=False), tables[3]
+    )
+
+
+def test_progress_is_shown_and_overwrite_makes_each_stage_again_once(tmp_path, monkeypatch, capsys):
+    splits, budget, made = tiny_splits(), tiny_budget(), []
+    options = dict(store=tmp_path, jobs=1)
+    first = run_table(3, splits, budget, **options)
+    shown = capsys.readouterr().err
+    assert "4 rows | " in shown and "100%" in shown and "label score" in shown
+    make = RunStore._make
+
+    def noted(self, folder, meta, *rest):
+        made.append((meta["stage"], meta["key"]))
+        return make(self, folder, meta, *rest)
+
+    monkeypatch.setattr(RunStore, "_make", noted)
+    again = run_table(3, splits, budget, overwrite=True, progress=False, **options)
+    assert sorted(made) == sorted(stored(RunStore(tmp_path))), "every stage once, however many rows share it"
+    pd.testing.assert_frame_equal(first, again)
+
+
+def test_seeds(finished):
+    store, _, splits, budget = finished
+    table = run_table(3, splits, budget, seeds=(0, 1), store=store, jobs=1, progress=False)
+    assert (table["seeds"] == 2).all()
+    for row in range(len(table)):
+        values = table.attrs["per_seed"][row]["measured"]
+        assert len(values) == 2
+        assert table["measured"][row] == pytest.approx(np.mean(values))
+        assert table["sd"][row] == pytest.approx(np.std(values, ddof=1))
+    assert table["pseudo-label mIoU sd"].max() > 0, "another seed is another training"
+
+
+def test_without_the_crf_its_columns_are_empty_and_say_why(finished, monkeypatch):
+    store, tables, splits, budget = finished
+    monkeypatch.setattr("drs_lib.crf.available", lambda: False)
+    table = run_table(4, splits, budget, store=store, jobs=1, progress=False)
+    assert table["with CRF"].isna().all() and "pydensecrf" in table.attrs["CRF"]
+    assert "not available" in format_table(table)
+    pd.testing.assert_series_equal(table["measured"], tables[4]["measured"])
+
+
+def test_with_the_crf_it_has_a_column_of_its_own(finished):
+    pytest.importorskip("pydensecrf")
+    _, tables, _, _ = finished
+    measured = tables[4]["measured"].notna()
+    assert (tables[4]["with CRF"].notna() == measured).all()
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ({"numbers": (5,)}, "no Table 5"),
+        ({"seeds": ()}, "seeds"),
+        ({"seeds": (-1,)}, "seeds"),
+        ({"seeds": (0.5,)}, "seeds"),
+        ({"jobs": 0}, "jobs"),
+        ({"budget": "huge"}, "no budget 'huge'"),
+        ({"data": "coco"}, "unknown data 'coco'"),
+        ({"data": "voc"}, "voc_root.*drs_lib.data.download"),
+    ],
+)
+def test_bad_arguments(options, match, tmp_path):
+    with pytest.raises(ValueError, match=match):
+        run_tables(store=tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_voc_root_sends_to_the_download(tmp_path, capsys):
+    missing = str(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="drs_lib.data.download"):
+        run_table(1, "voc", voc_root=missing, store=tmp_path)
+    assert main(["course", "--data", "voc", "--voc-root", missing, "--store", str(tmp_path)]) == 1
+    assert "drs_lib.data.download" in capsys.readouterr().err
+
+
+def test_saved_tables_come_back(finished, tmp_path, monkeypatch):
+    _, tables, _, _ = finished
+    for number, table in tables.items():
+        save_table(table, tmp_path / f"table{number}-critters.json")
+        back = load_table(tmp_path / f"table{number}-critters.json")
+        pd.testing.assert_frame_equal(back, table)
+        assert back.attrs == table.attrs
+        csv = pd.read_csv(tmp_path / f"table{number}-critters.csv")
+        assert list(csv.columns) == list(table.columns) and len(csv) == len(table)
+    monkeypatch.setattr(experiments, "REFERENCE", tmp_path)
+    pd.testing.assert_frame_equal(reference_table(2), tables[2])
+    with pytest.raises(FileNotFoundError, match="python -m drs_lib reference --data voc --tables 2"):
+        reference_table(2, "voc")
+    assert not list(tmp_path.glob(".*")), "no temporary file is left"
+
+
+def test_a_table_is_replaced_whole_or_not_at_all(finished, tmp_path, monkeypatch):
+    _, tables, _, _ = finished
+    save_table(tables[3], tmp_path / "table3.json")
+    before = (tmp_path / "table3.json").read_bytes()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        save_table(tables[1], tmp_path / "table3.json")
+    assert (tmp_path / "table3.json").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["table3.csv", "table3.json"]
+
+
+def test_tables_for_terminal_and_notebook(finished):
+    _, tables, _, _ = finished
+    text = format_table(tables[1])
+    lines = text.splitlines()
+    assert lines[0].startswith("Table 1: ") and "non-learnable with δ=0.55" in text
+    columns = lines[1].split("  ")
+    assert [c.strip() for c in columns if c.strip()][:3] == ["configuration", "paper", "measured"]
+    row = next(line for line in lines if line.startswith("learnable"))
+    assert f"62.9  {tables[1]['measured'][0]:8.1f}" in row and "72.6" in row
+    for condition in ("budget: ci", "alpha: 0.2", "beta: 0.06", "seeds: [0]", "rule: paper", "CRF: off"):
+        assert condition in text
+    assert "x       x\n" not in text
+    text = format_table(tables[4])
+    assert text.count("DeepLab-ASPP (ResNet-101)\n") == 1 and "SGAN (Yao and Gong 2020)" in text
+    for table in tables.values():
+        html = style_table(table).to_html()
+        assert "measured" in html and "alpha: 0.2" in html and ">nan<" not in html
+    assert "✓" in style_table(tables[2]).to_html()
+
+
+def test_the_command_line(finished, tmp_path, monkeypatch, capsys):
+    _, tables, _, _ = finished
+    seen = {}
+
+    def measured(numbers, **options):
+        seen.update(options, numbers=numbers)
+        return {number: tables[number] for number in numbers}
+
+    monkeypatch.setattr("drs_lib.__main__.run_tables", measured)
+    out = tmp_path / "out"
+    arguments = ["--tables", "1", "3", "--seeds", "0", "1", "--jobs", "2", "--budget", "ci"]
+    assert main(["course", *arguments, "--out", str(out), "--no-figures"]) == 0
+    assert seen["numbers"] == [1, 3] and seen["seeds"] == [0, 1] and seen["jobs"] == 2
+    assert sorted(p.name for p in out.iterdir()) == ["table1.csv", "table1.json", "table3.csv", "table3.json"]
+    output = capsys.readouterr().out
+    assert "Table 1" in output and "Table 3" in output and "minutes" in output and str(out) in output
+    monkeypatch.setattr(experiments, "REFERENCE", tmp_path / "reference")
+    assert main(["reference", "--tables", "3"]) == 0
+    pd.testing.assert_frame_equal(reference_table(3), tables[3])
+    for bad in (
+        ["--tables", "5"],
+        ["--jobs", "0"],
+        ["--seeds", "-1"],
+        ["--budget", "huge"],
+        ["--data", "coco"],
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(["course", *bad])
+        assert stopped.value.code == 2
+
+
+def test_figures_are_drawn_again_when_their_stages_were_made_again(finished, tmp_path, monkeypatch):
+    store, tables, splits, budget = finished
+    drawn = []
+    monkeypatch.setattr("drs_lib.__main__.run_tables", lambda *a, **k: tables)
+    monkeypatch.setattr(
+        "drs_lib.plots.make_figures",
+        lambda folder, **k: (folder.mkdir(parents=True, exist_ok=True), drawn.append(k)),
+    )
+    monkeypatch.setattr(
+        "drs_lib.__main__.Pipeline", lambda seed, store, **k: Pipeline(splits, budget, seed=seed, store=store)
+    )
+    arguments = ["course", "--store", str(store.root), "--out", str(tmp_path), "--budget", "ci"]
+    for expected in (1, 1):
+        assert main(arguments) == 0 and len(drawn) == expected
+    assert drawn[0]["budget"] == "ci" and drawn[0]["seeds"] == [0]
+    assert main([*arguments, "--seeds", "0", "1"]) == 0 and len(drawn) == 2
+    made_at = RunStore.made_at
+    monkeypatch.setattr(RunStore, "made_at", lambda self, *entry: (made_at(self, *entry) or 0) + 1)
+    assert main([*arguments, "--seeds", "0", "1"]) == 0 and len(drawn) == 3
+
+
+def test_voc_runs_the_same_way(voc_tree, tmp_path):
+    budget = get_budget("ci", "voc")
+    line = Pipeline("voc", budget, voc_root=str(voc_tree), store=tmp_path)
+    scores = line.scores(Configuration(), ("miou", "accuracy", "labels"))
+    assert 0 <= scores["miou"]["miou"] <= 1 and len(scores["miou"]["iou"]) == 21
+    labels = line.labels(Configuration())
+    assert [name.removesuffix(".png") for name in labels.names] == line.data.train.names
+    for i in range(len(labels)):
+        assert labels[i].shape == line.data.train.mask(i).shape
+    pairs = [(labels[i], line.data.train.mask(i)) for i in range(len(labels))]
+    assert 100 * scores["labels"]["miou"] == pytest.approx(direct_miou(pairs, 21), abs=1e-3)
+
+
+def test_importing_experiments_loads_no_network_library():
+    program = "import sys, drs_lib.__main__; print({'torch', 'torchvision', 'numba'} & set(sys.modules))"
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert result.stdout == "set()\n"
+
+
+def test_a_budget_is_a_value():
+    assert get_budget("ci") == get_budget("ci") and hash(get_budget("ci")) == hash(get_budget("ci"))
+    assert isinstance(tiny_budget(), Budget) and tiny_budget() != get_budget("ci")
+
+
+def test_the_course_on_critters(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DRS_STORE", raising=False)
+    arguments = ["course", "--budget", "ci", "--tables", "3", "--jobs", "1", "--quiet", "--no-figures"]
+    assert main(arguments) == 0
+    cold = capsys.readouterr().out
+    made = stored(RunStore(tmp_path / "runs"))
+    table = load_table(tmp_path / "results" / "table3.json")
+    assert table["measured"].notna().all() and table.attrs["data"] == "critters"
+    monkeypatch.setattr(
+        pipeline.Pipeline, "get", lambda self, stage: pytest.fail(f"{stage.title} was asked for")
+    )
+    assert main(arguments) == 0
+    assert (
+        capsys.readouterr().out.split("minutes")[0].rsplit("\n", 1)[0]
+        == cold.split("minutes")[0].rsplit("\n", 1)[0]
+    )
+    assert stored(RunStore(tmp_path / "runs")) == made

@@ -1,0 +1,305 @@
+"""The run store: atomic, locked, noticing damage."""
+
+import errno
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from drs_lib.store import MANIFEST, META, EntryWriter, RunStore, StoreError
+
+CONFIG, INPUTS = {"epochs": 3, "lr": 1e-3, "layers": [1, 2]}, {"data": "abc"}
+
+
+def fill(writer):
+    writer.json("metrics.json", {"miou": 0.5})
+    writer.array("labels.npz", np.arange(6, dtype=np.uint8).reshape(2, 3))
+    writer.weights("model.safetensors", torch.nn.Linear(2, 3))
+    writer.note(device="cpu")
+
+
+@pytest.fixture
+def store(tmp_path):
+    return RunStore(tmp_path / "runs")
+
+
+def entries(store, stage="classify"):
+    return sorted(p.name for p in (store.root / stage).iterdir() if p.name != ".locks")
+
+
+def test_root_from_argument_environment_or_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DRS_STORE", raising=False)
+    assert RunStore().root == tmp_path / "runs"
+    monkeypatch.setenv("DRS_STORE", str(tmp_path / "elsewhere"))
+    assert RunStore().root == tmp_path / "elsewhere"
+    assert RunStore(tmp_path / "given").root == tmp_path / "given"
+
+
+def test_key_is_a_documented_function_of_stage_version_config_and_inputs():
+    document = '{"config":{"a":1.5,"b":[1,2]},"inputs":{"data":"x"},"stage":"segment","version":4}'
+    expected = hashlib.sha256(document.encode()).hexdigest()[:24]
+    assert RunStore.key("segment", {"b": (1, 2), "a": 1.5}, {"data": "x"}, version=4) == expected
+    others = [
+        RunStore.key("classify", {"b": (1, 2), "a": 1.5}, {"data": "x"}, version=4),
+        RunStore.key("segment", {"b": (1, 3), "a": 1.5}, {"data": "x"}, version=4),
+        RunStore.key("segment", {"b": (1, 2), "a": 1.5}, {"data": "y"}, version=4),
+        RunStore.key("segment", {"b": (1, 2), "a": 1.5}, {"data": "x"}, version=5),
+    ]
+    assert len({expected, *others}) == 5
+
+
+@pytest.mark.parametrize("value", [float("nan"), {1, 2}, Path("x")])
+def test_config_that_is_not_json_is_refused(store, value):
+    with pytest.raises(ValueError, match="JSON"):
+        store.get_or_make("classify", {"value": value}, {}, fill)
+
+
+def test_made_once_then_read(store):
+    calls = []
+    first = store.get_or_make("classify", CONFIG, INPUTS, lambda w: (calls.append(1), fill(w)))
+    again = RunStore(store.root).get_or_make("classify", CONFIG, INPUTS, lambda w: calls.append(2))
+    assert calls == [1] and again.path == first.path == store.folder("classify", first.key)
+    assert again.json("metrics.json") == {"miou": 0.5}
+    np.testing.assert_array_equal(again.array("labels.npz"), [[0, 1, 2], [3, 4, 5]])
+    assert {k: tuple(v.shape) for k, v in again.weights().items()} == {"weight": (3, 2), "bias": (3,)}
+    meta = json.loads((again.path / META).read_text())
+    assert meta["config"] == CONFIG and meta["inputs"] == INPUTS and meta["notes"] == {"device": "cpu"}
+    assert meta["seconds"] >= 0 and meta["versions"]["torch"] and meta["date"].endswith("+00:00")
+    for name, facts in json.loads((again.path / MANIFEST).read_text()).items():
+        data = (again.path / name).read_bytes()
+        assert facts == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    with pytest.raises(StoreError, match="has no 'other'.*metrics.json"):
+        again.file("other")
+
+
+def test_get_does_not_make(store):
+    assert store.get("classify", CONFIG, INPUTS) is None
+    assert not store.root.exists()
+    made = store.get_or_make("classify", CONFIG, INPUTS, fill)
+    assert store.get("classify", CONFIG, INPUTS).path == made.path
+
+
+def test_overwrite_and_not_before(store):
+    values = iter(range(10))
+
+    def make(writer):
+        writer.json("metrics.json", next(values))
+
+    def value(**options):
+        return store.get_or_make("classify", CONFIG, INPUTS, make, **options).json("metrics.json")
+
+    assert [value(), value(), value(overwrite=True), value()] == [0, 0, 1, 1]
+    now = time.time()
+    assert [value(not_before=now), value(not_before=now)] == [2, 2]
+    assert entries(store) == [store.key("classify", CONFIG, INPUTS)]
+    assert store.made_at("classify", store.key("classify", CONFIG, INPUTS)) >= now
+    assert store.made_at("classify", "none") is None
+
+
+def test_failing_make_leaves_nothing(store):
+    def fail(writer):
+        writer.json("metrics.json", 1)
+        raise ZeroDivisionError("diverged")
+
+    with pytest.raises(ZeroDivisionError, match="diverged"):
+        store.get_or_make("classify", CONFIG, INPUTS, fail)
+    assert entries(store) == []
+    assert store.get_or_make("classify", CONFIG, INPUTS, fill).json("metrics.json") == {"miou": 0.5}
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_a_byte(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def rename_entry_fields(path):
+    path.write_text(path.read_text().replace('"epochs": 3', '"epochs": 4'))
+
+
+@pytest.mark.parametrize(
+    "name, damage",
+    [
+        ("model.safetensors", truncate),
+        ("model.safetensors", flip_a_byte),
+        ("model.safetensors", Path.unlink),
+        ("metrics.json", flip_a_byte),
+        (META, truncate),
+        (META, rename_entry_fields),
+        (META, Path.unlink),
+        (MANIFEST, truncate),
+        (MANIFEST, lambda path: path.write_text("[1]")),
+        (MANIFEST, lambda path: path.write_text('{"model.safetensors": 3}')),
+        (MANIFEST, lambda path: path.write_bytes(b"\xff\xfe\x00")),
+        (MANIFEST, Path.unlink),
+    ],
+)
+def test_damage_is_noticed_set_aside_and_repaired(store, name, damage):
+    entry = store.get_or_make("classify", CONFIG, INPUTS, fill)
+    for count in (1, 2):
+        damage(entry.path / name)
+        assert store.get("classify", CONFIG, INPUTS) is None
+        with pytest.warns(UserWarning, match=rf"classify/{entry.key}.*damaged") as caught:
+            repaired = store.get_or_make("classify", CONFIG, INPUTS, fill)
+        assert len(caught) == 1 and repaired.json("metrics.json") == {"miou": 0.5}
+        assert entries(store) == [entry.key] + [f"{entry.key}.damaged-{n}" for n in range(1, count + 1)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        store.get_or_make("classify", CONFIG, INPUTS, fill)
+
+
+def test_an_entry_copied_under_another_name_is_not_believed(store):
+    entry = store.get_or_make("classify", CONFIG, INPUTS, fill)
+    other = store.folder("classify", store.key("classify", {}, INPUTS))
+    os.rename(entry.path, other)
+    with pytest.warns(UserWarning, match="describes another entry"):
+        store.get_or_make("classify", {}, INPUTS, fill)
+
+
+@pytest.mark.parametrize("where", ["bytes", "stream", "fsync"])
+def test_full_disk_is_one_clear_error_and_leaves_no_half_entry(store, monkeypatch, where):
+    kept = store.get_or_make("classify", {"other": 1}, INPUTS, fill)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    class FullFile:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exc):
+            return False
+
+        write = full
+
+    def make(writer):
+        writer.json("metrics.json", {})
+        with monkeypatch.context() as patch:
+            if where == "bytes":
+                patch.setattr("builtins.open", lambda *a, **k: FullFile())
+                writer.bytes("big.bin", bytes(123_456))
+            elif where == "stream":
+                with FullFile() as file:
+                    file.write(b"x")
+
+    if where == "fsync":
+        monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreError, match="disk.*full.*free.*kept.*DRS_STORE") as caught:
+        store.get_or_make("classify", CONFIG, INPUTS, make)
+    if where == "bytes":
+        assert "big.bin needs 123.5 kB" in str(caught.value)
+    monkeypatch.undo()
+    assert entries(store) == [kept.key]
+    assert store.get("classify", {"other": 1}, INPUTS) is not None
+    assert store.get_or_make("classify", CONFIG, INPUTS, fill).json("metrics.json") == {"miou": 0.5}
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_really_full_device(store):
+    def make(writer):
+        os.symlink("/dev/full", writer.path / "big.bin")
+        writer.bytes("big.bin", bytes(10_000_000))
+
+    with pytest.raises(StoreError, match="big.bin needs 10.0 MB"):
+        store.get_or_make("classify", CONFIG, INPUTS, make)
+    assert entries(store) == []
+
+
+def test_read_only_store_is_read_but_not_written(store, monkeypatch):
+    store.get_or_make("classify", CONFIG, INPUTS, fill)
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    monkeypatch.setattr(os, "rename", refuse)
+    assert store.get_or_make("classify", CONFIG, INPUTS, fill).json("metrics.json") == {"miou": 0.5}
+    with pytest.raises(StoreError, match="cannot be written.*Set DRS_STORE"):
+        store.get_or_make("classify", {"new": 1}, INPUTS, fill)
+
+
+def test_store_below_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="not a folder"):
+        RunStore(tmp_path / "file").get_or_make("classify", CONFIG, INPUTS, fill)
+
+
+PROGRAM = textwrap.dedent(
+    """
+    import os, sys, time
+    from drs_lib.store import RunStore
+    root, log, pause = sys.argv[1], sys.argv[2], float(sys.argv[3])
+    def make(writer):
+        handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.write(handle, b"begin\\n")
+        writer.bytes("a.bin", b"a" * 100_000)
+        time.sleep(pause)
+        writer.bytes("b.bin", b"b" * 100_000)
+        os.write(handle, b"end\\n")
+    entry = RunStore(root).get_or_make("classify", {"n": 1}, {}, make)
+    print(len(entry.file("a.bin").read_bytes()) + len(entry.file("b.bin").read_bytes()), flush=True)
+    """
+)
+
+
+def start(store, log, pause):
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", PROGRAM, str(store.root), str(log), str(pause)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+
+
+def test_several_processes_make_an_entry_once(store, tmp_path):
+    log = tmp_path / "log"
+    processes = [start(store, log, 0.5) for _ in range(4)]
+    assert [p.communicate(timeout=60)[0] for p in processes] == ["200000\n"] * 4
+    assert log.read_text() == "begin\nend\n"
+
+
+def test_killed_at_random_moments_the_store_stays_sound(store, tmp_path):
+    log, rng, killed_while_making = tmp_path / "log", random.Random(0), 0
+    for _ in range(6):
+        process = start(store, log, 30)
+        deadline = time.monotonic() + 30
+        begun = log.read_text().count("begin") if log.exists() else 0
+        while (
+            log.read_text().count("begin") if log.exists() else 0
+        ) == begun and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.2)
+        process.send_signal(getattr(signal, "SIGKILL", signal.SIGTERM))
+        process.communicate(timeout=30)
+        killed_while_making += store.made_at("classify", store.key("classify", {"n": 1}, {})) is None
+    assert killed_while_making == 6
+    assert start(store, log, 0).communicate(timeout=60)[0] == "200000\n"
+    assert entries(store) == [store.key("classify", {"n": 1}, {})], (
+        "what the killed ones left is cleared away"
+    )
+
+
+def test_writer_streams(store):
+    def make(writer):
+        assert isinstance(writer, EntryWriter)
+        with writer.open("maps.bin") as file:
+            for _ in range(3):
+                file.write(b"abc")
+
+    assert store.get_or_make("maps", CONFIG, INPUTS, make).file("maps.bin").read_bytes() == b"abc" * 3
