@@ -72,10 +72,16 @@ def measure(args):
     for variant, found in times.items():
         wall, cpu = zip(*found, strict=True)
         relu_wall, relu_cpu = zip(*times["ReLU"], strict=True)
-        rows.append({"variant": variant, "first_step_s": round(first[variant], 3),
-                     "median_ms": round(1e3 * statistics.median(wall), 2),
-                     "fastest_ms": round(1e3 * min(wall), 2),
-                     "ratio": _ratio(wall, relu_wall), "cpu_ratio": _ratio(cpu, relu_cpu)})
+        rows.append(
+            {
+                "variant": variant,
+                "first_step_s": round(first[variant], 3),
+                "median_ms": round(1e3 * statistics.median(wall), 2),
+                "fastest_ms": round(1e3 * min(wall), 2),
+                "ratio": _ratio(wall, relu_wall),
+                "cpu_ratio": _ratio(cpu, relu_cpu),
+            }
+        )
     return rows
 
 
@@ -87,8 +93,14 @@ def main():
     parser.add_argument("--classes", type=int, default=6)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=20, help="turns, each with one step of every variant")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT",
-                        help=f"ReLU is always measured; of: {', '.join(VARIANTS)}")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        default=list(VARIANTS),
+        metavar="VARIANT",
+        help=f"ReLU is always measured; of: {', '.join(VARIANTS)}",
+    )
     parser.add_argument("--json", type=Path, help="write rows and conditions to this file")
     args = parser.parse_args()
     args.variants = list(dict.fromkeys(["ReLU", *args.variants]))
@@ -96,17 +108,28 @@ def main():
         parser.error("numba is not installed, so there is no compiled form to measure: pip install numba")
 
     rows = measure(args)
-    print(f"{args.backbone}, batch {args.batch}, {args.size}x{args.size}, {args.threads} thread(s), "
-          f"{args.repeats} turns, torch {torch.__version__}")
-    print(f"{'variant':<22}{'median ms':>10}{'fastest ms':>12}{'ratio to ReLU':>15}{'of CPU time':>13}"
-          f"{'first step s':>14}")
+    print(
+        f"{args.backbone}, batch {args.batch}, {args.size}x{args.size}, {args.threads} thread(s), "
+        f"{args.repeats} turns, torch {torch.__version__}"
+    )
+    print(
+        f"{'variant':<22}{'median ms':>10}{'fastest ms':>12}{'ratio to ReLU':>15}{'of CPU time':>13}"
+        f"{'first step s':>14}"
+    )
     for row in rows:
-        print(f"{row['variant']:<22}{row['median_ms']:>10.1f}{row['fastest_ms']:>12.1f}{row['ratio']:>15.3f}"
-              f"{row['cpu_ratio']:>13.3f}{row['first_step_s']:>14.2f}")
+        print(
+            f"{row['variant']:<22}{row['median_ms']:>10.1f}{row['fastest_ms']:>12.1f}{row['ratio']:>15.3f}"
+            f"{row['cpu_ratio']:>13.3f}{row['first_step_s']:>14.2f}"
+        )
     if args.json:
         conditions = {key: getattr(args, key) for key in ("backbone", "batch", "size", "threads", "repeats")}
-        report = {**conditions, "torch": torch.__version__, "machine": platform.machine(),
-                  "cpus": os.cpu_count(), "rows": rows}
+        report = {
+            **conditions,
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+            "cpus": os.cpu_count(),
+            "rows": rows,
+        }
         temporary = args.json.with_name(f"{args.json.name}.{os.getpid()}.tmp")
         temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, args.json)

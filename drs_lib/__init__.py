@@ -1,7 +1,7 @@
-"""drs_lib: the implementations behind the course on Discriminative Region Suppression (Kim, Han, Kim, AAAI 2021).
+"""drs_lib: the implementations behind the course on Discriminative Region Suppression.
 
-The public names below are resolved on first use, so that ``import drs_lib`` costs nothing: a worker process that
-only runs the CRF never loads torch, and a warm ``make course`` never loads torchvision.
+The public names below are resolved on first use, so that ``import drs_lib`` costs nothing: a worker process
+that only runs the CRF never loads torch, and a warm ``make course`` never loads torchvision.
 """
 
 from importlib import import_module

@@ -17,7 +17,13 @@ from torch.overrides import TorchFunctionMode
 from . import kernels
 
 __all__ = [
-    "DRS", "ConstantController", "LearnableController", "PlugReport", "ReLUCall", "plug_drs", "suppress",
+    "DRS",
+    "ConstantController",
+    "LearnableController",
+    "PlugReport",
+    "ReLUCall",
+    "plug_drs",
+    "suppress",
     "suppress_plain",
 ]
 
@@ -42,8 +48,10 @@ def _checked_control(x, control):
         return _checked_delta(control)
     n, k = x.shape[:2]
     if control.shape not in ((k,), (n, k), (n, k, 1, 1)):
-        raise ValueError(f"control has shape {tuple(control.shape)}; for x of shape {tuple(x.shape)} it must "
-                         f"be a number or have shape ({k},), ({n}, {k}) or ({n}, {k}, 1, 1)")
+        raise ValueError(
+            f"control has shape {tuple(control.shape)}; for x of shape {tuple(x.shape)} it must "
+            f"be a number or have shape ({k},), ({n}, {k}) or ({n}, {k}, 1, 1)"
+        )
     if control.device != x.device:
         raise ValueError(f"control is on {control.device}, x on {x.device}; move one with .to(device)")
     if control.ndim == 1:
@@ -161,8 +169,9 @@ class DRS(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         _checked_features(x)
         if x.shape[1] != self.channels:
-            raise ValueError(f"x has {x.shape[1]} channels (shape {tuple(x.shape)}); this DRS was made for "
-                             f"{self.channels}")
+            raise ValueError(
+                f"x has {x.shape[1]} channels (shape {tuple(x.shape)}); this DRS was made for {self.channels}"
+            )
         if type(self.controller) is ConstantController:
             return suppress(x, self.controller(x))
         kernel = kernels.for_input(x)
@@ -272,11 +281,19 @@ class _Recorder(TorchFunctionMode):
         self.stack.pop()
 
     def run(self, example):
-        hooks = [hook for module in self.model.modules() for hook in (
-            module.register_forward_pre_hook(self._enter), module.register_forward_hook(self._leave))]
+        hooks = [
+            hook
+            for module in self.model.modules()
+            for hook in (
+                module.register_forward_pre_hook(self._enter),
+                module.register_forward_hook(self._leave),
+            )
+        ]
         modes = {module: module.training for module in self.model.modules()}
-        tensors = {name: torch.empty_like(tensor, device="meta") for name, tensor in
-                   (*self.model.named_parameters(), *self.model.named_buffers())}
+        tensors = {
+            name: torch.empty_like(tensor, device="meta")
+            for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers())
+        }
         try:
             self.model.eval()
             with torch.no_grad(), self:
@@ -311,8 +328,11 @@ class _Site:
 
 def _names_in(caller, child):
     """The attributes (or indices) under which ``caller`` holds ``child``: several where it is shared."""
-    return [name for name, module in caller.named_modules(remove_duplicate=False)
-            if module is child and name and "." not in name]
+    return [
+        name
+        for name, module in caller.named_modules(remove_duplicate=False)
+        if module is child and name and "." not in name
+    ]
 
 
 def _why_not(shape, held):
@@ -334,8 +354,10 @@ def _sites(model, calls):
         if (caller, relu, index) in sites:
             site = sites[caller, relu, index]
             if site.shape[1] != shape[1] and not site.reason:
-                raise ValueError(f"{site.name} is called on {site.shape[1]} and on {shape[1]} channels by a "
-                                 "block that runs several times; give each run its own nn.ReLU")
+                raise ValueError(
+                    f"{site.name} is called on {site.shape[1]} and on {shape[1]} channels by a "
+                    "block that runs several times; give each run its own nn.ReLU"
+                )
             continue
         held = _names_in(caller, relu)
         name = ".".join(filter(None, [block_names[caller], held[0]])) if held else block_names[relu]
@@ -349,17 +371,24 @@ def _sites(model, calls):
 
 def _report(model, sites, functional, wanted=()):
     called = {site.relu for site in sites}
-    others = Counter(type(m).__name__ for m in model.modules()
-                     if type(m).__module__ == nn.ReLU.__module__ and not isinstance(m, nn.ReLU))
+    others = Counter(
+        type(m).__name__
+        for m in model.modules()
+        if type(m).__module__ == nn.ReLU.__module__ and not isinstance(m, nn.ReLU)
+    )
     return PlugReport(
         calls=tuple(site.described(wanted) for site in sites),
         never_called=tuple(n for n, m in model.named_modules() if isinstance(m, nn.ReLU) and m not in called),
-        functional=functional, other_activations=dict(others))
+        functional=functional,
+        other_activations=dict(others),
+    )
 
 
 def _replace(caller, relu, sites, wanted, delta, like):
-    modules = [DRS(site.shape[1], delta).to(like) if site.position in wanted else nn.ReLU(relu.inplace)
-               for site in sites]
+    modules = [
+        DRS(site.shape[1], delta).to(like) if site.position in wanted else nn.ReLU(relu.inplace)
+        for site in sites
+    ]
     new = modules[0] if len(modules) == 1 else DRSCalls(modules)
     if isinstance(new, DRSCalls):
         caller.register_forward_pre_hook(new.restart)
@@ -403,19 +432,25 @@ def plug_drs(model: nn.Module, layers=None, delta: float | None = None, example:
     try:
         recorder.run(_example(model) if example is None else example)
     except Exception as error:
-        raise RuntimeError(f"the dry run of {type(model).__name__} on the meta device failed ({error}); pass "
-                           "example=, a batch the model accepts. A forward that makes tensors on a fixed "
-                           "device or decides by tensor values can't be dry-run.") from error
+        raise RuntimeError(
+            f"the dry run of {type(model).__name__} on the meta device failed ({error}); pass "
+            "example=, a batch the model accepts. A forward that makes tensors on a fixed "
+            "device or decides by tensor values can't be dry-run."
+        ) from error
 
     sites, found = _sites(model, recorder.calls)
     report = _report(model, sites, recorder.functional)
     if not found:
-        raise ValueError(f"{type(model).__name__} has no nn.ReLU on feature maps that DRS could replace; "
-                         f"what there is: {'; '.join(report.left_alone()) or 'no activation at all'}")
+        raise ValueError(
+            f"{type(model).__name__} has no nn.ReLU on feature maps that DRS could replace; "
+            f"what there is: {'; '.join(report.left_alone()) or 'no activation at all'}"
+        )
     wanted = set(range(1, len(found) + 1)) if layers is None else set(layers)
     if missing := wanted - set(range(1, len(found) + 1)):
-        raise ValueError(f"layers {sorted(missing, key=str)} are not there; {type(model).__name__} has these "
-                         "ReLUs on feature maps:\n" + "\n".join(str(site.described()) for site in found))
+        raise ValueError(
+            f"layers {sorted(missing, key=str)} are not there; {type(model).__name__} has these "
+            "ReLUs on feature maps:\n" + "\n".join(str(site.described()) for site in found)
+        )
 
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     blocks = {}
@@ -429,5 +464,9 @@ def plug_drs(model: nn.Module, layers=None, delta: float | None = None, example:
     if left := report.left_alone():
         logging.getLogger(__name__).warning(
             "plug_drs put DRS in place of %d of %d ReLU calls of %s; left alone: %s",
-            len(report.plugged), len(sites), type(model).__name__, "; ".join(left))
+            len(report.plugged),
+            len(sites),
+            type(model).__name__,
+            "; ".join(left),
+        )
     return model

@@ -1,9 +1,9 @@
 """The shipped weights of Critters, and the command that retrains them: ``python -m drs_lib.pretrain``.
 
 Three networks are trained on the twelve species that the course does not use: the bodies of "mini" and
-"mini_resnet" as plain image classifiers, without DRS, in the place of ImageNet's weights; and the saliency network
-with class-agnostic masks (animals and props), in the place of PoolNet. Masks of these other species are all the pixels' truth that any
-of the course's networks comes from.
+"mini_resnet" as plain image classifiers, without DRS, in the place of ImageNet's weights; and the saliency
+network with class-agnostic masks (animals and props), in the place of PoolNet. The masks of these other
+species are the only pixel labels from which any weakly supervised network of the course comes.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def pretrain_backbone(backbone, progress=True):
 
 
 def pretrain_saliency(progress=True):
-    """Train the saliency network on class-agnostic masks of the other species; returns (state dict, facts)."""
+    """Train the saliency network on masks of the other species, class-agnostic; (state dict, facts)."""
     train, held_out = Critters("pretrain", length=SALIENCY_IMAGES), Critters("pretrain_val")
 
     class Network(torch.nn.Module):
@@ -67,7 +67,13 @@ def pretrain_saliency(progress=True):
 
     salient = [draw("pretrain", i).salient.astype(np.uint8) for i in range(len(train))]
     model, history = train_network(
-        SALIENCY, train, lambda data: Network(), loss, labels=salient, title="pretrain saliency", progress=progress
+        SALIENCY,
+        train,
+        lambda data: Network(),
+        loss,
+        labels=salient,
+        title="pretrain saliency",
+        progress=progress,
     )
     detector = model.detector
     overlap = union = 0
@@ -90,7 +96,9 @@ NETWORKS = {
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m drs_lib.pretrain", description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder for the weights (default: the library's)")
+    parser.add_argument(
+        "--out", type=Path, default=WEIGHTS, help="folder for the weights (default: the library's)"
+    )
     arguments = parser.parse_args(argv)
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name in arguments.only:

@@ -100,8 +100,9 @@ def test_gradcheck_of_the_learnable_module_and_its_weight():
     drs = DRS(3).double()
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(lambda x, weight: torch.func.functional_call(drs, {"controller.f.weight": weight}, x),
-                     (x, weight))
+    assert gradcheck(
+        lambda x, weight: torch.func.functional_call(drs, {"controller.f.weight": weight}, x), (x, weight)
+    )
 
 
 @BOTH
@@ -115,13 +116,16 @@ def test_positively_homogeneous(form, memory_format):
 
 @BOTH
 @FORMATS
-@pytest.mark.parametrize("window", [{"kernel_size": 2}, {"kernel_size": 3, "stride": 2, "padding": 1}],
-                         ids=["2x2", "3x3"])
+@pytest.mark.parametrize(
+    "window", [{"kernel_size": 2}, {"kernel_size": 3, "stride": 2, "padding": 1}], ids=["2x2", "3x3"]
+)
 def test_constant_control_commutes_with_max_pooling(form, memory_format, window):
     x = torch.randn(2, 5, 8, 6).contiguous(memory_format=memory_format)
     outcomes = []
-    for order in ((lambda x: form(x, 0.55), lambda x: F.max_pool2d(x, **window)),
-                  (lambda x: F.max_pool2d(x, **window), lambda x: form(x, 0.55))):
+    for order in (
+        (lambda x: form(x, 0.55), lambda x: F.max_pool2d(x, **window)),
+        (lambda x: F.max_pool2d(x, **window), lambda x: form(x, 0.55)),
+    ):
         leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
         y = order[1](order[0](leaf))
         y.backward(torch.arange(y.numel()).view_as(y).float())
@@ -185,8 +189,11 @@ def test_impossible_delta(form, delta):
 
 @pytest.mark.parametrize("delta", [0, 1.5, float("nan")])
 def test_impossible_delta_of_a_module(delta):
-    for make in (lambda: DRS(2, delta), lambda: ConstantController(delta),
-                 lambda: plug_drs(nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU()), delta=delta)):
+    for make in (
+        lambda: DRS(2, delta),
+        lambda: ConstantController(delta),
+        lambda: plug_drs(nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU()), delta=delta),
+    ):
         with pytest.raises(ValueError, match="0 < delta <= 1"):
             make()
 
@@ -215,7 +222,10 @@ def test_wrong_number_of_channels():
 
 NETWORKS = {
     # name: (ReLUs on feature maps, ReLU calls left alone)
-    "vgg16": (13, 2), "vgg16_bn": (13, 2), "resnet18": (17, 0), "mobilenet_v3_small": (5, 9),
+    "vgg16": (13, 2),
+    "vgg16_bn": (13, 2),
+    "resnet18": (17, 0),
+    "mobilenet_v3_small": (5, 9),
 }
 
 
@@ -452,8 +462,9 @@ def test_the_dry_run_changes_nothing():
 @pytest.mark.parametrize("delta", [None, 0.55], ids=["learnable", "constant"])
 def test_a_step_of_gradient_descent_lowers_the_loss(delta):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(2, 8, 3), DRS(8, delta), nn.Conv2d(8, 3, 3), nn.AdaptiveAvgPool2d(1),
-                          nn.Flatten())
+    model = nn.Sequential(
+        nn.Conv2d(2, 8, 3), DRS(8, delta), nn.Conv2d(8, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
     x, target = torch.randn(8, 2, 12, 12), (torch.rand(8, 3) < 0.5).float()
     for context in (kernels.disabled(), torch.enable_grad()):
         with context:

@@ -16,8 +16,18 @@ from drs_lib.drs import DRS, ConstantController, LearnableController, suppress, 
 
 pytest.importorskip("numba")
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-SHAPES = [(1, 1, 1, 1), (2, 3, 1, 1), (1, 1, 5, 7), (3, 1, 8, 8), (2, 5, 7, 3), (1, 16, 9, 4), (3, 19, 1, 70),
-          (2, 33, 13, 11), (2, 40, 6, 32), (4, 8, 64, 64)]
+SHAPES = [
+    (1, 1, 1, 1),
+    (2, 3, 1, 1),
+    (1, 1, 5, 7),
+    (3, 1, 8, 8),
+    (2, 5, 7, 3),
+    (1, 16, 9, 4),
+    (3, 19, 1, 70),
+    (2, 33, 13, 11),
+    (2, 40, 6, 32),
+    (4, 8, 64, 64),
+]
 # No multiple of 1/64 below 6 times this delta comes closer to a multiple of 1/64 than float32 can tell.
 DELTA = 0.5371
 
@@ -145,8 +155,12 @@ def test_memory_that_is_not_dense(how, delta):
     torch.manual_seed(0)
     drs = DRS(6, delta)
     whole = maps((2, 12, 14, 10), torch.contiguous_format)
-    x = {"sliced": whole[:, 2:8, 3:11, 1:9], "strided": whole[:, ::2, ::2, ::2],
-         "transposed": whole[:, :6].transpose(2, 3), "expanded gradient": whole[:, :6].contiguous()}[how]
+    x = {
+        "sliced": whole[:, 2:8, 3:11, 1:9],
+        "strided": whole[:, ::2, ::2, ::2],
+        "transposed": whole[:, :6].transpose(2, 3),
+        "expanded gradient": whole[:, :6].contiguous(),
+    }[how]
     leaf = x.clone(memory_format=torch.preserve_format) if how == "transposed" else x
     leaf = leaf.detach().requires_grad_()
     y = drs(leaf)
@@ -166,7 +180,8 @@ def test_memory_that_is_not_dense(how, delta):
 def test_the_average_of_a_large_map_is_accurate(memory_format):
     """A running float32 sum over 512 * 513 elements would be off by more than this."""
     x = torch.rand((1, 2, 512, 513), generator=torch.Generator().manual_seed(0)).contiguous(
-        memory_format=memory_format)
+        memory_format=memory_format
+    )
     seen = []
     drs = DRS(2)
     drs.controller.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -284,16 +299,23 @@ def test_a_forked_child_has_its_own_threads(monkeypatch):
 
 def test_joblib_workers(job):
     expected = _work(*job)
-    found, = Parallel(n_jobs=2, backend="loky", timeout=120)([delayed(_work)(*job)])
+    (found,) = Parallel(n_jobs=2, backend="loky", timeout=120)([delayed(_work)(*job)])
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
 
 
 def test_importing_costs_nothing_and_the_environment_can_switch_it_off():
-    code = ("import sys, torch; from drs_lib import drs, kernels; drs.DRS(2)(torch.rand(1, 2, 3, 3)); "
-            "print('numba' in sys.modules, kernels.for_input(torch.rand(1, 2, 3, 3)))")
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                           env={**os.environ, "DRS_LIB_KERNELS": "0"})
+    code = (
+        "import sys, torch; from drs_lib import drs, kernels; drs.DRS(2)(torch.rand(1, 2, 3, 3)); "
+        "print('numba' in sys.modules, kernels.for_input(torch.rand(1, 2, 3, 3)))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "DRS_LIB_KERNELS": "0"},
+    )
     assert found.stdout.split() == ["False", "None"]
 
 
@@ -318,8 +340,11 @@ def test_without_numba_the_plain_form_runs_and_says_so(monkeypatch, caplog):
         kernels._cpu_module.cache_clear()
 
 
-@pytest.mark.parametrize("controller", [LearnableController, lambda channels: ConstantController(0.6)],
-                         ids=["learnable", "constant"])
+@pytest.mark.parametrize(
+    "controller",
+    [LearnableController, lambda channels: ConstantController(0.6)],
+    ids=["learnable", "constant"],
+)
 def test_compiled_and_plain_modules_agree(controller):
     torch.manual_seed(0)
     drs = DRS(8)

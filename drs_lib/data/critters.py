@@ -1,13 +1,15 @@
 """Critters: a data set that the program draws itself, so that a class needs neither a download nor a GPU.
 
-Every animal has a *small head that identifies its species* (the markings of the face together with the shape of
-the ears) and a *large body that hardly does* (its colour leans towards the species, no more). A classifier therefore
-finds the head sufficient, and its class activation map covers the head and misses the body: the phenomenon of the
-paper's Figure 1, for the paper's reason.
+Every animal has a *small head that identifies its species* (the markings of the face together with the
+shape of the ears) and a *large body that hardly does* (its colour leans towards the species, no more). A
+classifier therefore finds the head sufficient, and its class activation map covers the head and misses the
+body: the phenomenon of the paper's Figure 1, for the paper's reason. Now and then a ball, a crate or a
+mushroom stands in the scene: salient, but of no class.
 
-Shapes are painted from signed distances with one pixel of antialiasing, in NumPy. Whole images only ever see
-additions, multiplications, divisions, comparisons and square roots, which IEEE 754 rounds alike everywhere, and the
-random stream is the frozen ``RandomState``: the same seed gives the same bytes on every platform.
+Shapes are painted from signed distances with one pixel of antialiasing, in NumPy. Whole images only ever
+see additions, multiplications, divisions, comparisons and square roots, which IEEE 754 rounds alike
+everywhere, and the random stream is the frozen ``RandomState``: the same seed gives the same bytes on every
+platform.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ import numpy as np
 
 from drs_lib.data.saliency import shipped_identity
 
-# A species is a face and a pair of ears. The six of the course are three faces by two pairs of ears, so that no part
-# of the head identifies a species by itself: the network has to see the head as a whole.
+# A species is a face and a pair of ears. The six of the course are three faces by two pairs of ears, so that
+# no part of the head identifies a species by itself: the network has to see the head as a whole.
 SPECIES = {
     "zebbit": ("stripes", "long"),
     "strobear": ("stripes", "round"),
@@ -32,8 +34,9 @@ SPECIES = {
     "maskit": ("mask", "long"),
     "maskoon": ("mask", "round"),
 }
-# Twelve other species, on which the starting weights and the saliency network are trained: the same faces with other
-# ears, so that those weights know the parts of animals but no species of the course, as ImageNet's know fur.
+# Twelve other species, on which the starting weights and the saliency network are trained: the same faces
+# with other ears, so that those weights know the parts of animals but no species of the course, as
+# ImageNet's know fur.
 OTHER_SPECIES = {
     f"{face}-{ears}": (face, ears)
     for face in ("stripes", "spots", "mask")
@@ -43,7 +46,9 @@ OTHER_SPECIES = {
 # Name of a split: its place in the random stream, and how many scenes it has unless told otherwise.
 SPLITS = {"train": (0, 1000), "val": (1, 300), "pretrain": (2, 3000), "pretrain_val": (3, 600)}
 DRAWING = 1  # raised when the same seed draws other bytes, so that stored runs are not mistaken for new ones
-BODY_HUE_SPREAD = 0.09  # standard deviation of the body's hue around the species' own, in turns of the hue circle
+BODY_HUE_SPREAD = (
+    0.09  # standard deviation of the body's hue around the species' own, in turns of the hue circle
+)
 
 
 def _ellipse(x, y, cx, cy, rx, ry):
@@ -105,7 +110,7 @@ class _Canvas:
 
 @dataclass(frozen=True)
 class _Pose:
-    """Where an animal stands: centre of its body, half-length of the body, facing (+1 right, -1 left), tilt."""
+    """Where an animal stands: its body's centre and half-length, facing (+1 right, -1 left), tilt."""
 
     cx: float
     cy: float
@@ -120,7 +125,10 @@ def _face(kind, u, v):
         return np.abs(u - np.floor(u / 0.56 + 0.5) * np.float32(0.56)) - 0.15
     if kind == "spots":
         return np.minimum.reduce(
-            [_ellipse(u, v, a, b, 0.24, 0.24) for a, b in ((-0.5, -0.3), (0.5, -0.3), (0, 0.1), (-0.42, 0.55), (0.42, 0.55))]
+            [
+                _ellipse(u, v, a, b, 0.24, 0.24)
+                for a, b in ((-0.5, -0.3), (0.5, -0.3), (0, 0.1), (-0.42, 0.55), (0.42, 0.55))
+            ]
         )
     if kind == "mask":
         return np.abs(v + 0.12) - 0.3
@@ -130,9 +138,13 @@ def _face(kind, u, v):
     if kind == "halves":
         return u + 0 * v
     if kind == "star":
-        return np.minimum(
-            np.maximum(np.abs(u) * 3.2 + np.abs(v) - 0.92, -1), np.maximum(np.abs(v) * 3.2 + np.abs(u) - 0.92, -1)
-        ) / 3.0
+        return (
+            np.minimum(
+                np.maximum(np.abs(u) * 3.2 + np.abs(v) - 0.92, -1),
+                np.maximum(np.abs(v) * 3.2 + np.abs(u) - 0.92, -1),
+            )
+            / 3.0
+        )
     raise ValueError(f"unknown face {kind!r}")
 
 
@@ -161,7 +173,7 @@ def _ear_shapes(kind, u, v):
 
 
 def _draw_animal(canvas, rng, parts, hue, label, pose):
-    """Paint one animal of the species (face, ears) and enter it in the mask; returns its head (x, y, radius)."""
+    """Paint an animal of the species (face, ears) and enter it in the mask; its head (x, y, radius)."""
     face, ears = parts
     px = np.float32(1.0 / canvas.size)
     width = pose.length * rng.uniform(0.46, 0.58)
@@ -184,7 +196,9 @@ def _draw_animal(canvas, rng, parts, hue, label, pose):
     body = _ellipse(x, y, 0, 0, pose.length, width)
     stance = rng.uniform(-0.08, 0.08, 4)
     legs = [
-        _capsule(x, y, k * pose.length, 0.5 * width, (k + s) * pose.length, 1.55 * width, 0.2 * width, 0.15 * width)
+        _capsule(
+            x, y, k * pose.length, 0.5 * width, (k + s) * pose.length, 1.55 * width, 0.2 * width, 0.15 * width
+        )
         for k, s in zip((-0.68, -0.45, 0.42, 0.66), stance, strict=True)
     ]
     wag = rng.uniform(-0.5, 0.4)
@@ -198,7 +212,10 @@ def _draw_animal(canvas, rng, parts, hue, label, pose):
     head_cx, head_cy = float(head_cx), float(head_cy)
     nod = rng.uniform(-0.2, 0.2)
     nc, ns = np.float32(math.cos(nod)), np.float32(math.sin(nod))
-    hdx, hdy = (xs - np.float32(head_cx)) / np.float32(radius), (ys - np.float32(head_cy)) / np.float32(radius)
+    hdx, hdy = (
+        (xs - np.float32(head_cx)) / np.float32(radius),
+        (ys - np.float32(head_cy)) / np.float32(radius),
+    )
     u, v = nc * hdx + ns * hdy, nc * hdy - ns * hdx
 
     def cover(distance, grow=0.0):
@@ -230,7 +247,12 @@ def _draw_animal(canvas, rng, parts, hue, label, pose):
     for s in (-0.36, 0.36):
         eye = _ellipse(u, v, s, -0.12, 0.17, 0.2) * np.float32(radius)
         canvas.paint(rows, cols, cover(eye), np.float32([250, 250, 245]))
-        canvas.paint(rows, cols, cover(_ellipse(u, v, s, -0.1, 0.09, 0.12) * np.float32(radius)), np.float32([20, 20, 25]))
+        canvas.paint(
+            rows,
+            cols,
+            cover(_ellipse(u, v, s, -0.1, 0.09, 0.12) * np.float32(radius)),
+            np.float32([20, 20, 25]),
+        )
     canvas.paint(rows, cols, cover(_ellipse(u, v, 0, 0.42, 0.16, 0.11) * np.float32(radius)), outline)
 
     everything = np.minimum.reduce([body, neck, tail, *legs, skull, ears_joined])
@@ -336,7 +358,7 @@ def _poses(rng, animals):
 
 
 def species_of(split):
-    """The species of a split, name -> (face, ears): the course's six, or the twelve others for pretraining."""
+    """The species of a split, name -> (face, ears): the course's six, or the twelve others."""
     return OTHER_SPECIES if split.startswith("pretrain") else SPECIES
 
 

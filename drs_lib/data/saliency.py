@@ -1,8 +1,8 @@
 """Background cues for Critters: an off-the-shelf salient object detector in small.
 
-The paper takes its background cues from PoolNet, a detector trained with class-agnostic masks of other images.
-Here a network of 46 thousand parameters is trained likewise, on the twelve species that the course does not use
-(``python -m drs_lib.pretrain``), and shipped as weights/saliency.safetensors.
+The paper takes its background cues from PoolNet, a detector trained with class-agnostic masks of other
+images. Here a network of 46 thousand parameters is trained likewise, on the twelve species that the course
+does not use (``python -m drs_lib.pretrain``), and shipped as weights/saliency.safetensors.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ WEIGHTS = Path(__file__).parents[1] / "weights" / "saliency.safetensors"
 
 
 def saliency_network():
-    """The detector with random weights: normalised images (N, 3, H, W) -> logits (N, H, W), H and W from 32 on.
+    """The detector with random weights: normalised images (N, 3, H, W) -> logits (N, H, W).
 
     An encoder to 1/8 of the size with two dilated convolutions at the bottom, and a decoder that joins the
-    encoder's maps at 1/4 and 1/2: the usual U-shape.
+    encoder's maps at 1/4 and 1/2: the usual U-shape. Height and width from 32 on.
     """
     import torch
     import torch.nn.functional as F
@@ -53,7 +53,7 @@ def saliency_network():
 
 @lru_cache(maxsize=1)
 def shipped_identity():
-    """Short hash of the shipped weights: part of what determines the data set. Reads the file, loads no torch."""
+    """Short hash of the shipped weights, which are part of what determines the data set. Loads no torch."""
     if not WEIGHTS.is_file():
         return "missing"
     return hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()[:12]

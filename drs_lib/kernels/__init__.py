@@ -40,7 +40,9 @@ def _cpu_module():
     except ImportError as error:
         logging.getLogger(__name__).warning(
             "DRS runs uncompiled on this machine, a training step takes about twice as long: %s. "
-            "`pip install numba` provides the compiled form.", error)
+            "`pip install numba` provides the compiled form.",
+            error,
+        )
         return None
 
 

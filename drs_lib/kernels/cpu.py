@@ -218,8 +218,10 @@ class _Layout:
         self.maps_shape = (n, h * w, k) if self.last else (n * k, h * w)
         self.channels_shape = (n, k) if self.last else (n * k,)
         self.extract, self.clamp, self.backward, self.spread = (
-            (extract_last, clamp_last, backward_last, spread_last) if self.last
-            else (extract_planes, clamp_planes, backward_planes, spread_planes))
+            (extract_last, clamp_last, backward_last, spread_last)
+            if self.last
+            else (extract_planes, clamp_planes, backward_planes, spread_planes)
+        )
 
     def maps(self, x):
         x = x.detach().contiguous(memory_format=self.format)
@@ -248,8 +250,16 @@ def _gradients(g, y, tau, control, where):
     """The gradient that reaches x through the suppressor and the maximum, and the one that reaches tau."""
     layout, gx = _Layout(y), torch.empty_like(y)
     total = torch.empty(tau.shape, dtype=torch.float64)
-    _run(layout.backward, layout.maps(g), layout.maps(y), layout.channels(tau), layout.channels(control),
-         layout.channels(where), layout.maps(gx), layout.channels(total))
+    _run(
+        layout.backward,
+        layout.maps(g),
+        layout.maps(y),
+        layout.channels(tau),
+        layout.channels(control),
+        layout.channels(where),
+        layout.maps(gx),
+        layout.channels(total),
+    )
     return gx, total.float()
 
 
