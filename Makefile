@@ -49,8 +49,10 @@ reference: $(READY) ## measure the committed reference results again (hours)
 weights: $(READY) ## train the committed Critters weights again
 	$(PY) -m drs_lib.pretrain
 
-bench: $(READY) ## time a training step with and without DRS
+bench: $(READY) ## time a training step with and without DRS, localization maps and the CRF (20 minutes)
 	$(PY) benchmarks/step.py $(BENCH_ARGS)
+	$(PY) benchmarks/maps.py
+	$(PY) benchmarks/crf.py
 
 lint: $(READY) ## check the code's style
 	$(PY) -m ruff check .

@@ -127,7 +127,15 @@ def _critters_laptop():
         aspp=SegmentRecipe.laptop("aspp", "mini_resnet"),
         train_images=1000,
         val_images=300,
+        crf_largefov=_at_critters_size(CRFConfig.LARGEFOV_VGG16),
+        crf_largefov_resnet=_at_critters_size(CRFConfig.LARGEFOV_RESNET101),
+        crf_aspp=_at_critters_size(CRFConfig.ASPP_RESNET101),
     )
+
+
+def _at_critters_size(crf):
+    """VOC's widths are in pixels of images about three times as large."""
+    return replace(crf, gaussian_sxy=crf.gaussian_sxy / 3, bilateral_sxy=crf.bilateral_sxy / 3)
 
 
 def _critters_ci():

@@ -26,7 +26,9 @@ from drs_lib.recipes import ClassifyRecipe
 from drs_lib.train import classification_loss, evaluate_classifier, train_network
 
 WEIGHTS = Path(__file__).with_name("weights")
-CLASSIFY = ClassifyRecipe.laptop().replace(lr=4e-3, epochs=12, weights=None, drs_layers=())
+CLASSIFY = ClassifyRecipe.laptop().replace(
+    weights=None, drs_layers=(), epochs=12, batch=32, lr=4e-3, lr_multipliers=(1, 1, 1, 1), warmup=0.3
+)
 SALIENCY = CLASSIFY.replace(lr=5e-3, epochs=4)
 SALIENCY_IMAGES = 1500
 
@@ -107,6 +109,7 @@ def main(argv=None):
         path = arguments.out / f"{name}.safetensors"
         with atomic_path(path) as temporary:
             save_file(state, temporary, metadata={"facts": json.dumps(facts)})
+            temporary.chmod(0o644)  # safetensors makes a file that only its owner can read
         shown = ", ".join(f"{k} {v:.4f}" for k, v in facts.items())
         print(f"{path}: {path.stat().st_size / 1000:.0f} kB, {shown}, {time.perf_counter() - start:.0f} s")
 
