@@ -21,8 +21,9 @@ PY := $(VENV)/bin/python
 endif
 READY := $(VENV)/drs-ready
 
-COURSE_ARGS := --data "$(DATA)" $(if $(VOC_ROOT),--voc-root "$(VOC_ROOT)") $(if $(BUDGET),--budget $(BUDGET)) \
-  $(if $(SEEDS),--seeds $(SEEDS)) $(if $(JOBS),--jobs $(JOBS)) $(if $(TABLES),--tables $(TABLES))
+RUN_ARGS := --data "$(DATA)" $(if $(VOC_ROOT),--voc-root "$(VOC_ROOT)") $(if $(BUDGET),--budget $(BUDGET)) \
+  $(if $(SEEDS),--seeds $(SEEDS))
+COURSE_ARGS := $(RUN_ARGS) $(if $(JOBS),--jobs $(JOBS)) $(if $(TABLES),--tables $(TABLES))
 
 .PHONY: help course test lab figures reference weights bench lint env crf clean-env
 
@@ -37,11 +38,10 @@ test: $(READY) ## run the whole test suite
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 lab: $(READY) ## open the notebooks in JupyterLab
-	$(PY) -m jupyterlab notebooks
+	DRS_STORE="$(or $(DRS_STORE),$(CURDIR)/runs)" $(PY) -m jupyterlab notebooks
 
 figures: $(READY) ## draw figures/, which README and notebooks show, from the stored runs
-	$(PY) -m drs_lib.plots --data "$(DATA)" $(if $(VOC_ROOT),--voc-root "$(VOC_ROOT)") $(if $(BUDGET),--budget $(BUDGET)) \
-	  $(if $(SEEDS),--seeds $(SEEDS))
+	$(PY) -m drs_lib.plots $(RUN_ARGS)
 
 reference: $(READY) ## measure the committed reference results again (hours)
 	$(PY) -m drs_lib reference --seeds $(or $(SEEDS),0 1 2)

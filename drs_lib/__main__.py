@@ -17,7 +17,7 @@ from drs_lib.experiments import (
 )
 from drs_lib.paper import table_rows
 from drs_lib.pipeline import Pipeline
-from drs_lib.store import RunStore, StoreError
+from drs_lib.store import RunStore
 
 
 def _parser():
@@ -109,7 +109,7 @@ def main(arguments=None):
         )
     except RowsFailed as error:
         tables, failed = error.tables, error
-    except (ValueError, FileNotFoundError, StoreError, RuntimeError) as error:
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -118,16 +118,24 @@ def main(arguments=None):
     for table in tables.values():
         print("\n" + format_table(table))
     written = []
-    if failed is None or options.command == "course":
-        for number, table in tables.items():
-            if options.command == "reference":
-                path = reference_path(number, options.data)
-            else:
-                path = options.out / f"table{number}.json"
-            save_table(table, path)
-            written.append(path)
-    if options.command == "course" and options.figures and failed is None:
-        written.append(_figures(options, store))
+    try:
+        if failed is None or options.command == "course":
+            for number, table in tables.items():
+                if options.command == "reference":
+                    path = reference_path(number, options.data)
+                else:
+                    path = options.out / f"table{number}.json"
+                save_table(table, path)
+                written.append(path)
+        if options.command == "course" and options.figures and failed is None:
+            written.append(_figures(options, store))
+    except OSError as error:
+        print(
+            f"error: not everything could be written: {error}. All results are kept in {store.root}: put "
+            "that right, and the same command writes the rest in seconds.",
+            file=sys.stderr,
+        )
+        return 1
     seconds = time.perf_counter() - began
     print(
         f"\n{seconds / 60:.1f} minutes. Stages: {store.root}. Written: {', '.join(map(str, written)) or '-'}."

@@ -98,6 +98,10 @@ def crf_over(items, config=CRFConfig.LARGEFOV_VGG16, jobs=None, progress=True):
         jobs: number of processes; None: one per core, or a single one inside a worker process. One job starts
             no process. The number changes nothing in the result.
         progress: show a progress bar.
+
+    Raises:
+        ValueError: as `dense_crf`, with the item's number, or for ``jobs``.
+        RuntimeError: pydensecrf is missing.
     """
     return list(iterate_crf(items, config, jobs, progress))
 
@@ -201,7 +205,8 @@ def _checked(probabilities, image):
             f"got values from {probabilities.min():.4g}, sums {total.min():.4g} to {total.max():.4g}. "
             "Pass the softmax of the logits."
         )
-    return np.asarray(probabilities, dtype=np.float32), np.ascontiguousarray(image)
+    # pydensecrf takes no read-only image, such as np.asarray(Image.open(path)) is: copied if need be.
+    return np.asarray(probabilities, dtype=np.float32), np.require(image, requirements=("C", "W"))
 
 
 def _require():

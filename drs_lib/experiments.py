@@ -24,7 +24,7 @@ import numpy as np
 from drs_lib import crf
 from drs_lib.paper import NETWORKS, SOURCE, TITLES, Configuration, Row, table_rows
 from drs_lib.pipeline import STAGE_COST, Budget, Pipeline, Splits, get_budget
-from drs_lib.store import RunStore
+from drs_lib.store import RunStore, StoreError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -112,6 +112,7 @@ def run_tables(
 
     Raises:
         RowsFailed: after all other rows are finished.
+        StoreError: the store cannot be written; the other rows would train in vain, and are not begun.
         ValueError, FileNotFoundError: an argument, or the data.
     """
     numbers, seeds = _checked(numbers, seeds, jobs)
@@ -217,6 +218,8 @@ def _run_job(job, common, device=None):
     pipeline = Pipeline(seed=job.seed, device=device, **common)
     try:
         return pipeline.scores(job.configuration, job.measures), None, None
+    except StoreError:
+        raise  # on a full disk every other row would train in vain
     except Exception as error:
         if pipeline.orphaned:
             os._exit(1)  # nobody is left to hand a result to, and the worker would idle on for minutes
@@ -413,6 +416,7 @@ def _mean_iou(seeds):
 
 def _conditions(pipeline, seeds):
     budget, data = pipeline.budget, pipeline.data
+    refine = budget.refine
     return {
         "data": data.name,
         "budget": budget.name,
@@ -436,6 +440,8 @@ def _conditions(pipeline, seeds):
         "conflict": budget.conflict,
         "refined alpha": budget.refined_alpha,
         "renormalize": budget.renormalize,
+        "refinement": (f"{refine.epochs} epochs" if refine.epochs else f"{refine.iterations} iterations")
+        + f" on {budget.target}",
         "CRF": "off",
     }
 
@@ -506,6 +512,7 @@ def _notes(table):
     groups = (
         ("data", "budget", "split", "seeds", "unit"),
         ("scales", "resize", "alpha", "beta", "rule", "CRF"),
+        ("refinement", "refined alpha", "renormalize") if table.attrs.get("table") in (3, 4) else (),
         ("accuracy",) if table.attrs.get("table") == 1 else (),
         ("pseudo labels",),
         ("networks",) if table.attrs.get("table") == 4 else (),

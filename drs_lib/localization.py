@@ -96,6 +96,10 @@ def iterate_maps(
 
     Yields:
         ``(index, labels, maps)``: labels (C,), maps float32 (C, H, W) in [0, 1], both on the CPU.
+
+    Raises:
+        ValueError: an unknown ``kind``, scales or a ``resize`` that are no sizes, ``renormalize`` with a
+            classifier; while iterating, what `localization_maps` raises.
     """
     kind = ("classifier" if hasattr(model, "class_maps") else "refined") if kind is None else kind
     if kind not in ("classifier", "refined"):
@@ -134,6 +138,7 @@ def _iterate(model, dataset, batch_size, scales, resize, kind, renormalize, indi
             for places, members, images, labels, sizes in groups:
                 images = normalize(images.to(device, non_blocking=True))
                 outputs = _network_outputs(model, kind, images, scales)
+                sizes = [tuple(size) for size in sizes]  # older torch pins a tuple into a list
                 for size in dict.fromkeys(sizes):
                     rows = [row for row, own in enumerate(sizes) if own == size]
                     chosen = [output[rows] for output in outputs] if len(rows) < len(sizes) else outputs

@@ -104,7 +104,7 @@ def exact_match_accuracy(logits, labels):
         raise ValueError(
             "the logits hold NaN: the network has diverged; train again with a lower learning rate."
         )
-    return ((logits >= 0) == (labels.to(logits.device) > 0)).all(dim=1).float().mean().item()
+    return ((logits >= 0) == (labels > 0).to(logits.device)).all(dim=1).float().mean().item()
 
 
 class MapScore:
@@ -127,7 +127,7 @@ class MapScore:
         """Add maps (N, C, H, W) in [0, 1], masks (N, H, W) and image-level labels (N, C)."""
         maps = torch.as_tensor(maps)
         masks = _labels(masks).to(maps.device)
-        labels = torch.as_tensor(labels).to(maps.device)
+        labels = (torch.as_tensor(labels) > 0).to(maps.device)
         if (
             maps.ndim != 4
             or masks.shape != (maps.shape[0], *maps.shape[2:])
@@ -148,7 +148,7 @@ class MapScore:
         elif self._sums.shape[1] != classes:
             raise ValueError(f"maps of {self._sums.shape[1]} classes came before; now {classes}.")
 
-        image, c = torch.nonzero(labels > 0, as_tuple=True)
+        image, c = torch.nonzero(labels, as_tuple=True)
         values, mask = maps[image, c].flatten(1).float(), masks[image].flatten(1)
         scored, background = mask != IGNORED, mask == 0
         on_object = mask == (c + 1)[:, None]

@@ -8,7 +8,7 @@ test; the two classification accuracies stand in the text beside Table 1.
 from dataclasses import dataclass
 from typing import Any
 
-SOURCE = "Kim, Han, Kim (AAAI 2021)"
+SOURCE = "Kim, Han, Kim (AAAI 2021), who do not say which numbers are after CRF"
 TITLES = {
     1: "Effect of the two types of controllers and of delta",
     2: "Effect of DRS in each layer",

@@ -61,7 +61,9 @@ class Budget:
     largefov, largefov_resnet, aspp: recipes of Table 4's three networks; crf_...: the CRF of each.
     scales, resize: of the images from which localization maps are made, see `iterate_maps`; the classifier's
     accuracy is measured at ``resize`` too.
-    alpha, beta, rule, conflict: see `pseudo_labels`. refined_alpha, renormalize: how refined maps are read.
+    alpha, beta, rule, conflict: see `pseudo_labels`.
+    target: what the refinement network learns, "maps" (the paper's M) or "largest" (the release's: each pixel
+    keeps its largest class only). refined_alpha, renormalize: how refined maps are read.
     """
 
     name: str
@@ -79,11 +81,16 @@ class Budget:
     beta: float = 0.06
     rule: str = "paper"
     conflict: str = "background"
+    target: str = "maps"
     refined_alpha: float = 0.2
     renormalize: bool = False
     crf_largefov: CRFConfig = CRFConfig.LARGEFOV_VGG16
     crf_largefov_resnet: CRFConfig = CRFConfig.LARGEFOV_RESNET101
     crf_aspp: CRFConfig = CRFConfig.ASPP_RESNET101
+
+    def __post_init__(self):
+        if self.target not in ("maps", "largest"):
+            raise ValueError(f"Budget: target is {self.target!r}; expected 'maps' or 'largest'.")
 
     def segment(self, network: str) -> SegmentRecipe:
         return getattr(self, network)
@@ -127,6 +134,8 @@ def _critters_laptop():
         aspp=SegmentRecipe.laptop("aspp", "mini_resnet"),
         train_images=1000,
         val_images=300,
+        # The squared error pulls the maps' height down, so refined maps are read at a lower threshold.
+        refined_alpha=0.05,
         crf_largefov=_at_critters_size(CRFConfig.LARGEFOV_VGG16),
         crf_largefov_resnet=_at_critters_size(CRFConfig.LARGEFOV_RESNET101),
         crf_aspp=_at_critters_size(CRFConfig.ASPP_RESNET101),
@@ -429,7 +438,7 @@ class Pipeline:
         return self._derived("map_score", configuration, config, source, make, data=train.fingerprint)
 
     def _target(self, configuration):
-        """What the refinement network learns: maps whose pixels keep their largest class only, in 8 bits."""
+        """What the refinement network learns: the classifier's maps, see `Budget`, in 8 bits."""
         plain = replace(configuration, refine=False)
 
         def make(writer):
@@ -441,12 +450,15 @@ class Pipeline:
                     present = labels.nonzero().flatten()
                     classes.append(present.tolist())
                     # An image without any class is kept as one map of zeros, which remembers its size.
-                    stack = keep_largest_class(maps)[present] if len(present) else maps[:1] * 0
+                    if self.budget.target == "largest":
+                        maps = keep_largest_class(maps)
+                    stack = maps[present] if len(present) else maps[:1] * 0
                     pixels = (stack * 255).round().byte().flatten(0, 1).numpy()
                     _write_png(archive, self.data.train.names[index], pixels)
             writer.json("classes.json", classes)
 
-        config, source = self._map_config(plain), self._map_source(plain)
+        config = self._map_config(plain) | {"target": self.budget.target}
+        source = self._map_source(plain)
         return self._derived("target", plain, config, source, make, data=self.data.train.fingerprint)
 
     def _refine(self, configuration):

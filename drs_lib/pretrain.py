@@ -77,7 +77,7 @@ def pretrain_saliency(progress=True):
         title="pretrain saliency",
         progress=progress,
     )
-    detector = model.detector
+    detector = model.detector.cpu()  # where the held-out images are
     overlap = union = 0
     with torch.inference_mode():
         for i in range(len(held_out)):

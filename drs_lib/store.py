@@ -138,7 +138,7 @@ class RunStore:
         """When the making of this entry began (seconds since 1970), unverified; None if it is not there."""
         try:
             return json.loads((self.folder(stage, key) / META).read_text(encoding="utf-8"))["made_at"]
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def get(self, stage: str, config: Mapping, inputs: Mapping[str, str], version: int = 1) -> Entry | None:

@@ -4,9 +4,10 @@
     recipe + images and localization maps         -> train_refinement    -> refinement network
     recipe + images and (pseudo) segment labels   -> train_segmentation  -> DeepLab
 
-Each is a function of its arguments and the seed alone: the same call gives the same weights, bit for bit, on
-the same machine with the same number of threads, whatever was drawn before it and however many processes read
-the images. The data set's pixel masks are out of reach for all three (`drs_lib.data.without_masks`).
+Each is a function of its arguments and the seed alone: on a CPU the same call gives the same weights, bit for
+bit, on the same machine with the same number of threads, whatever was drawn before it and however many
+processes read the images. A GPU repeats itself as far as its kernels do, see `drs_lib.runtime.deterministic`.
+The data set's pixel masks are out of reach for all three (`drs_lib.data.without_masks`).
 """
 
 import functools
@@ -430,6 +431,7 @@ def train_refinement(recipe, dataset, targets, seed=0, device=None, progress=Tru
 
     recipe: RefineRecipe. targets: a sequence with one float array (C, H, W) in [0, 1] for each image, read
     when it is needed; of another size than the image, it is upsampled. The rest as in `train_classifier`.
+    Raises ValueError for another number of targets than images, other shapes, or values outside [0, 1].
     """
 
     def build(data):
@@ -445,7 +447,8 @@ def train_segmentation(recipe, dataset, labels, seed=0, device=None, progress=Tr
 
     recipe: SegmentRecipe. labels: a sequence with one uint8 array (H, W) for each image: 0 background, 1..C
     the classes, 255 ignored. Pseudo labels give the weakly supervised network; a caller who hands over the
-    true masks gets the fully supervised one. The rest as in `train_classifier`.
+    true masks gets the fully supervised one. The rest as in `train_classifier`. Raises ValueError for another
+    number of labels than images, another size than the image's, or a value that is none of these.
     """
 
     def build(data):
@@ -524,7 +527,7 @@ def predict_segmentation(model, dataset, *, batch_size=16, output="labels", prog
     Images of one size are passed through the network together. Runs where the model is; its mode is restored.
 
     Yields (index, result) in order; the result is a NumPy array: for output "labels" uint8 (H, W), for
-    "probabilities" float32 (C + 1, H, W), the softmax.
+    "probabilities" float32 (C + 1, H, W), the softmax. Raises ValueError for another output.
     """
     if output not in ("labels", "probabilities"):
         raise ValueError(f"output is {output!r}: expected 'labels' or 'probabilities'")
@@ -542,7 +545,8 @@ def evaluate_segmentation(model, dataset, crf=None, jobs=None, *, batch_size=16,
     """Mean IoU of a segmentation network against the data set's masks.
 
     crf: a CRFConfig to score the network's output after the dense CRF as well, on `jobs` processes.
-    Returns dict(miou, iou), see drs_lib.metrics.SegmentationScore; with crf also miou_crf and iou_crf.
+    Returns dict(miou, iou), see drs_lib.metrics.SegmentationScore; with crf also miou_crf and iou_crf. Raises
+    RuntimeError when a CRF is asked for and pydensecrf is missing.
     """
     plain = SegmentationScore(dataset.num_classes + 1)
     if crf is None:

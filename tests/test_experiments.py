@@ -31,7 +31,7 @@ from drs_lib.experiments import (
 )
 from drs_lib.paper import Configuration, table_rows
 from drs_lib.pipeline import Budget, LabelArchive, Pipeline, Splits, TargetMaps, get_budget
-from drs_lib.store import RunStore
+from drs_lib.store import EntryWriter, RunStore, StoreError
 
 ROOT = Path(__file__).parents[1]
 REFINED, CAM = Configuration(refine=True), Configuration(drs_layers=())
@@ -412,6 +412,19 @@ def test_a_failing_row_costs_no_other_row(finished, tmp_path, monkeypatch, capsy
     )
 
 
+def test_a_full_disk_ends_the_run(tmp_path, monkeypatch):
+    tried = []
+
+    def full(self, name, model):
+        tried.append(name)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(EntryWriter, "weights", full)
+    with pytest.raises(StoreError, match="disk.*full"):
+        run_table(3, tiny_splits(), tiny_budget(), store=tmp_path, jobs=1, progress=False)
+    assert len(tried) == 1, "no other row trains in vain"
+
+
 def test_progress_is_shown_and_overwrite_makes_each_stage_again_once(tmp_path, monkeypatch, capsys):
     splits, budget, made = tiny_splits(), tiny_budget(), []
     options = dict(store=tmp_path, jobs=1)
@@ -517,7 +530,7 @@ def test_a_table_is_replaced_whole_or_not_at_all(finished, tmp_path, monkeypatch
 
 
 def test_tables_for_terminal_and_notebook(finished):
-    _, tables, _, _ = finished
+    _, tables, _, budget = finished
     text = format_table(tables[1])
     lines = text.splitlines()
     assert lines[0].startswith("Table 1: ") and "non-learnable with δ=0.55" in text
@@ -527,7 +540,9 @@ def test_tables_for_terminal_and_notebook(finished):
     assert f"62.9  {tables[1]['measured'][0]:8.1f}" in row and "72.6" in row
     for condition in ("budget: ci", "alpha: 0.2", "beta: 0.06", "seeds: [0]", "rule: paper", "CRF: off"):
         assert condition in text
-    assert "x       x\n" not in text
+    lines = format_table(tables[2]).splitlines()
+    assert next(line for line in lines if line.startswith("DRS in layers 5-6")).split()[4:10] == [*"----xx"]
+    assert f"refined alpha: {budget.refined_alpha}; renormalize: False" in format_table(tables[3])
     text = format_table(tables[4])
     assert text.count("DeepLab-ASPP (ResNet-101)\n") == 1 and "SGAN (Yao and Gong 2020)" in text
     for table in tables.values():
@@ -552,6 +567,8 @@ def test_the_command_line(finished, tmp_path, monkeypatch, capsys):
     assert sorted(p.name for p in out.iterdir()) == ["table1.csv", "table1.json", "table3.csv", "table3.json"]
     output = capsys.readouterr().out
     assert "Table 1" in output and "Table 3" in output and "minutes" in output and str(out) in output
+    assert main(["course", "--tables", "3", "--out", str(out / "table1.csv")]) == 1
+    assert "not everything could be written" in capsys.readouterr().err
     monkeypatch.setattr(experiments, "REFERENCE", tmp_path / "reference")
     assert main(["reference", "--tables", "3"]) == 0
     pd.testing.assert_frame_equal(reference_table(3), tables[3])

@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch import nn
 
+from drs_lib import localization
 from drs_lib.data import normalize, without_masks
 from drs_lib.localization import iterate_maps, keep_largest_class, localization_maps, refined_maps
 from drs_lib.networks import classifier, refinement_network
@@ -223,6 +224,20 @@ def test_iterate_maps_with_a_square_network_input():
         )
         expected = localization_maps(model, normalize(square), labels[None], size=SIZES[index])[0]
         torch.testing.assert_close(maps, expected, atol=2e-6, rtol=0)
+
+
+def test_iterate_maps_takes_batches_as_older_torch_pins_them(monkeypatch):
+    """For CUDA, torch 2.6 copies a batch to pinned memory and makes its tuples lists, the inner ones too."""
+
+    def pinned(batch):
+        return [pinned(part) for part in batch] if isinstance(batch, (list, tuple)) else batch
+
+    model, pictures = GridClassifier(), Pictures(SIZES)
+    expected = list(iterate_maps(model, pictures, batch_size=5, resize=20))
+    group = localization._group_by_size
+    monkeypatch.setattr(localization, "_group_by_size", lambda items: pinned(group(items)))
+    for before, now in zip(expected, iterate_maps(model, pictures, batch_size=5, resize=20), strict=True):
+        assert before[0] == now[0] and torch.equal(before[2], now[2])
 
 
 def test_iterate_maps_over_chosen_indices_with_workers_and_renormalised():

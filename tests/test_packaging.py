@@ -370,6 +370,10 @@ def test_environment_needs_a_new_enough_python_with_ensurepip(make_env, monkeypa
 
 def test_environment_leaves_alone_what_it_did_not_make(make_env, tmp_path):
     (tmp_path / "work.txt").touch()
+    (tmp_path / make_env.UNFINISHED).touch()  # the course was being installed into it
+    with pytest.raises(SystemExit, match="interrupted.*not made by the course"):
+        make_env.main(["--venv", str(tmp_path), "--project", str(ROOT)])
+    (tmp_path / make_env.UNFINISHED).unlink()
     with pytest.raises(SystemExit, match="left alone"):
         make_env.main(["--venv", str(tmp_path), "--remove"])
     with pytest.raises(SystemExit, match="no Python with a working pip"):

@@ -142,6 +142,7 @@ def rename_entry_fields(path):
         ("metrics.json", flip_a_byte),
         (META, truncate),
         (META, rename_entry_fields),
+        (META, lambda path: path.write_text("[1]")),
         (META, Path.unlink),
         (MANIFEST, truncate),
         (MANIFEST, lambda path: path.write_text("[1]")),
@@ -155,6 +156,8 @@ def test_damage_is_noticed_set_aside_and_repaired(store, name, damage):
     for count in (1, 2):
         damage(entry.path / name)
         assert store.get("classify", CONFIG, INPUTS) is None
+        if name == META and damage is not rename_entry_fields:
+            assert store.made_at("classify", entry.key) is None
         with pytest.warns(UserWarning, match=rf"classify/{entry.key}.*damaged") as caught:
             repaired = store.get_or_make("classify", CONFIG, INPUTS, fill)
         assert len(caught) == 1 and repaired.json("metrics.json") == {"miou": 0.5}

@@ -26,6 +26,7 @@ except ImportError:  # Windows
 OLDEST = (3, 10)
 READY = "drs-ready"
 UNFINISHED = "drs-unfinished"
+OURS = "drs-made"  # only an environment that this script made may be deleted without being asked
 CRF_LOG = "drs-crf-build.log"
 HELD = []  # the open lock file: closing it would release the lock
 
@@ -68,6 +69,12 @@ def prepare(venv, python):
     if os.path.exists(unfinished):
         with open(unfinished) as stream:
             lock(stream)
+            if not os.path.exists(os.path.join(venv, OURS)):
+                stop(
+                    f"an installation into {venv} was interrupted, and what is in there can't be trusted. It "
+                    "was not made by the course, so it is left alone: delete it with `make clean-env`, make "
+                    "it again as you did before, and run the command again."
+                )
             print(f"{venv} is left over from an installation that was interrupted: making it anew.")
             shutil.rmtree(venv)
     if os.path.isdir(venv) and os.listdir(venv):
@@ -85,6 +92,7 @@ def prepare(venv, python):
         )
     os.makedirs(venv, exist_ok=True)
     mark_unfinished(unfinished)
+    write(os.path.join(venv, OURS), "")
     version = ".".join(map(str, sys.version_info[:2]))
     print(f"Making a virtual environment in {venv} with Python {version}.", flush=True)
     if run([sys.executable, "-m", "venv", venv]):
@@ -150,13 +158,14 @@ def run(command, **streams):
 def mark_unfinished(path):
     stream = open(path, "w")
     lock(stream)
-    os.set_inheritable(stream.fileno(), True)
     HELD.append(stream)
 
 
 def lock(stream):
     if fcntl is None:
+        stream.close()  # Windows can't delete a file that is open
         return
+    os.set_inheritable(stream.fileno(), True)
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -46,9 +46,7 @@ OTHER_SPECIES = {
 # Name of a split: its place in the random stream, and how many scenes it has unless told otherwise.
 SPLITS = {"train": (0, 1000), "val": (1, 300), "pretrain": (2, 3000), "pretrain_val": (3, 600)}
 DRAWING = 1  # raised when the same seed draws other bytes, so that stored runs are not mistaken for new ones
-BODY_HUE_SPREAD = (
-    0.09  # standard deviation of the body's hue around the species' own, in turns of the hue circle
-)
+BODY_HUE_SPREAD = 0.09  # standard deviation of a body's hue around its species', in turns of the hue circle
 
 
 def _ellipse(x, y, cx, cy, rx, ry):
@@ -132,19 +130,6 @@ def _face(kind, u, v):
         )
     if kind == "mask":
         return np.abs(v + 0.12) - 0.3
-    if kind == "rings":
-        r = np.sqrt(u * u + v * v)
-        return np.abs(r - 0.55) - 0.16
-    if kind == "halves":
-        return u + 0 * v
-    if kind == "star":
-        return (
-            np.minimum(
-                np.maximum(np.abs(u) * 3.2 + np.abs(v) - 0.92, -1),
-                np.maximum(np.abs(v) * 3.2 + np.abs(u) - 0.92, -1),
-            )
-            / 3.0
-        )
     raise ValueError(f"unknown face {kind!r}")
 
 
@@ -194,12 +179,13 @@ def _draw_animal(canvas, rng, parts, hue, label, pose):
     pale, dark = _rgb(head_hue, 0.3, 0.95), _rgb(head_hue + rng.uniform(-0.08, 0.08), 0.9, 0.42)
 
     body = _ellipse(x, y, 0, 0, pose.length, width)
+    # In arrays of one, which both NumPy 1 and 2 compute in float64; a lone float64 only NumPy 2 does.
     stance = rng.uniform(-0.08, 0.08, 4)
     legs = [
         _capsule(
             x, y, k * pose.length, 0.5 * width, (k + s) * pose.length, 1.55 * width, 0.2 * width, 0.15 * width
         )
-        for k, s in zip((-0.68, -0.45, 0.42, 0.66), stance, strict=True)
+        for k, s in zip((-0.68, -0.45, 0.42, 0.66), stance.reshape(4, 1), strict=True)
     ]
     wag = rng.uniform(-0.5, 0.4)
     tip_x, tip_y = -1.42 * pose.length, (wag - 0.75) * width
@@ -207,8 +193,10 @@ def _draw_animal(canvas, rng, parts, hue, label, pose):
     hx, hy = rng.uniform(0.92, 1.02) * pose.length, -rng.uniform(0.72, 0.95) * width
     neck = _capsule(x, y, 0.6 * pose.length, -0.1 * width, hx, hy, 0.42 * width, 0.5 * radius)
     # The head faces the viewer: its own axes are the image's, whatever the body's facing.
-    head_cx = pose.cx + cos * np.float32(pose.facing * hx) - sin * np.float32(hy)
-    head_cy = pose.cy + sin * np.float32(pose.facing * hx) + cos * np.float32(hy)
+    # As NumPy 2 adds a number to a float32; NumPy 1 would turn a Python float into a float64.
+    cx, cy = (c if isinstance(c, np.float64) else np.float32(c) for c in (pose.cx, pose.cy))
+    head_cx = cx + cos * np.float32(pose.facing * hx) - sin * np.float32(hy)
+    head_cy = cy + sin * np.float32(pose.facing * hx) + cos * np.float32(hy)
     head_cx, head_cy = float(head_cx), float(head_cy)
     nod = rng.uniform(-0.2, 0.2)
     nc, ns = np.float32(math.cos(nod)), np.float32(math.sin(nod))

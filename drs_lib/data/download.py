@@ -385,8 +385,8 @@ class _Installer:
         return {file.stem for file in folder.iterdir()}
 
     def _finish_masks(self, masks, names, origin):
-        """Check that the masks are those of trainaug, add VOC's own where they lack, write the list, move "
-        "it all."""
+        """Check that the masks are those of trainaug, add VOC's own where they lack, write the list, move
+        it all."""
         train, val = self._list("train"), self._list("val")
         trainaug = sorted(names - set(val))
         if len(trainaug) != VOC_LIST_SIZES["trainaug"] or not set(train) <= names:

@@ -293,6 +293,8 @@ class VOC2012(Dataset):
         except (UnidentifiedImageError, OSError, SyntaxError) as error:
             if isinstance(error, FileNotFoundError):
                 raise FileNotFoundError(f"no {path}: the folder {folder} is incomplete") from error
+            if getattr(error, "errno", None) is not None:  # the system's (permission, too many files)
+                raise
             # Pillow reports broken PNG chunks as SyntaxError, cut-off files as OSError.
             raise ValueError(
                 f"{path} can't be read ({error}): it is damaged or cut off; extract it again"
@@ -416,14 +418,15 @@ class VOC2012(Dataset):
     @property
     def fingerprint(self):
         """A short string that identifies the content: list, classes, label source, and the sizes of the
-        image, mask and saliency files of the list. Other saliency maps or masks under the same names change
-        it."""
+        files of the list. Other saliency maps or masks under the same names change it."""
         if self._fingerprint is None:
             digest = hashlib.sha256()
             digest.update(repr((self.classes, self.label_source, self.mask_folder, self.difficult)).encode())
             digest.update("\n".join(self.names).encode())
-            for folder in ("JPEGImages", self.mask_folder, "saliency_map"):
-                suffix = ".jpg" if folder == "JPEGImages" else ".png"
+            files = [("JPEGImages", ".jpg"), (self.mask_folder, ".png"), ("saliency_map", ".png")]
+            if self.label_source == "xml":
+                files.append(("Annotations", ".xml"))
+            for folder, suffix in files:
                 digest.update(repr(self._sizes(folder, suffix)).encode())
             self._fingerprint = f"voc-{self.split}-{len(self)}-{digest.hexdigest()[:16]}"
         return self._fingerprint
