@@ -131,10 +131,11 @@ def _serial(items, config):
 
 def _parallel(items, config, jobs):
     # An executor rather than joblib.Parallel, which reads its input from other threads: a generator that runs
-    # a network would lose torch's no_grad there, which belongs to a thread.
-    from joblib.externals.loky import get_reusable_executor
+    # a network would lose torch's no_grad there, which belongs to a thread. One of its own: loky's reusable
+    # executor is the one that joblib.Parallel takes for its own.
+    from joblib.externals.loky import ProcessPoolExecutor
 
-    executor = get_reusable_executor(max_workers=jobs, timeout=60)
+    executor = ProcessPoolExecutor(max_workers=jobs)
     pending = deque()
     try:
         for item in _checked_items(items):
@@ -144,8 +145,7 @@ def _parallel(items, config, jobs):
         while pending:
             yield pending.popleft().result()
     finally:
-        for future in pending:
-            future.cancel()
+        executor.shutdown(wait=True, kill_workers=bool(pending))
 
 
 def _checked_items(items):

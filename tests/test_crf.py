@@ -139,13 +139,13 @@ def test_input_is_read_a_few_images_ahead_and_in_the_calling_thread(jobs):
 
 @needs_pydensecrf
 def test_workers_do_not_load_torch():
-    crf_over([scene(seed) for seed in range(4)], SMALL, jobs=2, progress=False)
-    from joblib.externals.loky import get_reusable_executor
+    from joblib.externals.loky import ProcessPoolExecutor
 
     loaded = "[name in __import__('sys').modules for name in ('drs_lib.crf', 'pydensecrf', 'torch')]"
-    executor = get_reusable_executor(max_workers=2, timeout=60)  # the one that crf_over has just used
-    found = {tuple(executor.submit(eval, loaded).result()) for _ in range(8)}
-    assert (True, True, False) in found and not any(torch for *_, torch in found)
+    with ProcessPoolExecutor(max_workers=1) as executor:
+        executor.submit(crf._label_map, *scene(0), SMALL).result()
+        found = tuple(executor.submit(eval, loaded).result())
+    assert found == (True, True, False)
 
 
 @needs_pydensecrf
@@ -243,3 +243,16 @@ def test_a_read_only_image_will_do():
 def test_the_module_loads_without_torch():
     code = "import sys; sys.modules['torch'] = None; import drs_lib.crf; drs_lib.crf.available()"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@needs_pydensecrf
+def test_the_crf_and_joblib_do_not_take_each_other_s_processes():
+    from joblib import Parallel, delayed
+
+    rng = np.random.default_rng(0)
+    probabilities = rng.dirichlet(np.ones(3), (8, 9)).transpose(2, 0, 1)
+    items = [(probabilities, rng.integers(0, 256, (8, 9, 3), dtype=np.uint8))] * 3
+    for _ in range(2):
+        found = crf.crf_over(items, jobs=2, progress=False)
+        assert all(np.array_equal(labels, found[0]) for labels in found)
+        assert Parallel(n_jobs=2)(delayed(abs)(i) for i in (-1, 2)) == [1, 2]
