@@ -1,6 +1,7 @@
-"""Algorithm 1 on a processor: four short loops, compiled by numba, behind two autograd functions.
+"""Algorithm 1 on a processor: a few short loops, compiled by numba, behind two autograd functions.
 
-A feature map is read once for its maxima and averages and once more to be clamped. Only the result y,
+A feature map is read once for its maxima and averages and once more to be clamped, while it is still in the
+cache where the control values are known beforehand. Only the result y,
 which the next layer keeps anyway, and a few numbers per channel are saved for the backward pass: y tells
 a dead element (0), a passed one (below tau) and a suppressed one (tau) apart.
 
@@ -9,13 +10,15 @@ vectorises across channels. In channels-last memory that is the map as it lies t
 plane is read as rows of ``LANES`` neighbours, and the lanes are reduced at the end. Sums are float32
 within a block of positions and float64 across blocks.
 
-The loops release the GIL and are spread over the batch by a thread pool, in as many parts as torch has
-threads: numba's own threading layers differ between platforms, and its portable one aborts when two
-threads call at once.
+The loops release the GIL and are spread over the batch by a thread pool. Threads fetch small parts until
+none is left: torch's own threads go on spinning for a while after their work, and a helper that starts late
+for it holds nobody up. numba's threading layers differ between platforms, and its portable one aborts when
+two threads call at once.
 """
 
 import os
 import threading
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import numba
@@ -25,7 +28,8 @@ from torch.autograd.function import once_differentiable
 
 LANES = 32
 BLOCK = 64
-SMALLEST_PART = 1 << 19  # elements: below this, waking a second thread costs more than it saves
+SMALLEST_PART = 1 << 16  # elements: below this, fetching a part costs more than it saves
+PARTS_PER_THREAD = 4
 
 
 def _compiled(function):
@@ -99,6 +103,16 @@ def clamp_last(x, tau, y):
 
 
 @_compiled
+def suppress_last(x, control, peak, where, total, tau, y):
+    for i in range(x.shape[0]):
+        one = slice(i, i + 1)
+        extract_last(x[one], peak[one], where[one], total[one])
+        for c in range(x.shape[2]):
+            tau[i, c] = peak[i, c] * control[i, c]
+        clamp_last(x[one], tau[one], y[one])
+
+
+@_compiled
 def backward_last(g, y, tau, control, where, gx, total):
     part = np.empty(g.shape[2], np.float32)
     for i in range(g.shape[0]):
@@ -151,6 +165,15 @@ def clamp_planes(x, tau, y):
 
 
 @_compiled
+def suppress_planes(x, control, peak, where, total, tau, y):
+    for i in range(x.shape[0]):
+        one = slice(i, i + 1)
+        extract_planes(x[one], peak[one], where[one], total[one])
+        tau[i] = peak[i] * control[i]
+        clamp_planes(x[one], tau[one], y[one])
+
+
+@_compiled
 def backward_planes(g, y, tau, control, where, gx, total):
     taus, totals, part = np.empty(LANES, np.float32), np.empty(LANES, np.float64), np.empty(LANES, np.float32)
     for i in range(g.shape[0]):
@@ -195,17 +218,27 @@ if hasattr(os, "register_at_fork"):
 
 def _run(loop, *arrays):
     """``loop`` over the first axis of ``arrays``, split between threads where that pays."""
-    rows = len(arrays[0])
-    parts = min(torch.get_num_threads(), rows, max(1, arrays[0].size // SMALLEST_PART))
-    if parts == 1:
+    rows, threads = len(arrays[0]), torch.get_num_threads()
+    parts = min(threads * PARTS_PER_THREAD, rows, arrays[0].size // SMALLEST_PART)
+    if threads == 1 or parts < 2:
         loop(*arrays)
         return
     cuts = [rows * i // parts for i in range(parts + 1)]
-    slices = [[a[start:stop] for a in arrays] for start, stop in zip(cuts[:-1], cuts[1:], strict=True)]
-    others = [_threads().submit(loop, *part) for part in slices[1:]]
-    loop(*slices[0])
-    for other in others:
-        other.result()
+    waiting = deque([a[start:stop] for a in arrays] for start, stop in zip(cuts[:-1], cuts[1:], strict=True))
+
+    def fetch():
+        while True:
+            try:
+                part = waiting.popleft()
+            except IndexError:
+                return
+            loop(*part)
+
+    helpers = [_threads().submit(fetch) for _ in range(min(threads, parts) - 1)]
+    fetch()
+    for helper in helpers:
+        if not helper.cancel():
+            helper.result()
 
 
 class _Layout:
@@ -217,10 +250,10 @@ class _Layout:
         self.format = torch.channels_last if self.last else torch.contiguous_format
         self.maps_shape = (n, h * w, k) if self.last else (n * k, h * w)
         self.channels_shape = (n, k) if self.last else (n * k,)
-        self.extract, self.clamp, self.backward, self.spread = (
-            (extract_last, clamp_last, backward_last, spread_last)
+        self.extract, self.clamp, self.suppress, self.backward, self.spread = (
+            (extract_last, clamp_last, suppress_last, backward_last, spread_last)
             if self.last
-            else (extract_planes, clamp_planes, backward_planes, spread_planes)
+            else (extract_planes, clamp_planes, suppress_planes, backward_planes, spread_planes)
         )
 
     def maps(self, x):
@@ -244,6 +277,17 @@ def _clamped(x, tau):
     layout, y = _Layout(x), torch.empty_like(x)
     _run(layout.clamp, layout.maps(x), layout.channels(tau), layout.maps(y))
     return y
+
+
+def _suppressed(x, control):
+    """y, tau, the maxima and their positions, for control values (N, K) that are known beforehand."""
+    layout, y = _Layout(x), torch.empty_like(x)
+    peak, tau = (torch.empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
+    where = torch.empty(x.shape[:2], dtype=torch.int32)
+    total = torch.empty(x.shape[:2], dtype=torch.float64)
+    channels = map(layout.channels, (control, peak, where, total, tau))
+    _run(layout.suppress, layout.maps(x), *channels, layout.maps(y))
+    return y, tau, peak, where
 
 
 def _gradients(g, y, tau, control, where):
@@ -271,9 +315,7 @@ def _average_gradient(y, share, gx):
 class _Suppress(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, control):
-        peak, where, _ = _extracted(x)
-        tau = peak * control
-        y = _clamped(x, tau)
+        y, tau, peak, where = _suppressed(x, control)
         ctx.save_for_backward(y, tau, control, peak, where)
         return y
 
