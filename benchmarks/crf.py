@@ -4,7 +4,7 @@
     python benchmarks/crf.py --jobs 1 2 4 --cases voc
 
 Images of Critters' size (128 x 128, 7 labels) and of VOC's (375 x 500, 21 labels), 10 iterations.
-Worker processes are started before the clock.
+Starting the worker processes is part of the time, as it is for a user; a first round is not counted.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def measure(case, jobs, rounds, config):
     items = [scene(labels, height, width, seed) for seed in range(per_job * max(jobs))]
     seconds = {n: [] for n in jobs}
     for n in jobs:
-        for round_number in range(-1, rounds):  # round -1 starts the processes
+        for round_number in range(-1, rounds):  # round -1 fills the disk's cache
             start = time.perf_counter()
             crf_over(items[: n * (1 if round_number < 0 else per_job)], config, jobs=n, progress=False)
             if round_number >= 0:
