@@ -37,8 +37,8 @@ course: $(READY) ## run Tables 1-4, print them beside the paper's, write results
 test: $(READY) ## run the whole test suite
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-lab: $(READY) ## open the notebooks in JupyterLab
-	DRS_STORE="$(or $(DRS_STORE),$(CURDIR)/runs)" $(PY) -m jupyterlab notebooks
+lab: $(READY) ## open JupyterLab in this folder
+	DRS_STORE="$(or $(DRS_STORE),$(CURDIR)/runs)" $(PY) -m jupyterlab
 
 figures: $(READY) ## draw figures/, which README and notebooks show, from the stored runs
 	$(PY) -m drs_lib.plots $(RUN_ARGS)
