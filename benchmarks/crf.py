@@ -12,10 +12,12 @@ import json
 import platform
 import statistics
 import time
+from pathlib import Path
 
 import numpy as np
 
 from drs_lib.crf import INSTALL_HINT, CRFConfig, available, crf_over
+from drs_lib.experiments import write_text
 
 # labels, height, width, images per job and round
 CASES = {"critters": (7, 128, 128, 12), "voc": (21, 375, 500, 2)}
@@ -66,7 +68,7 @@ def main():
         "--jobs", nargs="+", type=int, default=[1, 2], help="numbers of processes; the first is the baseline"
     )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     options = parser.parse_args()
     if not available():
         parser.exit(1, INSTALL_HINT + "\n")
@@ -83,8 +85,7 @@ def main():
                 f"{row['seconds_per_image']:10.3f}{row['speedup']:10.2f}"
             )
     if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"machine": platform.machine(), "rows": rows}, file, indent=2)
+        write_text(options.json, json.dumps({"machine": platform.machine(), "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,10 +11,12 @@ import argparse
 import json
 import statistics
 import time
+from pathlib import Path
 
 import torch
 
 from drs_lib.data import normalize
+from drs_lib.experiments import write_text
 from drs_lib.localization import RELEASE_SCALES, iterate_maps, localization_maps
 from drs_lib.networks import classifier
 from drs_lib.runtime import memory_format
@@ -105,7 +107,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
@@ -120,8 +122,8 @@ def main():
                 f"{row['milliseconds_per_image']:10.2f}{row['speedup']:10.2f}"
             )
     if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"torch": torch.__version__, "threads": options.threads, "rows": rows}, file, indent=2)
+        report = {"torch": torch.__version__, "threads": options.threads, "rows": rows}
+        write_text(options.json, json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

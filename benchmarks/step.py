@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from drs_lib import kernels
+from drs_lib.experiments import write_text
 from drs_lib.networks import classifier
 
 LAYERS = (1, 2, 3, 4, 5, 6)
@@ -130,9 +131,7 @@ def main():
             "cpus": os.cpu_count(),
             "rows": rows,
         }
-        temporary = args.json.with_name(f"{args.json.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, args.json)
+        write_text(args.json, json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":
