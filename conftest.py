@@ -1,10 +1,31 @@
-"""In continuous integration a skipped notebook or browser test fails: what it needs is installed there."""
+"""The notebooks run as tests, at the ci budget and with one run store for all of them, unless DRS_BUDGET and
+DRS_STORE say otherwise. In continuous integration a skipped notebook or browser test fails: what it needs is
+installed there.
+"""
 
 import os
+from unittest.mock import patch
 
 import pytest
 
 REQUIRED = ("test_notebook", "test_widgets", "test_browser")
+
+
+_STORE = pytest.StashKey()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    # A notebook's kernel starts with its first cell and inherits this environment.
+    if item.path.suffix != ".ipynb":
+        return (yield)
+    environment = {"DRS_BUDGET": os.environ.get("DRS_BUDGET", "ci")}
+    if "DRS_STORE" not in os.environ and environment["DRS_BUDGET"] == "ci":
+        if _STORE not in item.config.stash:
+            item.config.stash[_STORE] = str(item.config._tmp_path_factory.mktemp("runs"))
+        environment["DRS_STORE"] = item.config.stash[_STORE]
+    with patch.dict(os.environ, environment):
+        return (yield)
 
 
 def _must_run(path):

@@ -6,6 +6,7 @@ independent jobs for `joblib.Parallel`: the same call runs in one process, on al
 it.
 """
 
+import copy
 import json
 import math
 import os
@@ -127,9 +128,7 @@ def run_tables(
         not_before=time.time() if overwrite else None,
     )
     pipelines = {seed: Pipeline(seed=seed, **common) for seed in seeds}
-    measures = {number: ("miou", *_MEASURES[number]) for number in numbers}
-    if not crf.available():
-        measures = {number: tuple(m for m in names if m != "crf") for number, names in measures.items()}
+    measures = _measures(numbers)
     work = _jobs_of(measures, seeds)
     results = {}
     for job in work:
@@ -144,6 +143,42 @@ def run_tables(
     if failures:
         raise RowsFailed(_failure_message(failures, len(work)), tables, failures)
     return tables
+
+
+def run_row(
+    number: int, configuration: Configuration, pipeline: Pipeline, overwrite: bool = False
+) -> "pd.DataFrame":
+    """One row of a table, trained and scored in this process; returns the table so far, see `stored_table`.
+
+    Raises ValueError for a configuration that the table doesn't have.
+    """
+    if configuration not in [row.configuration for row in table_rows(number) if row.configuration]:
+        raise ValueError(f"Table {number} has no row for {configuration}.")
+    if overwrite:
+        pipeline = copy.copy(pipeline)
+        pipeline.not_before = time.time()
+    [job] = [j for j in _jobs_of(_measures((number,)), [pipeline.seed]) if j.configuration == configuration]
+    pipeline.scores(configuration, job.measures)
+    return stored_table(number, pipeline)
+
+
+def stored_table(number: int, pipeline: Pipeline) -> "pd.DataFrame":
+    """A table with what the pipeline's store has of it, for the pipeline's seed; rows that are not measured
+    yet are empty. Makes nothing; columns as for `run_tables`."""
+    measures, seeds = _measures((number,)), [pipeline.seed]
+    scores = {}
+    for job in _jobs_of(measures, seeds):
+        found = pipeline.stored_scores(job.configuration, job.measures)
+        if found is not None:
+            scores[job.configuration, job.seed] = found
+    return _table(number, measures[number], scores, seeds, _conditions(pipeline, seeds))
+
+
+def _measures(numbers):
+    measures = {number: ("miou", *_MEASURES[number]) for number in numbers}
+    if not crf.available():
+        measures = {number: tuple(m for m in names if m != "crf") for number, names in measures.items()}
+    return measures
 
 
 def _checked(numbers, seeds, jobs):
@@ -505,6 +540,31 @@ def reference_table(number: int, data: str = "critters") -> "pd.DataFrame":
             f"'python -m drs_lib reference --data {data} --tables {number}' measures and writes them."
         )
     return load_table(path)
+
+
+def compare_with_reference(table: "pd.DataFrame", tolerance: float = 5.0) -> str:
+    """Holds the measured column of a table against the committed reference results.
+
+    tolerance: in points of mIoU, against the reference's mean over its seeds. Returns a sentence that says how
+    many rows were compared and how far the farthest is, or, for a run at another budget than the laptop's on
+    Critters, that there is nothing to compare. Raises AssertionError naming the rows that are farther away.
+    """
+    budget, data = table.attrs["budget"], table.attrs["data"]
+    if budget != "laptop" or data != "critters":
+        return f"Budget {budget!r} on {data!r}: the reference is the laptop budget on Critters, so nothing is compared."
+    reference = reference_table(table.attrs["table"])
+    distance = (table["measured"] - reference["measured"]).abs()
+    names = table["configuration"] + (" / " + table["network"] if "network" in table else "")
+    compared, far = int(distance.notna().sum()), distance > tolerance
+    if far.any():
+        listed = "; ".join(
+            f"{name}: {table['measured'][i]:.1f}, reference {reference['measured'][i]:.1f}"
+            for i, name in names[far].items()
+        )
+        raise AssertionError(f"{int(far.sum())} rows are more than {tolerance} points from the reference: {listed}.")
+    if not compared:
+        return "No row is measured yet."
+    return f"{compared} rows, all within {tolerance} points of the reference; the farthest is {distance.max():.1f} away."
 
 
 def _notes(table):

@@ -16,6 +16,7 @@ import io
 import math
 import multiprocessing
 import os
+import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -103,8 +104,8 @@ class Budget:
 
 
 def get_budget(name: str | None = None, data: str = "critters") -> Budget:
-    """The budget "ci" (for tests), "laptop" or "paper" (the paper's recipes; a GPU). None: "laptop" on
-    Critters, "paper" on VOC.
+    """The budget "ci" (for tests), "laptop" or "paper" (the paper's recipes; a GPU). None: what the environment
+    variable DRS_BUDGET says, else "laptop" on Critters, "paper" on VOC.
 
     On VOC, "ci" is a few steps of the full-size networks on tiny crops: it tells that everything runs, and
     its numbers mean nothing. There is no "laptop" for VOC, whose images and networks no laptop trains on.
@@ -115,7 +116,7 @@ def get_budget(name: str | None = None, data: str = "critters") -> Budget:
     }
     if data not in budgets:
         raise ValueError(f"unknown data {data!r}; expected 'critters' or 'voc'.")
-    name = {"critters": "laptop", "voc": "paper"}[data] if name is None else name
+    name = name or os.environ.get("DRS_BUDGET") or {"critters": "laptop", "voc": "paper"}[data]
     if name not in budgets[data]:
         raise ValueError(
             f"there is no budget {name!r} for data {data!r}; expected "
@@ -130,8 +131,9 @@ def _critters_laptop():
         classify=ClassifyRecipe.laptop(),
         refine=RefineRecipe.laptop(),
         largefov=SegmentRecipe.laptop("largefov", "mini"),
-        largefov_resnet=SegmentRecipe.laptop("largefov", "mini_resnet"),
-        aspp=SegmentRecipe.laptop("aspp", "mini_resnet"),
+        # Fewer epochs on the dearer backbone, which starts from better weights.
+        largefov_resnet=SegmentRecipe.laptop("largefov", "mini_resnet").replace(epochs=5),
+        aspp=SegmentRecipe.laptop("aspp", "mini_resnet").replace(epochs=5),
         train_images=1000,
         val_images=300,
         # The squared error pulls the maps' height down, so refined maps are read at a lower threshold.
@@ -276,6 +278,7 @@ class Pipeline:
         crf_jobs: processes for the CRF.
         not_before: entries made before this time (seconds since 1970) are made again.
         report: called with a line of text whenever there is something new to say about a stage in progress.
+        progress: of the trainings, see `drs_lib.train.fit`.
     """
 
     def __init__(
@@ -290,6 +293,7 @@ class Pipeline:
         crf_jobs: int = 1,
         not_before: float | None = None,
         report: Callable[[str], None] | None = None,
+        progress: bool | Callable[..., None] = False,
     ):
         kind = data if isinstance(data, str) else "critters"
         self.budget = budget if isinstance(budget, Budget) else get_budget(budget, kind)
@@ -301,6 +305,7 @@ class Pipeline:
             self.data = data
         self.seed, self.device, self.crf_jobs, self.not_before = seed, device, crf_jobs, not_before
         self._report = report or (lambda text: None)
+        self._progress = progress
         self._parent = os.getppid() if multiprocessing.parent_process() is not None else None
 
     def scores(self, configuration: Configuration, measures: Iterable[str] = ("miou",)) -> dict[str, Any]:
@@ -319,28 +324,28 @@ class Pipeline:
             found[measure] = entry.json("scores.json")
         return found
 
-    def classifier(self, configuration: Configuration) -> Any:
-        """The trained classifier, in evaluation mode on the device."""
+    def classifier(self, configuration: Configuration, overwrite: bool = False) -> Any:
+        """The trained classifier, in evaluation mode on the device. overwrite: train it again."""
         from drs_lib.networks import classifier
 
         recipe = self._classify_recipe(configuration)
         model = classifier(recipe.backbone, self.data.train.num_classes, recipe.drs_layers, recipe.delta)
-        return self._load(model, self._classify(configuration))
+        return self._load(model, self._classify(configuration), overwrite)
 
-    def refinement_network(self, configuration: Configuration) -> Any:
-        """The trained refinement network, in evaluation mode on the device."""
+    def refinement_network(self, configuration: Configuration, overwrite: bool = False) -> Any:
+        """The trained refinement network, in evaluation mode on the device. overwrite: train it again."""
         from drs_lib.networks import refinement_network
 
         model = refinement_network(self.budget.refine.backbone, self.data.train.num_classes)
-        return self._load(model, self._refine(configuration))
+        return self._load(model, self._refine(configuration), overwrite)
 
-    def segmentation_network(self, configuration: Configuration) -> Any:
-        """The trained DeepLab, in evaluation mode on the device."""
+    def segmentation_network(self, configuration: Configuration, overwrite: bool = False) -> Any:
+        """The trained DeepLab, in evaluation mode on the device. overwrite: train it again."""
         from drs_lib.networks import deeplab
 
         recipe = self.budget.segment(configuration.network)
         model = deeplab(recipe.kind, recipe.backbone, self.data.train.num_classes + 1)
-        return self._load(model, self._segment(configuration))
+        return self._load(model, self._segment(configuration), overwrite)
 
     def labels(self, configuration: Configuration) -> Sequence:
         """The pseudo labels of the training images: a sequence of uint8 (H, W)."""
@@ -368,10 +373,12 @@ class Pipeline:
                 found.setdefault((stage.name, stage.key), stage)
         return list(found.values())
 
-    def get(self, stage: Stage) -> Entry:
-        """The stage's entry, made if it is not in the store."""
+    def get(self, stage: Stage, overwrite: bool = False) -> Entry:
+        """The stage's entry, made if it is not in the store. overwrite: made again, from the stored stages
+        that it reads."""
+        not_before = time.time() if overwrite else self.not_before
         made = self.store.made_at(stage.name, stage.key)
-        if made is None or (self.not_before is not None and made < self.not_before):
+        if made is None or (not_before is not None and made < not_before):
             for parent in stage.parents:
                 self.get(parent)
 
@@ -387,7 +394,7 @@ class Pipeline:
             stage.inputs,
             make,
             version=STAGE_VERSIONS[stage.name],
-            not_before=self.not_before,
+            not_before=not_before,
         )
 
     def _classify(self, configuration):
@@ -610,10 +617,10 @@ class Pipeline:
         with self._threads(self.budget.segment(configuration.network)):
             return evaluate_segmentation(self.segmentation_network(configuration), self.data.val, **options)
 
-    def _load(self, model, stage):
+    def _load(self, model, stage, overwrite=False):
         from drs_lib.runtime import memory_format
 
-        model.load_state_dict(self.get(stage).weights())
+        model.load_state_dict(self.get(stage, overwrite).weights())
         return model.eval().to(device=self._device, memory_format=memory_format(self._device))
 
     def _training(self, stage):
@@ -622,7 +629,7 @@ class Pipeline:
             last = history[-1]
             self._report(f"{stage.title}, epoch {last['epoch']}, loss {last['loss']:.3f}")
 
-        return {"seed": self.seed, "device": self._device, "progress": False, "on_epoch": on_epoch}
+        return {"seed": self.seed, "device": self._device, "progress": self._progress, "on_epoch": on_epoch}
 
     @cached_property
     def _device(self):

@@ -255,7 +255,7 @@ class ClassifyRecipe(Recipe):
     def laptop(cls):
         """For Critters on a laptop's CPU."""
         # The multiplier gives the controllers time to leave their start at 0.5.
-        return cls(**_LAPTOP | {"lr": 2e-3, "lr_multipliers": (1, 1, 5, 5)})
+        return cls(**_LAPTOP | {"epochs": 5, "lr": 2e-3, "lr_multipliers": (1, 1, 5, 5)})
 
     @classmethod
     def ci(cls):

@@ -13,6 +13,7 @@ The data set's pixel masks are out of reach for all three (`drs_lib.data.without
 import functools
 import math
 import time
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -137,8 +138,9 @@ def fit(
 
     batches: an iterable of `Batch` with uint8 images; one pass over it is an epoch. loss(model, batch): a
     scalar. scheduler: stepped after each iteration. accumulate: batches per iteration. names: the images'
-    ids, for messages. on_epoch(history): called after every epoch; random numbers it draws don't change the
-    training.
+    ids, for messages. progress: True for a bar, False for none, or a function (title, step, steps, epoch,
+    loss) that is called after every iteration and must not draw random numbers. on_epoch(history): called
+    after every epoch; random numbers it draws don't change the training.
 
     Returns the history, a list of dict(epoch, loss, lr, seconds) in which `loss` is the epoch's mean and `lr`
     the first parameter group's rate at its end. Raises TrainingDiverged when the loss or a weight stops being
@@ -149,7 +151,7 @@ def fit(
     model.train()
     optimizer.zero_grad(set_to_none=True)
     history, step, seen = [], 0, 0
-    with tqdm(total=steps, desc=title, unit="step", disable=not progress, dynamic_ncols=True) as bar:
+    with _reporting(progress, title, steps) as report:
         while step < steps:
             start, losses, seen_before = time.perf_counter(), [], seen
             rate = optimizer.param_groups[0]["lr"]
@@ -177,8 +179,7 @@ def fit(
                 optimizer.zero_grad(set_to_none=True)
                 scheduler.step()
                 step += 1
-                bar.update()
-                bar.set_postfix(epoch=len(history) + 1, loss=f"{losses[-1]:.4f}", refresh=False)
+                report(step, len(history) + 1, losses[-1])
                 if step == steps:
                     break
             if seen == seen_before:
@@ -197,6 +198,20 @@ def fit(
                 with preserved_rng():
                     on_epoch(history)
     return history
+
+
+@contextmanager
+def _reporting(progress, title, steps):
+    if callable(progress):
+        yield lambda step, epoch, loss: progress(title, step, steps, epoch, loss)
+        return
+    with tqdm(total=steps, desc=title, unit="step", disable=not progress, dynamic_ncols=True) as bar:
+
+        def report(step, epoch, loss):
+            bar.update()
+            bar.set_postfix(epoch=epoch, loss=f"{loss:.4f}", refresh=False)
+
+        yield report
 
 
 _REMEDY = (

@@ -649,3 +649,68 @@ def test_the_course_on_critters(tmp_path, capsys, monkeypatch):
         == cold.split("minutes")[0].rsplit("\n", 1)[0]
     )
     assert stored(RunStore(tmp_path / "runs")) == made
+
+
+def test_a_table_row_by_row(finished, tmp_path):
+    store, tables, splits, budget = finished
+    line = Pipeline(splits, budget, store=RunStore(tmp_path))
+    assert experiments.stored_table(1, line)["measured"].isna().all()
+    so_far = experiments.run_row(1, Configuration(delta=0.7), line)
+    assert so_far["measured"].notna().tolist() == [delta == 0.7 for delta in so_far["delta"]]
+    pd.testing.assert_frame_equal(so_far[so_far["delta"] == 0.7], tables[1][tables[1]["delta"] == 0.7])
+    whole = experiments.stored_table(1, Pipeline(splits, budget, store=store))
+    pd.testing.assert_frame_equal(whole, tables[1])
+    assert whole.attrs == tables[1].attrs
+    before = stored(line.store)
+    made = {entry: (folder / "meta.json").read_text() for entry, folder in before.items()}
+    experiments.run_row(1, Configuration(delta=0.7), line)
+    assert {e: (f / "meta.json").read_text() for e, f in stored(line.store).items()} == made
+    experiments.run_row(1, Configuration(delta=0.7), line, overwrite=True)
+    again = {e: (f / "meta.json").read_text() for e, f in stored(line.store).items()}
+    assert again.keys() == made.keys() and all(again[e] != made[e] for e in made)
+    assert line.not_before is None
+    with pytest.raises(ValueError, match="Table 1 has no row for CAM"):
+        experiments.run_row(1, CAM, line)
+
+
+def test_overwriting_one_training_leaves_what_it_reads(finished, tmp_path):
+    *_, splits, budget = finished
+    line = Pipeline(splits, budget, store=RunStore(tmp_path))
+    steps = []
+    line._progress = lambda title, step, steps_, epoch, loss: steps.append((title, step, steps_))
+    first = line.segmentation_network(CAM).state_dict()
+    assert [s for s in steps if s[1] == s[2]] == [("classify", 2, 2), ("segment", 2, 2)]
+    del steps[:]
+    again = line.segmentation_network(CAM, overwrite=True).state_dict()
+    assert {title for title, *_ in steps} == {"segment"}
+    assert all(torch.equal(first[k], again[k]) for k in first)
+
+
+def test_held_against_the_reference(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "REFERENCE", tmp_path)
+    table = finished[1][1].copy()
+    assert "nothing is compared" in experiments.compare_with_reference(table)
+    table.attrs = table.attrs | {"budget": "laptop", "data": "critters"}
+    save_table(table, experiments.reference_path(1))
+    assert experiments.compare_with_reference(table) == (
+        "8 rows, all within 5.0 points of the reference; the farthest is 0.0 away."
+    )
+    moved = table.copy()
+    moved.loc[3, "measured"] += 5.5
+    moved.loc[5, "measured"] = math.nan
+    with pytest.raises(AssertionError, match=r"1 rows are more than 5.0 points .*non-learnable with δ=0.70: "):
+        experiments.compare_with_reference(moved)
+    assert experiments.compare_with_reference(moved, 6.0).startswith("7 rows, all within 6.0 points")
+    moved["measured"] = math.nan
+    assert experiments.compare_with_reference(moved) == "No row is measured yet."
+
+
+def test_the_budget_comes_from_the_environment(monkeypatch):
+    monkeypatch.setenv("DRS_BUDGET", "ci")
+    assert get_budget().name == "ci" and get_budget(data="voc").name == "ci"
+    assert get_budget("laptop").name == "laptop"
+    monkeypatch.setenv("DRS_BUDGET", "desktop")
+    with pytest.raises(ValueError, match="no budget 'desktop'"):
+        get_budget()
+    monkeypatch.delenv("DRS_BUDGET")
+    assert get_budget().name == "laptop" and get_budget(data="voc").name == "paper"

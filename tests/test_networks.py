@@ -155,7 +155,7 @@ def test_vgg16_classifier_is_the_modified_vgg16_with_sixteen_drs_modules():
     assert (network.head.kernel_size, network.head.out_channels) == ((1, 1), 20)
 
 
-@pytest.mark.parametrize("backbone, per_layer", [("vgg16", (2, 2, 3, 3, 3, 3)), ("mini", (1, 1, 1, 1, 1, 1))])
+@pytest.mark.parametrize("backbone, per_layer", [("vgg16", (2, 2, 3, 3, 3, 3)), ("mini", (1, 1, 1, 1, 2, 2))])
 @pytest.mark.parametrize("drs_layers", [(), (6,), (5, 6), {1, 2, 3, 4}, (1, 2, 3, 4, 5, 6)], ids=str)
 def test_drs_takes_the_place_of_the_relus_of_the_chosen_layers(backbone, per_layer, drs_layers):
     network = on_meta(classifier, backbone, 6, drs_layers=iter(drs_layers), delta=0.5)
@@ -204,7 +204,7 @@ def test_mini_resnet_is_stronger_than_mini_but_affordable():
         return counter.get_total_flops() / 2
 
     mini, resnet = (on_meta(pretraining_classifier, backbone, 6) for backbone in ("mini", "mini_resnet"))
-    assert 2 <= count(resnet) / count(mini) <= 4
+    assert 1.2 <= count(resnet) / count(mini) <= 4
     assert 1 < multiply_adds(resnet) / multiply_adds(mini) <= 2
 
 
@@ -212,21 +212,24 @@ def test_mini_resnet_is_stronger_than_mini_but_affordable():
     "spec",
     [
         networks.MINI,
-        ((8, 1, True), (12, 1, True), (12, 1, True), (16, 1, False), (16, 1, False), (20, 1, False)),
-        ((8, 2, False), (12, 2, False), (12, 1, False), (16, 1, True), (24, 1, False), (20, 1, False)),
+        tuple(zip((8, 12, 12, 16, 16, 20), (1,) * 6, (1,) * 6, (True, True, True) + (False,) * 3, strict=True)),
+        ((8, 2, 2, False), (12, 1, 2, False), (12, 1, 1, False), (16, 3, 1, True), (24, 1, 1, False), (20, 1, 1, False)),
     ],
 )
 def test_everything_on_mini_follows_from_its_specification(spec, monkeypatch):
     monkeypatch.setattr(networks, "MINI", spec)
-    channels = [3] + [c for c, _, _ in spec]
-    body = [9 * a * b + 2 * b for a, b in zip(channels, channels[1:], strict=False)]
-    controllers = sum(c * c for c in channels[1:])
+    channels = [3] + [layer[0] for layer in spec]
+    body = [
+        9 * a * b + 2 * b + (depth - 1) * (9 * b * b + 2 * b)
+        for a, (b, depth, _, _) in zip(channels, spec, strict=False)
+    ]
+    controllers = sum(c * c * depth for c, depth, _, _ in spec)
     learnable = classifier("mini", 6)
     assert count(learnable) == sum(body) + controllers + (channels[6] * 6 + 6)
     assert learnable.eval()(images()).shape == (2, 6)
     strides = [math.ceil(64 / o.shape[-1]) for o in learnable.layer_outputs(images())]
-    before = [math.prod(s * (2 if p else 1) for _, s, p in spec[:i]) for i in range(6)]
-    assert strides == [b * spec[i][1] for i, b in enumerate(before)]
+    before = [math.prod(s * (2 if p else 1) for _, _, s, p in spec[:i]) for i in range(6)]
+    assert strides == [b * spec[i][2] for i, b in enumerate(before)]
     for kind in ("largefov", "aspp"):
         network = deeplab(kind, "mini", 7).eval()
         assert count(network.layers) == sum(body[:5])
@@ -241,21 +244,22 @@ def test_mini_classifier_computes_figure_3a(delta):
     network = shuffle_norms(seeded(classifier, "mini", 6, drs_layers=(2, 5, 6), delta=delta)).double()
     state = network.state_dict()
     x, outputs, pool = images(50).double(), [], False
-    for number, (_, stride, pool_after) in enumerate(networks.MINI, 1):
+    for number, (_, depth, stride, pool_after) in enumerate(networks.MINI, 1):
         name = f"layers.layer{number}"
         x = F.max_pool2d(x, 2, ceil_mode=True) if pool else x
-        x = F.conv2d(x, state[f"{name}.conv.weight"], stride=stride, padding=1)
-        mean, var, scale, shift = (
-            state[f"{name}.norm.{k}"][:, None, None]
-            for k in ("running_mean", "running_var", "weight", "bias")
-        )
-        x = ((x - mean) / (var + 1e-5).sqrt() * scale + shift).clamp(min=0)
-        if number in (2, 5, 6):
-            control = delta
-            if delta is None:
-                linear = next(v for k, v in state.items() if k.startswith(f"{name}.drs."))
-                control = (x.mean((2, 3)) @ linear.T).sigmoid()[..., None, None]
-            x = torch.minimum(x, x.amax((2, 3), keepdim=True) * control)
+        for j in range(1, depth + 1):
+            x = F.conv2d(x, state[f"{name}.conv{j}.weight"], stride=stride if j == 1 else 1, padding=1)
+            mean, var, scale, shift = (
+                state[f"{name}.norm{j}.{k}"][:, None, None]
+                for k in ("running_mean", "running_var", "weight", "bias")
+            )
+            x = ((x - mean) / (var + 1e-5).sqrt() * scale + shift).clamp(min=0)
+            if number in (2, 5, 6):
+                control = delta
+                if delta is None:
+                    linear = next(v for k, v in state.items() if k.startswith(f"{name}.drs{j}."))
+                    control = (x.mean((2, 3)) @ linear.T).sigmoid()[..., None, None]
+                x = torch.minimum(x, x.amax((2, 3), keepdim=True) * control)
         outputs.append(x)
         pool = pool_after
     maps = (
@@ -406,7 +410,7 @@ def test_receptive_fields_are_what_the_gradient_sees(backbone):
 
 
 def test_receptive_fields_of_a_vgg_like_specification():
-    spec = tuple((16, 1, number < 3) for number in range(6))
+    spec = tuple((16, 1, 1, number < 3) for number in range(6))
     assert networks.receptive_fields(spec)[2:4] == [18, 38]
     with pytest.raises(ValueError, match="ResidualBlock"):
         networks.receptive_fields(on_meta(pretraining_classifier, "mini_resnet", 6))
@@ -505,7 +509,7 @@ def test_pretrained_means_the_shipped_file_for_mini(tmp_path, monkeypatch):
     source = seeded(pretraining_classifier, "mini", 12)
     save_file(body_state_dict(source), tmp_path / "mini.safetensors")
     network = classifier("mini", 6, weights="pretrained")
-    assert torch.equal(network.layers[3].conv.weight, source.layers[3].conv.weight)
+    assert torch.equal(network.layers[3].conv1.weight, source.layers[3].conv1.weight)
 
 
 def test_whole_networks_travel_too_with_or_without_a_data_parallel_prefix(tmp_path):
@@ -538,8 +542,8 @@ def test_release_checkpoints_load_by_their_names(thin_vgg16, tmp_path):
 
 def test_a_state_dict_that_does_not_fit_is_named(tmp_path):
     state = body_state_dict(pretraining_classifier("mini", 6))
-    broken = {k: v for k, v in state.items() if "layer2.norm" not in k}
-    broken["layers.layer1.conv.weight"] = torch.zeros(1, 3, 3, 3)
+    broken = {k: v for k, v in state.items() if "layer2.norm1" not in k}
+    broken["layers.layer1.conv1.weight"] = torch.zeros(1, 3, 3, 3)
     broken["layers.layer3.stray"] = torch.zeros(1)
     save_file(broken, tmp_path / "broken.safetensors")
     before = seeded(classifier, "mini", 6)
@@ -547,13 +551,13 @@ def test_a_state_dict_that_does_not_fit_is_named(tmp_path):
     with pytest.raises(ValueError) as error:
         networks.load_weights(after, tmp_path / "broken.safetensors")
     message = str(error.value)
-    assert "broken.safetensors does not fit the body of 'mini', which has 36 entries" in message
+    assert "broken.safetensors does not fit the body of 'mini', which has 48 entries" in message
     assert (
-        "5 missing: layers.layer2.norm.weight, layers.layer2.norm.bias, layers.layer2.norm.running_mean, ..."
+        "5 missing: layers.layer2.norm1.weight, layers.layer2.norm1.bias, layers.layer2.norm1.running_mean, ..."
         in message
     )
     assert "1 unexpected: layers.layer3.stray" in message
-    assert "1 mis-shaped: layers.layer1.conv.weight (1, 3, 3, 3) instead of (16, 3, 3, 3)" in message
+    assert "1 mis-shaped: layers.layer1.conv1.weight (1, 3, 3, 3) instead of (16, 3, 3, 3)" in message
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
 
 

@@ -55,8 +55,17 @@ __all__ = [
     "refinement_network",
 ]
 
-# (channels, convolution's stride, whether a 2x2 max pooling follows), layer 1 to 6.
-MINI = ((16, 2, False), (16, 1, True), (32, 1, True), (64, 1, False), (64, 1, False), (64, 1, False))
+# (channels, convolutions, the first one's stride, whether a 2x2 max pooling follows), layer 1 to 6. The receptive
+# field must outgrow an animal's head only in the highest layers, as VGG-16's does, for Table 2 to show anything:
+# hence the late second pooling, and two convolutions in the last two layers.
+MINI = (
+    (16, 1, 2, False),
+    (16, 1, 1, True),
+    (32, 1, 1, False),
+    (48, 1, 1, True),
+    (64, 2, 1, False),
+    (64, 2, 1, False),
+)
 # The stem's channels (stride 2), then (channels, stride, dilation) of each residual block.
 MINI_RESNET = (16, ((32, 2, 1), (48, 2, 1), (48, 1, 1), (96, 1, 2)))
 # (channels, convolutions), layer 1 to 6: VGG's configuration D, then the paper's three extra convolutions.
@@ -207,7 +216,7 @@ def classifier(backbone, num_classes, drs_layers=(1, 2, 3, 4, 5, 6), delta=None,
     file: see `load_weights`.
 
     vgg16: pools 1 to 3 are 2x2 with stride 2, pool 4 is 3x3 with stride 1, there is no pool 5 and layer 5 has
-    dilation 2. mini: one 3x3 convolution with batch normalisation per layer, see `MINI`.
+    dilation 2. mini: one or two 3x3 convolutions with batch normalisation per layer, see `MINI`.
     Raises ValueError for an unknown backbone or layer number, or a delta outside (0, 1].
     """
     _require("backbone", backbone, ("mini", "vgg16"), "a classifier")
@@ -308,17 +317,19 @@ def _six_layers(backbone, num_classes, activation):
 
 
 def _mini_layers(spec, activation):
-    if len(spec) != 6 or spec[-1][2]:
+    if len(spec) != 6 or spec[-1][-1]:
         raise ValueError(f"a mini specification has six layers and no pooling after the last; found {spec}")
     layers, in_channels, pool = OrderedDict(), 3, False
-    for number, (channels, stride, pool_after) in enumerate(spec, 1):
-        name, act = activation(number, channels)
+    for number, (channels, depth, stride, pool_after) in enumerate(spec, 1):
         layer = OrderedDict(pool=_halve()) if pool else OrderedDict()
-        layer["conv"] = _conv3x3(in_channels, channels, stride=stride, bias=False)
-        layer["norm"] = nn.BatchNorm2d(channels)
-        layer[name] = act
+        for j in range(1, depth + 1):
+            name, act = activation(number, channels)
+            layer[f"conv{j}"] = _conv3x3(in_channels, channels, stride=stride if j == 1 else 1, bias=False)
+            layer[f"norm{j}"] = nn.BatchNorm2d(channels)
+            layer[f"{name}{j}"] = act
+            in_channels = channels
         layers[f"layer{number}"] = nn.Sequential(layer)
-        in_channels, pool = channels, pool_after
+        pool = pool_after
     return nn.Sequential(layers), in_channels
 
 

@@ -1,0 +1,167 @@
+"""``python -m drs_lib.doctor``: what is there, what is missing, and the command that mends it.
+
+`examine` looks at the Python that runs it, which in a notebook is the kernel's. Nothing is imported that may be
+missing or slow: torch only if its package is there, to ask for devices.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).parent
+# Import name of what is not called like its package, and what works without the package.
+_IMPORT_NAMES = {"pillow": "PIL", "pydensecrf2": "pydensecrf"}
+_OPTIONAL = {"pydensecrf2": "everything but the CRF columns of Table 4"}
+_WITHOUT_METADATA = ("torch>=2.6", "torchvision>=0.21", "numpy", "numba", "jupyterlab", "ipywidgets", "pydensecrf2")
+
+
+class Finding(NamedTuple):
+    """One thing looked at: "ok", "missing" (the course doesn't run without) or "optional" (it does)."""
+
+    what: str
+    status: str
+    detail: str
+    remedy: str = ""
+
+
+def examine(voc_root=None):
+    """Look at Python, packages, devices, shipped weights, the run store and, if asked, VOC 2012.
+
+    voc_root: the folder VOC 2012 is in, or None to leave it out. Returns a list of `Finding`.
+    """
+    found = [_python(), *map(_package, _requirements())]
+    found += [_device(), _weights(), _store(), *([_voc(voc_root)] if voc_root is not None else [])]
+    return found
+
+
+def report(findings):
+    """The findings as text, in columns, what is to be done at the end of each line that needs it."""
+    width = max(len(finding.what) for finding in findings)
+    lines = []
+    for finding in findings:
+        lines.append(f"{finding.status:8}  {finding.what:{width}}  {finding.detail}")
+        if finding.remedy:
+            lines.append(f"{'':8}  {'':{width}}  -> {finding.remedy}")
+    bad = [finding.what for finding in findings if finding.status == "missing"]
+    verdict = f"The course can't run yet: {', '.join(bad)}." if bad else "The course can run."
+    return "\n".join([*lines, "", verdict])
+
+
+def _python():
+    version = ".".join(map(str, sys.version_info[:3]))
+    detail = f"{version}, {sys.executable}"
+    if sys.version_info < (3, 10):
+        return Finding("Python", "missing", detail, "install Python 3.10 or newer, then 'make env'")
+    return Finding("Python", "ok", detail)
+
+
+def _requirements():
+    try:
+        listed = importlib.metadata.requires("drs-course") or []
+    except importlib.metadata.PackageNotFoundError:
+        return list(_WITHOUT_METADATA)
+    plain = [line for line in listed if "extra ==" not in line]
+    return plain + [line.split(";")[0].strip() for line in listed if re.search(r"extra == .crf.", line)]
+
+
+def _package(requirement):
+    name, least = re.fullmatch(r"([A-Za-z0-9_.-]+?)\s*(?:>=\s*([\w.]+))?\s*", requirement).groups()
+    remedy = f'"{sys.executable}" -m pip install "{name}{f">={least}" if least else ""}"'
+    if name in _OPTIONAL:
+        remedy = f"'make crf', or {remedy} (needs a C++ compiler; {_OPTIONAL[name]} works without it)"
+    status = "optional" if name in _OPTIONAL else "missing"
+    module = _IMPORT_NAMES.get(name, name)
+    if importlib.util.find_spec(module) is None:
+        return Finding(name, status, "not installed for this Python", remedy)
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        # conda's package of the same module has another name
+        return Finding(name, "ok", "installed")
+    if least and _numbers(version) < _numbers(least):
+        return Finding(name, status, f"{version} is too old", remedy)
+    return Finding(name, "ok", version)
+
+
+def _numbers(version):
+    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
+
+
+def _device():
+    if importlib.util.find_spec("torch") is None:
+        return Finding("device", "missing", "unknown without torch")
+    try:
+        from drs_lib.runtime import pick_device
+
+        device = pick_device()
+    except Exception as error:  # a broken installation fails in many ways; each is to be read, none to raise
+        remedy = "reinstall torch and torchvision together: 'make clean-env env'"
+        return Finding("device", "missing", f"{type(error).__name__}: {error}", remedy)
+    import torch
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores"
+    return Finding("device", "ok", f"{device} ({name})")
+
+
+def _weights():
+    missing = [
+        name
+        for name in ("mini", "mini_resnet", "saliency")
+        if not (HERE / "weights" / f"{name}.safetensors").is_file()
+    ]
+    if missing:
+        remedy = f"python -m drs_lib.pretrain --only {' '.join(missing)}"
+        return Finding("Critters weights", "missing", f"no {', '.join(missing)}", remedy)
+    return Finding("Critters weights", "ok", "mini, mini_resnet, saliency")
+
+
+def _store():
+    if importlib.util.find_spec("filelock") is None:
+        return Finding("run store", "missing", "unknown without filelock")
+    from drs_lib.store import RunStore
+
+    # In the course's folder and in its notebooks this is one store, see `drs_lib.notebook.open_course`.
+    course = HERE.parent
+    inside = (course / "notebooks").is_dir() and Path.cwd() in (course, course / "notebooks")
+    root = RunStore(course / "runs" if inside and not os.environ.get("DRS_STORE") else None).root
+    there = next(folder for folder in (root, *root.parents) if folder.exists())
+    free = shutil.disk_usage(there).free / 1e9
+    if not os.access(there, os.W_OK):
+        return Finding("run store", "missing", f"{root} is not writable", "set DRS_STORE to a folder that is")
+    if free < 1:
+        return Finding("run store", "missing", f"{root}: {free:.1f} GB free", "free 1 GB, or set DRS_STORE")
+    return Finding("run store", "ok", f"{root}, {free:.0f} GB free")
+
+
+def _voc(root):
+    remedy = f"python -m drs_lib.data.download --root {root}"
+    if not Path(root).is_dir():
+        return Finding("VOC 2012", "optional", f"no folder {root}", remedy)
+    try:
+        from drs_lib.data import VOC2012
+
+        counts = [f"{split} {len(VOC2012(root, split))}" for split in ("trainaug", "val")]
+    except (FileNotFoundError, ValueError) as error:
+        return Finding("VOC 2012", "optional", str(error), remedy)
+    return Finding("VOC 2012", "ok", ", ".join(counts))
+
+
+def main(arguments=None):
+    """The command line; returns the exit status: 1 if something is missing without which the course fails."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="python -m drs_lib.doctor", description=__doc__.splitlines()[0])
+    parser.add_argument("--voc-root", metavar="DIR", help="also look at VOC 2012 in this folder")
+    findings = examine(parser.parse_args(arguments).voc_root)
+    print(report(findings))
+    return int(any(finding.status == "missing" for finding in findings))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

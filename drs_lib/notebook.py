@@ -1,0 +1,131 @@
+"""What a notebook needs around the library: the run at hand, and a loss curve that grows.
+
+    line = open_course(DATA, BUDGET, VOC_ROOT)           the pipeline; one sentence says what it runs on
+    model = line.classifier(Configuration())             from the store, or trained under a live loss curve
+
+The arguments of `open_course` are what a notebook's first cell, tagged ``parameters``, sets.
+"""
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+
+from drs_lib.pipeline import Pipeline
+from drs_lib.store import RunStore
+
+__all__ = ["LiveLoss", "open_course"]
+
+
+def open_course(data="critters", budget=None, voc_root=None, seed=0, store=None, device=None):
+    """The `Pipeline` of a notebook, whose trainings show a bar and a live loss curve; prints what it runs on.
+
+    Args:
+        data: "critters" or "voc".
+        budget: "ci", "laptop" or "paper"; None: see `drs_lib.pipeline.get_budget`.
+        voc_root: the folder VOC 2012 is in.
+        seed: of the trainings.
+        store: the run store; None: $DRS_STORE, else ``runs`` in the course's folder, so that notebooks and
+            ``make course`` share their trainings.
+        device: see `drs_lib.runtime.pick_device`.
+
+    Raises ValueError and FileNotFoundError as `Pipeline` does; for VOC that is not there the message names the
+    command that downloads it.
+    """
+    line = Pipeline(
+        data,
+        budget,
+        seed=seed,
+        voc_root=voc_root,
+        store=RunStore(store or _course_store()),
+        device=device,
+        progress=LiveLoss(),
+    )
+    print(
+        f"{line.data.name}: {len(line.data.train)} training and {len(line.data.val)} validation images; "
+        f"budget {line.budget.name!r}, seed {seed}."
+    )
+    return line
+
+
+def _course_store():
+    course = Path(__file__).resolve().parents[1]
+    if os.environ.get("DRS_STORE") or not (course / "notebooks").is_dir():
+        return None
+    return course / "runs"
+
+
+class LiveLoss:
+    """Shows a training in a notebook: how far it is, and its loss so far; gone when the training is over.
+
+    To be passed as ``progress`` to a `Pipeline` or to one of the functions of `drs_lib.train`. Drawn at most
+    every ``interval`` seconds, so that it costs a training next to nothing.
+    """
+
+    def __init__(self, interval=1.0):
+        self.interval = interval
+        self._losses, self._handle, self._began, self._drawn = [], None, 0.0, 0.0
+
+    def __call__(self, title, step, steps, epoch, loss):
+        now = time.monotonic()
+        if step == 1 or self._handle is None:
+            self._losses, self._began, self._drawn = [], now, now
+            self._handle = _display_handle()
+        self._losses.append(loss)
+        if step == steps:
+            self._handle.update(_html(f"{title}: {steps} steps in {now - self._began:.0f} s"))
+            self._handle = None
+        elif now - self._drawn >= self.interval:
+            self._drawn = now
+            left = (now - self._began) / step * (steps - step)
+            self._handle.update(
+                _html(
+                    f"{title}: epoch {epoch}, loss {loss:.3f}, about {left:.0f} s left<br>"
+                    f'<progress value="{step}" max="{steps}" style="width: 30em"></progress><br>'
+                    + _curve(self._losses, steps)
+                )
+            )
+
+
+def _display_handle():
+    from IPython import get_ipython
+    from IPython.display import display
+
+    return _Silent() if get_ipython() is None else display(_html(""), display_id=True)
+
+
+class _Silent:
+    """In place of a display where there is no notebook."""
+
+    def update(self, content):
+        pass
+
+
+def _html(text):
+    from IPython.display import HTML
+
+    return HTML(text)
+
+
+def _curve(losses, steps, width=420, height=110):
+    """The loss over the steps as an SVG line; every value is the mean of its neighbourhood."""
+    smooth = smoothed(losses)
+    low, high = min(smooth), max(smooth)
+    x = np.arange(1, len(smooth) + 1) / steps * width
+    y = height - (smooth - low) / max(high - low, 1e-12) * (height - 10) - 5
+    points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
+    return (
+        f'<svg width="{width}" height="{height}" role="img" aria-label="loss, now {smooth[-1]:.3f}">'
+        f'<polyline points="{points}" fill="none" stroke="#0072B2" stroke-width="1.5"/></svg>'
+    )
+
+
+def smoothed(losses, window=9):
+    """The running mean over the last ``window`` values, float (len(losses),)."""
+    losses = np.asarray(losses, float)
+    sums = np.concatenate([[0.0], losses.cumsum()])
+    ends = np.arange(1, len(losses) + 1)
+    begins = np.maximum(ends - window, 0)
+    return (sums[ends] - sums[begins]) / (ends - begins)
+

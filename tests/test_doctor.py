@@ -1,0 +1,99 @@
+"""The doctor names what is missing and the command that mends it."""
+
+import importlib.metadata
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+
+from drs_lib import doctor
+
+
+def without(monkeypatch, *modules):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n in modules else find(n, *a))
+
+
+def finding(what, **options):
+    [found] = [f for f in doctor.examine(**options) if f.what == what]
+    return found
+
+
+def test_a_whole_installation_is_fit(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DRS_STORE", str(tmp_path / "runs"))
+    assert doctor.main([]) == 0
+    out = capsys.readouterr().out
+    assert out.endswith("The course can run.\n")
+    assert {"Python", "torch", "numba", "device", "Critters weights", "run store"} <= {
+        line[10:].split("  ")[0] for line in out.splitlines()
+    }
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["installed", "from a folder"])
+def test_a_missing_package_gets_its_command(monkeypatch, capsys, known):
+    if not known:
+        real = importlib.metadata.requires
+
+        def requires(name):
+            if name == "drs-course":
+                raise importlib.metadata.PackageNotFoundError(name)
+            return real(name)
+
+        monkeypatch.setattr(importlib.metadata, "requires", requires)
+    without(monkeypatch, "numba", "pydensecrf")
+    assert finding("numba").status == "missing"
+    assert f'"{sys.executable}" -m pip install "numba' in finding("numba").remedy
+    crf = finding("pydensecrf2")
+    assert crf.status == "optional" and "make crf" in crf.remedy and "CRF columns" in crf.remedy
+    assert doctor.main([]) == 1
+    assert "can't run yet: numba." in capsys.readouterr().out
+
+
+def test_every_missing_package_leaves_a_report(monkeypatch):
+    names = [doctor._IMPORT_NAMES.get(name, name) for name in ("torch", "numpy", "filelock", "pillow")]
+    without(monkeypatch, *names)
+    missing = {found.what for found in doctor.examine() if found.status == "missing"}
+    assert {"torch", "numpy", "filelock", "pillow"} <= missing
+    assert finding("run store").status == "missing"
+
+
+def test_a_notebook_s_store_is_the_course_s(monkeypatch, tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.setattr(doctor, "HERE", tmp_path / "drs_lib")
+    monkeypatch.delenv("DRS_STORE", raising=False)
+    for folder, root in (("notebooks", tmp_path / "runs"), (".", tmp_path / "runs")):
+        monkeypatch.chdir(tmp_path / folder)
+        assert finding("run store").detail.startswith(f"{root}, ")
+    monkeypatch.setenv("DRS_STORE", str(tmp_path / "mine"))
+    assert finding("run store").detail.startswith(f"{tmp_path / 'mine'}, ")
+
+
+def test_an_old_package_is_named(monkeypatch):
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda n: "2.5.1+cu124" if n == "torch" else real(n))
+    found = finding("torch")
+    assert (found.status, found.detail) == ("missing", "2.5.1+cu124 is too old") and "torch>=2.6" in found.remedy
+
+
+def test_a_broken_device_weights_and_store(monkeypatch, tmp_path):
+    monkeypatch.setenv("DRS_DEVICE", "cuda:99")
+    assert finding("device").status == "missing"
+    monkeypatch.setattr(doctor, "HERE", tmp_path)
+    assert "drs_lib.pretrain --only mini mini_resnet saliency" in finding("Critters weights").remedy
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 3e8}))
+    assert "0.3 GB free" in finding("run store").detail
+
+
+def test_voc_is_looked_at_when_asked(tmp_path, voc_tree):
+    assert "VOC 2012" not in [f.what for f in doctor.examine()]
+    missing = finding("VOC 2012", voc_root=tmp_path / "nowhere")
+    assert missing.status == "optional" and "drs_lib.data.download --root" in missing.remedy
+    half = finding("VOC 2012", voc_root=tmp_path)
+    assert half.status == "optional" and half.remedy
+
+
+def test_it_runs_without_loading_the_library_s_heavy_parts():
+    code = "import sys, drs_lib.doctor; print(sorted({'torch', 'numba', 'pandas'} & set(sys.modules)))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

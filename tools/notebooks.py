@@ -1,0 +1,123 @@
+"""Run the course's notebooks and keep them tidy.
+
+    python tools/notebooks.py run [FILE ...]     run top to bottom in a fresh kernel and store the outputs
+    python tools/notebooks.py clean [FILE ...]   only remove what changes from run to run
+    python tools/notebooks.py new FILE           an empty notebook after the course's template
+
+A notebook that fails is left as it was, and its error is shown. Settings: DRS_BUDGET and DRS_STORE.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+TIMEOUT = 3600  # seconds for one cell
+
+TEMPLATE = (
+    ("markdown", "# Title\n\n**You will learn** ...\n\n**Time and needs:** ..."),
+    ("markdown", "## The idea"),
+    ("parameters", 'DATA = "critters"  # or "voc"\nBUDGET = None  # "laptop" on Critters, "paper" on VOC\nVOC_ROOT = None  # the folder VOC 2012 is in'),
+    ("code", "from drs_lib.notebook import open_course\n\nline = open_course(DATA, BUDGET, VOC_ROOT)"),
+    ("markdown", "## Try it"),
+    ("markdown", "## What to notice"),
+    ("markdown", "## Exercises"),
+    ("markdown", "## Summary, and the step to VOC"),
+)  # fmt: skip
+
+
+def clean(notebook):
+    """Remove timings, widget states, colours' and processes' traces, and number the cells from 1."""
+    notebook.metadata = nbformat.NotebookNode(kernelspec=KERNEL, language_info={"name": "python"})
+    for number, cell in enumerate(notebook.cells):
+        cell["id"] = f"cell-{number:02d}"
+        tags = cell.metadata.get("tags")
+        cell.metadata = nbformat.NotebookNode({"tags": tags} if tags else {})
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in map(_clean_output, cell.outputs) if output is not None]
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    return notebook
+
+
+def _clean_output(output):
+    output.pop("transient", None)
+    data = output.get("data")
+    if data is not None:
+        output.metadata = nbformat.NotebookNode()
+        # The live display of a training leaves one line, with its seconds: nothing for the stored notebook.
+        if set(data) <= {"text/html", "text/plain"} and " steps in " in data.get("text/html", ""):
+            return None
+        if data.get("text/html") == "":
+            return None
+        if "image/png" in data:
+            data["text/plain"] = "<Figure>"
+    return output
+
+
+def run(path):
+    """Execute a notebook in its folder and write it back with its outputs."""
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(path, as_version=4)
+    began = time.perf_counter()
+    NotebookClient(
+        notebook, timeout=TIMEOUT, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
+    ).execute()
+    _write(clean(notebook), path)
+    print(f"{path.name}: {time.perf_counter() - began:.0f} s, {path.stat().st_size / 1000:.0f} kB")
+
+
+def _write(notebook, path):
+    nbformat.validate(notebook)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8", newline="\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def new(path):
+    """Write a notebook after the template."""
+    if path.exists():
+        raise SystemExit(f"{path} is already there.")
+    make = {"markdown": nbformat.v4.new_markdown_cell, "code": nbformat.v4.new_code_cell}
+    cells = [make["code" if kind == "parameters" else kind](text) for kind, text in TEMPLATE]
+    for cell, (kind, _) in zip(cells, TEMPLATE, strict=True):
+        if kind == "parameters":
+            cell.metadata["tags"] = ["parameters"]
+    _write(clean(nbformat.v4.new_notebook(cells=cells)), path)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python tools/notebooks.py", description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=("run", "clean", "new"))
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="default: all of notebooks/")
+    options = parser.parse_args(arguments)
+    files = options.files or sorted(NOTEBOOKS.glob("*.ipynb"))
+    if not files:
+        parser.error(f"there is no notebook in {NOTEBOOKS}")
+    failed = []
+    for path in files:
+        if options.command == "new":
+            new(path)
+        elif options.command == "clean":
+            _write(clean(nbformat.read(path, as_version=4)), path)
+        else:
+            try:
+                run(path)
+            except Exception as error:  # whatever a cell raises; the next notebook may well run
+                print(f"{path.name}: {error}", file=sys.stderr)
+                failed.append(path.name)
+    if failed:
+        print(f"failed, and left as they were: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
