@@ -25,10 +25,10 @@ RUN_ARGS := --data "$(DATA)" $(if $(VOC_ROOT),--voc-root "$(VOC_ROOT)") $(if $(B
   $(if $(SEEDS),--seeds $(SEEDS))
 COURSE_ARGS := $(RUN_ARGS) $(if $(JOBS),--jobs $(JOBS)) $(if $(TABLES),--tables $(TABLES))
 
-.PHONY: help course test lab figures reference weights bench lint env crf clean-env
+.PHONY: help course test lab figures notebooks check-course reference weights bench lint env crf clean-env
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo "Settings of make course: DATA=critters|voc VOC_ROOT=folder BUDGET=ci|laptop|paper SEEDS=\"0 1 2\" JOBS=n TABLES=\"1 2\""
 
 course: $(READY) ## run Tables 1-4, print them beside the paper's, write results/ (tables and figures)
@@ -43,6 +43,12 @@ lab: $(READY) ## open JupyterLab in this folder
 figures: $(READY) ## draw figures/, which README and notebooks show, from the stored runs
 	$(PY) -m drs_lib.plots $(RUN_ARGS)
 
+notebooks: $(READY) ## run all notebooks and store their outputs in them
+	$(PY) tools/notebooks.py run
+
+check-course: $(READY) ## run all notebooks as tests at the laptop budget, against the reference results
+	DRS_BUDGET=laptop $(PY) -m pytest notebooks
+
 reference: $(READY) ## measure the committed reference results again (hours)
 	$(PY) -m drs_lib reference --seeds $(or $(SEEDS),0 1 2)
 
@@ -56,6 +62,7 @@ bench: $(READY) ## time a training step with and without DRS, localization maps 
 
 lint: $(READY) ## check the code's style
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 
 env: $(READY) ## only make the environment
 

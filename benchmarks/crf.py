@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from drs_lib.crf import INSTALL_HINT, CRFConfig, available, crf_over
-from drs_lib.experiments import write_text
+from drs_lib.files import write_text
 
 # labels, height, width, images per job and round
 CASES = {"critters": (7, 128, 128, 12), "voc": (21, 375, 500, 2)}

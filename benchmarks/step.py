@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from drs_lib import kernels
-from drs_lib.experiments import write_text
+from drs_lib.files import write_text
 from drs_lib.networks import classifier
 
 LAYERS = (1, 2, 3, 4, 5, 6)

@@ -13,8 +13,8 @@ from drs_lib.experiments import (
     reference_path,
     run_tables,
     save_table,
-    write_text,
 )
+from drs_lib.files import write_text
 from drs_lib.paper import table_rows
 from drs_lib.pipeline import Pipeline
 from drs_lib.store import RunStore

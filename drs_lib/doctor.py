@@ -1,7 +1,7 @@
 """``python -m drs_lib.doctor``: what is there, what is missing, and the command that mends it.
 
-`examine` looks at the Python that runs it, which in a notebook is the kernel's. Nothing is imported that may be
-missing or slow: torch only if its package is there, to ask for devices.
+`examine` looks at the Python that runs it, which in a notebook is the kernel's. Nothing is imported that may
+be missing or slow: torch only if its package is there, to ask for devices.
 """
 
 import importlib
@@ -18,7 +18,8 @@ HERE = Path(__file__).parent
 # Import name of what is not called like its package, and what works without the package.
 _IMPORT_NAMES = {"pillow": "PIL", "pydensecrf2": "pydensecrf"}
 _OPTIONAL = {"pydensecrf2": "everything but the CRF columns of Table 4"}
-_WITHOUT_METADATA = ("torch>=2.6", "torchvision>=0.21", "numpy", "numba", "jupyterlab", "ipywidgets", "pydensecrf2")
+# What is looked for where the course itself isn't installed and so tells no requirements.
+_CHIEF = ("torch>=2.6", "torchvision>=0.21", "numpy", "numba", "jupyterlab", "ipywidgets", "pydensecrf2")
 
 
 class Finding(NamedTuple):
@@ -54,18 +55,14 @@ def report(findings):
 
 
 def _python():
-    version = ".".join(map(str, sys.version_info[:3]))
-    detail = f"{version}, {sys.executable}"
-    if sys.version_info < (3, 10):
-        return Finding("Python", "missing", detail, "install Python 3.10 or newer, then 'make env'")
-    return Finding("Python", "ok", detail)
+    return Finding("Python", "ok", f"{'.'.join(map(str, sys.version_info[:3]))}, {sys.executable}")
 
 
 def _requirements():
     try:
         listed = importlib.metadata.requires("drs-course") or []
     except importlib.metadata.PackageNotFoundError:
-        return list(_WITHOUT_METADATA)
+        return list(_CHIEF)
     plain = [line for line in listed if "extra ==" not in line]
     return plain + [line.split(";")[0].strip() for line in listed if re.search(r"extra == .crf.", line)]
 
@@ -123,7 +120,8 @@ def _weights():
 
 def _store():
     if importlib.util.find_spec("filelock") is None:
-        return Finding("run store", "missing", "unknown without filelock")
+        remedy = f'"{sys.executable}" -m pip install filelock'
+        return Finding("run store", "missing", "unknown without filelock", remedy)
     from drs_lib.store import RunStore
 
     # In the course's folder and in its notebooks this is one store, see `drs_lib.notebook.open_course`.

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from drs_lib import crf
+from drs_lib.files import write_text
 from drs_lib.paper import NETWORKS, SOURCE, TITLES, Configuration, Row, table_rows
 from drs_lib.pipeline import STAGE_COST, Budget, Pipeline, Splits, get_budget
 from drs_lib.store import RunStore, StoreError
@@ -511,16 +512,6 @@ def _plain(value):
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file that appears complete or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def reference_path(number: int, data: str = "critters") -> Path:
     """Where the reference results of a table are kept."""
     table_rows(number)
@@ -545,13 +536,16 @@ def reference_table(number: int, data: str = "critters") -> "pd.DataFrame":
 def compare_with_reference(table: "pd.DataFrame", tolerance: float = 5.0) -> str:
     """Holds the measured column of a table against the committed reference results.
 
-    tolerance: in points of mIoU, against the reference's mean over its seeds. Returns a sentence that says how
-    many rows were compared and how far the farthest is, or, for a run at another budget than the laptop's on
-    Critters, that there is nothing to compare. Raises AssertionError naming the rows that are farther away.
+    tolerance: in points of mIoU, against the reference's mean over its seeds. Returns a sentence that says
+    how many rows were compared and how far the farthest is, or, for a run at another budget than the laptop's
+    on Critters, that there is nothing to compare. Raises AssertionError naming the rows farther away.
     """
     budget, data = table.attrs["budget"], table.attrs["data"]
     if budget != "laptop" or data != "critters":
-        return f"Budget {budget!r} on {data!r}: the reference is the laptop budget on Critters, so nothing is compared."
+        return (
+            f"Nothing is compared: this is budget {budget!r} on {data!r}, "
+            "and the reference is 'laptop' on 'critters'."
+        )
     reference = reference_table(table.attrs["table"])
     distance = (table["measured"] - reference["measured"]).abs()
     names = table["configuration"] + (" / " + table["network"] if "network" in table else "")
@@ -561,10 +555,15 @@ def compare_with_reference(table: "pd.DataFrame", tolerance: float = 5.0) -> str
             f"{name}: {table['measured'][i]:.1f}, reference {reference['measured'][i]:.1f}"
             for i, name in names[far].items()
         )
-        raise AssertionError(f"{int(far.sum())} rows are more than {tolerance} points from the reference: {listed}.")
+        raise AssertionError(
+            f"{int(far.sum())} rows are more than {tolerance} points from the reference: {listed}."
+        )
     if not compared:
         return "No row is measured yet."
-    return f"{compared} rows, all within {tolerance} points of the reference; the farthest is {distance.max():.1f} away."
+    return (
+        f"{compared} rows, all within {tolerance} points of the reference; "
+        f"the farthest is {distance.max():.1f} away."
+    )
 
 
 def _notes(table):

@@ -30,8 +30,8 @@ def open_course(data="critters", budget=None, voc_root=None, seed=0, store=None,
             ``make course`` share their trainings.
         device: see `drs_lib.runtime.pick_device`.
 
-    Raises ValueError and FileNotFoundError as `Pipeline` does; for VOC that is not there the message names the
-    command that downloads it.
+    Raises ValueError and FileNotFoundError as `Pipeline` does; for VOC that is not there the message names
+    the command that downloads it.
     """
     line = Pipeline(
         data,
@@ -128,4 +128,3 @@ def smoothed(losses, window=9):
     ends = np.arange(1, len(losses) + 1)
     begins = np.maximum(ends - window, 0)
     return (sums[ends] - sums[begins]) / (ends - begins)
-

@@ -104,8 +104,8 @@ class Budget:
 
 
 def get_budget(name: str | None = None, data: str = "critters") -> Budget:
-    """The budget "ci" (for tests), "laptop" or "paper" (the paper's recipes; a GPU). None: what the environment
-    variable DRS_BUDGET says, else "laptop" on Critters, "paper" on VOC.
+    """The budget "ci" (for tests), "laptop" or "paper" (the paper's recipes; a GPU). None: what the
+    environment variable DRS_BUDGET says, else "laptop" on Critters, "paper" on VOC.
 
     On VOC, "ci" is a few steps of the full-size networks on tiny crops: it tells that everything runs, and
     its numbers mean nothing. There is no "laptop" for VOC, whose images and networks no laptop trains on.

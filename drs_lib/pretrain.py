@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from drs_lib.data import Critters, normalize
 from drs_lib.data.critters import draw
 from drs_lib.data.saliency import saliency_network
-from drs_lib.data.voc import atomic_path
+from drs_lib.files import atomic_path
 from drs_lib.networks import pretraining_classifier
 from drs_lib.networks.weights import body_state_dict
 from drs_lib.recipes import ClassifyRecipe

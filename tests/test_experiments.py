@@ -689,7 +689,7 @@ def test_overwriting_one_training_leaves_what_it_reads(finished, tmp_path):
 def test_held_against_the_reference(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "REFERENCE", tmp_path)
     table = finished[1][1].copy()
-    assert "nothing is compared" in experiments.compare_with_reference(table)
+    assert "Nothing is compared" in experiments.compare_with_reference(table)
     table.attrs = table.attrs | {"budget": "laptop", "data": "critters"}
     save_table(table, experiments.reference_path(1))
     assert experiments.compare_with_reference(table) == (
@@ -698,7 +698,9 @@ def test_held_against_the_reference(finished, tmp_path, monkeypatch):
     moved = table.copy()
     moved.loc[3, "measured"] += 5.5
     moved.loc[5, "measured"] = math.nan
-    with pytest.raises(AssertionError, match=r"1 rows are more than 5.0 points .*non-learnable with δ=0.70: "):
+    with pytest.raises(
+        AssertionError, match=r"1 rows are more than 5.0 points .*non-learnable with δ=0.70: "
+    ):
         experiments.compare_with_reference(moved)
     assert experiments.compare_with_reference(moved, 6.0).startswith("7 rows, all within 6.0 points")
     moved["measured"] = math.nan

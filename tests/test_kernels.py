@@ -246,6 +246,21 @@ def test_other_inputs_go_to_the_plain_form():
     assert kernels.for_input(x) is not None
 
 
+def test_forms_lists_what_for_input_picks(monkeypatch):
+    forms = kernels.forms()
+    assert len({form.name for form in forms}) == len(forms)
+    for form in forms:
+        x = maps((2, 5, 7, 3), torch.contiguous_format).to(form.device)
+        assert kernels.for_input(x) in [other.module for other in forms if other.device == form.device]
+        y = form.module.suppress(x, x.new_full((2, 5), DELTA))
+        expected, *_ = reference(x.cpu(), x.cpu(), control=DELTA)
+        assert_close(y.cpu(), expected)
+        learned = form.module.suppress_by(x, LearnableController(5).to(form.device))
+        assert learned.shape == x.shape and learned.requires_grad
+    monkeypatch.setattr(kernels, "available", lambda: False)
+    assert "numba" not in [form.name for form in kernels.forms()]
+
+
 def test_torch_export_sees_library_calls():
     x = torch.rand(2, 3, 4, 5)
     drs = DRS(3)

@@ -7,12 +7,14 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 from PIL import Image
 
 from conftest import TinyDataset
 from drs_lib import plots
 from drs_lib.data import MaskAccessError, without_masks
 from drs_lib.data.voc import voc_palette
+from drs_lib.drs import suppress
 from drs_lib.experiments import run_tables
 from drs_lib.paper import Configuration
 from drs_lib.pipeline import Pipeline, Splits, get_budget
@@ -104,6 +106,87 @@ def test_overlay_labels_leaves_the_background_alone():
     np.testing.assert_array_equal(result[labels > 0], plots.label_colors(3)[labels[labels > 0]])
 
 
+def test_cue_changes_pixel_by_pixel():
+    before = np.array([[0, 1, 0, 0, 1, 1, 1, 0]], bool)
+    after = np.array([[0, 1, 1, 1, 0, 0, 0, 1]], bool)
+    mask = np.array([[2, 2, 2, 0, 0, 2, 1, 255]], np.uint8)
+    changes = plots.cue_changes(torch.from_numpy(before), after, torch.from_numpy(mask), 2)
+    assert changes.dtype == np.uint8
+    assert [plots.CHANGES[code] for code in changes[0]] == [
+        "in neither cue",
+        "kept",
+        "recovered, right",
+        "recovered, wrong",
+        "removed, right",
+        "removed, wrong",
+        "removed, right",
+        "in neither cue",
+    ]
+    swapped = plots.cue_changes(after, before, mask, 2)
+    np.testing.assert_array_equal(swapped[0], [0, 1, 5, 4, 3, 2, 3, 0])
+
+
+def test_change_colors_stay_apart_for_the_colour_blind():
+    used = np.array([plots.matplotlib.colors.to_rgb(color) for color in plots._CHANGE_COLORS])
+    linear = used**2.2
+    seen = linear @ np.array([[0.29275, 0.70725, 0], [0.29275, 0.70725, 0], [-0.02234, 0.02234, 1]]).T
+    for colors in (linear, seen):
+        distances = np.abs(colors[:, None] - colors[None]).max(-1) + np.eye(len(used))
+        assert distances.min() > 0.09
+    # The colour says right or wrong (blue or not), its lightness recovered or removed.
+    lightness = dict(zip(plots.CHANGES, linear @ np.array([0.2126, 0.7152, 0.0722]), strict=True))
+    for verdict in ("right", "wrong"):
+        assert lightness[f"removed, {verdict}"] > lightness[f"recovered, {verdict}"] + 0.2
+
+
+def test_overlay_changes_outlines_the_object():
+    picture, on_object = image(6, 7), np.zeros((6, 7), bool)
+    on_object[1:5, 2:6] = True
+    changes = np.zeros((6, 7), np.uint8)
+    changes[0, 0] = 2
+    result = plots.overlay_changes(picture, changes, on_object, strength=1)
+    np.testing.assert_array_equal(result[0, 0], (0x00, 0x72, 0xB2))
+    assert (result[1, 2:6] == 0).all() and (result[4, 2:6] == 0).all() and (result[1:5, [2, 5]] == 0).all()
+    untouched = np.ones((6, 7), bool)
+    untouched[1:5, 2:6] = False
+    untouched[2:4, 3:5] = True
+    untouched[0, 0] = False
+    np.testing.assert_array_equal(result[untouched], picture[untouched])
+    # An object that the image's border cuts has no outline there.
+    assert not plots._outline(np.ones((3, 3), bool)).any()
+
+
+def test_panels_take_pictures_maps_and_labels():
+    labels = label_map(classes=3)
+    row = {"image": image(), "map": heat(), "label": labels}
+    figure = plots.panels([row, {**row, "label": None}], CLASSES, cmap="gray")
+    shown = [ax.images[0].get_array() for ax in figure.axes]
+    assert len(shown) == 5
+    np.testing.assert_array_equal(shown[2], plots.label_colors(3)[labels])
+    assert [ax.get_title() for ax in figure.axes] == ["image", "map", "label", "", ""]
+    (legend,) = figure.legends
+    assert {t.get_text() for t in legend.get_texts()} == {"background", *CLASSES, "ignored"}
+    assert not plots.panels([{"map": heat(), "image": image()}]).legends
+    assert_nothing_is_cut_or_covered(figure)
+
+
+@pytest.mark.parametrize(
+    "curves", [{"M": [50.0, 60.0, 55.0], "N": [55.0, 58.0, 54.9]}, {"CAM": [1.0, 1.0, 1.0]}]
+)
+def test_threshold_curves(curves):
+    alphas = (0.02, 0.2, 0.5)
+    figure = plots.threshold_curves(alphas, curves, {next(iter(curves)): 0.2})
+    (ax,) = figure.axes
+    lines = [line for line in ax.get_lines() if len(line.get_xdata()) == 3]
+    for line, scores in zip(lines, curves.values(), strict=True):
+        np.testing.assert_array_equal(line.get_xdata(), alphas)
+        np.testing.assert_array_equal(line.get_ydata(), scores)
+    (ring,) = [line for line in ax.get_lines() if len(line.get_xdata()) == 1]
+    assert (ring.get_xdata()[0], ring.get_ydata()[0]) == (0.2, next(iter(curves.values()))[1])
+    assert {t.get_text() for t in ax.texts} == set(curves)
+    assert_nothing_is_cut_or_covered(figure)
+
+
 def test_layer_mean_is_figure_5s_scaling():
     features = RNG.normal(size=(7, 5, 6))
     mean = features.mean(0)
@@ -126,6 +209,20 @@ def test_layer_mean_is_figure_5s_scaling():
         (lambda: plots.layer_mean(np.full((2, 3, 3), np.inf)), "diverged"),
         (lambda: plots.figure5(image(), [heat()[None]], []), "same layers"),
         (lambda: plots.figure1([], [], [], []), "nothing to draw"),
+        (lambda: plots.figure2(np.ones((7, 3, 3)), 0.5), "1 to 6 maps"),
+        (lambda: plots.figure2(heat(), 0.5), "1 to 6 maps"),
+        (lambda: plots.figure2(np.ones((2, 3, 3)), np.array([0.5, 1.5])), "between 0 and 1"),
+        (lambda: plots.figure2(np.ones((2, 3, 3)), np.full(3, 0.5)), "2 maps need"),
+        (lambda: plots.profile(np.ones((2, 3, 3)), 0.5), "one channel"),
+        (lambda: plots.profile(np.full((3, 3), np.nan), 0.5), "finite"),
+        (lambda: plots.profile(heat(), float("nan")), "between 0 and 1"),
+        (lambda: plots.cue_changes(heat() > 0.5, heat(), label_map(), 1), "cues are bool"),
+        (lambda: plots.cue_changes(heat() > 0.5, heat() > 0.5, label_map(4, 4), 1), "4, 4"),
+        (lambda: plots.overlay_changes(image(4, 4), label_map(4, 5)), "4x5 and its image 4x4"),
+        (lambda: plots.panels([]), "nothing to draw"),
+        (lambda: plots.panels([{"label": label_map()}], ("ant",)), "1..1"),
+        (lambda: plots.threshold_curves((0.1, 0.2), {"M": [50.0]}), "2 scores"),
+        (lambda: plots.threshold_curves((0.1, 0.2), {}), "2 scores"),
         (lambda: plots.table1_curve(pd.DataFrame({"configuration": []})), "not Table 1"),
     ],
 )
@@ -187,8 +284,19 @@ SIZES = [(40, 56), (61, 37), (33, 33)]
             ),
             12,
         ),
+        (
+            lambda: plots.cue_figure(
+                [image(*s) for s in SIZES],
+                *[[heat(*s) > 0.5 for s in SIZES]] * 2,
+                [label_map(*s) for s in SIZES],
+                [1, 2, 3],
+            ),
+            12,
+        ),
+        (lambda: plots.panels([{str(i): heat(*SIZES[1]) for i in range(6)}]), 6),
+        (lambda: plots.panels([{"a": image(), "b": label_map()}] * 2, CLASSES), 4),
     ],
-    ids=["figure1", "figure4", "figure5", "figure6", "figure6-voc"],
+    ids=["figure1", "figure4", "figure5", "figure6", "figure6-voc", "cues", "panels-6", "panels-2"],
 )
 def test_grids_show_every_panel_and_cut_nothing(figure, panels):
     figure = figure()
@@ -214,6 +322,69 @@ def test_figure1_puts_the_maps_in_the_papers_order():
         np.testing.assert_array_equal(panels[4 * row], pictures[row])
         for column, maps in enumerate((cam, drs, refined), 1):
             np.testing.assert_array_equal(panels[4 * row + column], plots.overlay(pictures[row], maps[row]))
+
+
+def texts_of(figure):
+    """The visible texts' boxes in pixels, by their words."""
+    renderer = renderer_of(figure)
+    texts = [t for t in figure.findobj(plots.matplotlib.text.Text) if t.get_text() and t.get_visible()]
+    return [(t.get_text(), t.get_window_extent(renderer)) for t in texts]
+
+
+@pytest.mark.parametrize(
+    ("shape", "control"),
+    [((5, 16, 16), np.array([0.2, 0.4, 0.55, 0.7, 1.0])), ((1, 9, 14), 0.0), ((6, 14, 9), 0.55)],
+    ids=str,
+)
+def test_figure2_is_algorithm_1(shape, control):
+    features = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    figure = plots.figure2(features, control)
+    maps = [picture.get_array() for picture in figure.axes[0].images]
+    values = torch.as_tensor(control, dtype=torch.double).expand(shape[0])
+    expected = suppress(features[None].double(), values)[0]
+    np.testing.assert_allclose(maps[: shape[0]], features.relu(), rtol=1e-6)
+    np.testing.assert_allclose(maps[shape[0] :], expected, atol=1e-7)
+    texts = texts_of(figure)
+    assert {"max-element\nextractor", "suppression\ncontroller"} < {words for words, _ in texts}
+    peak = features.relu().amax((1, 2))
+    for value in (*peak, *(peak * torch.as_tensor(control))):
+        assert f"{value:.2f}" in {words for words, _ in texts}
+    width, height = figure.canvas.get_width_height()
+    for i, (_, box) in enumerate(texts):
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
+        assert not any(box.overlaps(other) for _, other in texts[i + 1 :])
+
+
+def test_figure2_points_at_the_maxima():
+    features = np.zeros((2, 4, 8))
+    features[0, 0, 1] = features[1, 3, 6] = 2
+    figure = plots.figure2(features, 0.5)
+    points = [line for line in figure.axes[0].get_lines() if line.get_marker() == "o"]
+    for point, picture, (row, column) in zip(points, figure.axes[0].images, ((0, 1), (3, 6)), strict=False):
+        left, right, bottom, top = picture.get_extent()
+        assert (right - left) / (top - bottom) == pytest.approx(2)
+        assert point.get_xdata()[0] == pytest.approx(left + (right - left) * (column + 0.5) / 8)
+        assert point.get_ydata()[0] == pytest.approx(top - (top - bottom) * (row + 0.5) / 4)
+    plots._png(plots.figure2(np.zeros((3, 4, 4)), 0.5), 50)  # dead maps
+
+
+def test_profile_cuts_through_the_maximum():
+    features = torch.randn(7, 12, generator=torch.Generator().manual_seed(1))
+    figure = plots.profile(features, 0.4, "layer 6")
+    row, _ = divmod(int(features.argmax()), 12)
+    values = features[row].relu().numpy()
+    left, ax = figure.axes
+    np.testing.assert_allclose(left.images[0].get_array(), features.relu())
+    assert left.get_title() == "layer 6" and left.get_yticks().tolist() == [row]
+    kept, above, whole = (patch.get_data() for patch in ax.patches)
+    np.testing.assert_allclose(kept.values, np.minimum(values, 0.4 * values.max()), rtol=1e-6)
+    np.testing.assert_allclose(above.baseline, kept.values)
+    np.testing.assert_allclose(above.values, values)
+    np.testing.assert_allclose(whole.values, values)
+    levels = [line.get_ydata()[0] for line in ax.get_lines()]
+    np.testing.assert_allclose(levels, (values.max(), 0.4 * values.max()), rtol=1e-6)
+    assert_nothing_is_cut_or_covered(figure)
+    plots._png(plots.profile(np.zeros((3, 4)), 0.5), 50)  # a dead map
 
 
 def table1(sd=0.8, shift=2.0):
@@ -250,6 +421,32 @@ def test_table1_curve(shift):
 def test_table1_curve_of_one_seed_has_no_bars():
     figure = plots.table1_curve(table1(sd=np.nan))
     assert not [c for c in figure.axes[0].collections if len(c.get_paths())]
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.1, 0.0])
+def test_labelled_scatter_keeps_names_and_points_apart(spread):
+    names = ["learnable", *(f"δ=0.{tens}0" for tens in range(2, 10))]
+    places = spread * np.random.default_rng(1).random((9, 2))
+    frame = pd.DataFrame({"recall (%)": places[:, 0], "accuracy (%)": places[:, 1], "name": names})
+    figure = plots.labelled_scatter(frame, "recall (%)", "accuracy (%)", "name", highlight=["learnable"])
+    renderer = renderer_of(figure)
+    [ax] = figure.axes
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("recall (%)", "accuracy (%)")
+    assert [text.get_text() for text in ax.texts] == names
+    boxes = [Text.get_window_extent(text, renderer) for text in ax.texts]
+    for i, box in enumerate(boxes):
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+        assert not any(box.overlaps(other) for other in boxes[i + 1 :])
+        assert not any(box.contains(*point) for point in ax.transData.transform(places))
+    assert [text.get_color() == "#D55E00" for text in ax.texts] == [True] + [False] * 8
+
+
+def test_labelled_scatter_leaves_out_what_has_no_number():
+    frame = pd.DataFrame({"x": [1.0, np.nan], "y": [2.0, 3.0], "name": ["here", "nowhere"]})
+    [ax] = plots.labelled_scatter(frame, "x", "y", "name").axes
+    assert [text.get_text() for text in ax.texts] == ["here"]
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plots.labelled_scatter(frame.iloc[1:], "x", "y", "name")
 
 
 def test_save_figure_is_reproducible_small_and_atomic(tmp_path, monkeypatch):

@@ -19,16 +19,24 @@ NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 TIMEOUT = 3600  # seconds for one cell
 
+PARAMETERS = """\
+DATA = "critters"  # or "voc"
+BUDGET = None  # "laptop" on Critters, "paper" on VOC
+VOC_ROOT = None  # the folder VOC 2012 is in"""
+OPENING = """\
+from drs_lib.notebook import open_course
+
+line = open_course(DATA, BUDGET, VOC_ROOT)"""
 TEMPLATE = (
-    ("markdown", "# Title\n\n**You will learn** ...\n\n**Time and needs:** ..."),
+    ("markdown", "# NN Title\n\n**You will learn** ...\n\n**Time and needs:** ..."),
     ("markdown", "## The idea"),
-    ("parameters", 'DATA = "critters"  # or "voc"\nBUDGET = None  # "laptop" on Critters, "paper" on VOC\nVOC_ROOT = None  # the folder VOC 2012 is in'),
-    ("code", "from drs_lib.notebook import open_course\n\nline = open_course(DATA, BUDGET, VOC_ROOT)"),
+    ("parameters", PARAMETERS),
+    ("code", OPENING),
     ("markdown", "## Try it"),
     ("markdown", "## What to notice"),
     ("markdown", "## Exercises"),
     ("markdown", "## Summary, and the step to VOC"),
-)  # fmt: skip
+)
 
 
 def clean(notebook):

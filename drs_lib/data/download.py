@@ -38,7 +38,8 @@ from filelock import FileLock, Timeout
 from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
-from drs_lib.data.voc import VOC_LIST_SIZES, atomic_path, first_few, read_list, save_indexed_png
+from drs_lib.data.voc import VOC_LIST_SIZES, first_few, read_list, save_indexed_png
+from drs_lib.files import write_text
 
 VOC_URL = "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar"
 VOC_MD5 = "6cd6e144f989b92b3379bac3b3de84fd"
@@ -187,8 +188,7 @@ def _transfer(url, part, note, checked, progress):
         validator = response.headers.get("ETag") or ""
         if not validator or validator.startswith("W/"):
             validator = response.headers.get("Last-Modified")
-        with atomic_path(note) as temporary:
-            temporary.write_text(json.dumps({"url": url, "validator": validator}))
+        write_text(note, json.dumps({"url": url, "validator": validator}))
         if total is not None:
             _require_space(part.parent, total - have, part.name)
         with (
@@ -398,8 +398,7 @@ class _Installer:
         for name in set(val) - names:
             shutil.copyfile(self.tree / "SegmentationClass" / f"{name}.png", masks / f"{name}.png")
         _move(masks, self.tree / "SegmentationClassAug")
-        with atomic_path(self.tree / "ImageSets" / "Segmentation" / "trainaug.txt") as temporary:
-            temporary.write_text("\n".join(trainaug) + "\n", encoding="utf-8")
+        write_text(self.tree / "ImageSets" / "Segmentation" / "trainaug.txt", "\n".join(trainaug) + "\n")
         print(f"{self.tree}: {len(trainaug)} trainaug masks and the list trainaug.txt")
 
     def _masks_complete(self):

@@ -14,7 +14,6 @@ writes such trees). A tree without one is VOC, and its lists have to be VOC's.
 
 import hashlib
 import os
-import uuid
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,6 +24,8 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
+
+from drs_lib.files import atomic_path
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -39,19 +40,6 @@ MASK_FOLDERS = ("SegmentationClassAug", "SegmentationClass")
 DOWNLOAD_HINT = "python -m drs_lib.data.download --root {root}"
 
 _IGNORED = 255
-
-
-@contextmanager
-def atomic_path(path):
-    """A temporary name in the folder of ``path``; what is written there takes the place of ``path`` at the
-    end, and vanishes after an exception."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def voc_palette():

@@ -10,10 +10,12 @@ import os
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
-__all__ = ["available", "disabled", "for_input"]
+__all__ = ["Form", "available", "disabled", "for_input", "forms"]
 
 _disabled = ContextVar("drs_lib.kernels.disabled", default=os.environ.get("DRS_LIB_KERNELS", "1") == "0")
 
@@ -49,6 +51,22 @@ def _cpu_module():
 def available() -> bool:
     """Whether the compiled form can be used here at all (numba imports)."""
     return _cpu_module() is not None
+
+
+class Form(NamedTuple):
+    """A compiled form: a module with ``suppress`` and ``suppress_by``, and the device its tensors lie on."""
+
+    name: str
+    device: str
+    module: ModuleType
+
+
+def forms() -> list[Form]:
+    """Every compiled form that can run on this machine; `for_input` picks among them.
+
+    For whoever checks or times them all: the notebook on the DRS module runs each one in this list.
+    """
+    return [Form("numba", "cpu", _cpu_module())] if available() else []
 
 
 def for_input(x: torch.Tensor):

@@ -55,9 +55,9 @@ __all__ = [
     "refinement_network",
 ]
 
-# (channels, convolutions, the first one's stride, whether a 2x2 max pooling follows), layer 1 to 6. The receptive
-# field must outgrow an animal's head only in the highest layers, as VGG-16's does, for Table 2 to show anything:
-# hence the late second pooling, and two convolutions in the last two layers.
+# (channels, convolutions, the first one's stride, whether a 2x2 max pooling follows), layer 1 to 6.
+# Table 2 shows something only if the receptive field outgrows an animal's head in the highest layers alone, as
+# in VGG-16 on VOC: hence the late second pooling, and two convolutions in each of the last two layers.
 MINI = (
     (16, 1, 2, False),
     (16, 1, 1, True),
