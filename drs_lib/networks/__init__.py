@@ -56,8 +56,8 @@ __all__ = [
 ]
 
 # (channels, convolutions, the first one's stride, whether a 2x2 max pooling follows), layer 1 to 6.
-# Table 2 shows something only if the receptive field outgrows an animal's head in the highest layers alone, as
-# in VGG-16 on VOC: hence the late second pooling, and two convolutions in each of the last two layers.
+# Table 2 shows something only if the receptive field outgrows an animal's head in the highest layers alone,
+# as in VGG-16 on VOC: hence the late second pooling, and two convolutions in each of the last two layers.
 MINI = (
     (16, 1, 2, False),
     (16, 1, 1, True),
