@@ -43,6 +43,7 @@ from drs_lib.files import atomic_path
 MAP_COLORS = "inferno"
 WIDTH = 8.6  # inches: a README column at 100 pixels an inch, where 9 points stay readable
 DPI = 130
+NOTEBOOK_BYTES = 150_000  # above this, a notebook's picture is stored in 256 colours
 # Okabe and Ito's colours for the colour-blind, in the order that keeps neighbours apart.
 _OKABE_ITO = ("#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#F0E442", "#0072B2")
 # What becomes of a pixel when one object cue takes another's place; the indices that `cue_changes` returns.
@@ -63,7 +64,9 @@ class _Figure(Figure):
     """Shown by a notebook as it is; a plain ``Figure`` needs pyplot for that, which keeps all it makes."""
 
     def _repr_png_(self):
-        return _png(self, self.dpi)
+        data = _png(self, self.dpi)
+        # Photographs and maps fill a notebook quickly, and it is to stay small.
+        return data if len(data) <= NOTEBOOK_BYTES else _png(self, self.dpi, colors=256)
 
 
 class Panel(NamedTuple):

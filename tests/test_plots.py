@@ -518,3 +518,16 @@ def test_make_figures_names_what_is_not_in_the_store(run, tmp_path, capsys):
     for name in ("figure1", "figure4", "figure5", "figure6", "table1"):
         assert f"{name} is left out" in said
     assert "with seed 5" in said
+
+
+def test_large_pictures_of_a_notebook_are_stored_in_256_colours():
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 255, (220, 220, 3), dtype=np.uint8)
+    small = plots.panels([{"grey": np.full((40, 40, 3), 128, np.uint8)}])._repr_png_()
+    large = plots.panels([{str(k): noise for k in range(4)}])
+    with Image.open(io.BytesIO(small)) as image:
+        assert image.mode != "P"
+    with Image.open(io.BytesIO(large._repr_png_())) as image:
+        assert image.mode == "P"
+        full = np.asarray(Image.open(io.BytesIO(plots._png(large, large.dpi))).convert("RGB"), float)
+        assert np.abs(np.asarray(image.convert("RGB"), float) - full).mean() < 30

@@ -9,6 +9,7 @@ A notebook that fails is left as it was, and its error is shown. Settings: DRS_B
 
 import argparse
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -47,12 +48,13 @@ def clean(notebook):
         tags = cell.metadata.get("tags")
         cell.metadata = nbformat.NotebookNode({"tags": tags} if tags else {})
         if cell.cell_type == "code":
-            cell.outputs = [output for output in map(_clean_output, cell.outputs) if output is not None]
+            outputs = enumerate(cell.outputs)
+            cell.outputs = [o for k, o in outputs if _clean_output(o, f"T_{number:02d}{k:02d}") is not None]
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     return notebook
 
 
-def _clean_output(output):
+def _clean_output(output, table):
     output.pop("transient", None)
     data = output.get("data")
     if data is not None:
@@ -64,6 +66,10 @@ def _clean_output(output):
             return None
         if "image/png" in data:
             data["text/plain"] = "<Figure>"
+        if "pandas.io.formats.style.Styler" in data.get("text/plain", ""):
+            # A styled table is named at random.
+            data["text/plain"] = "<Styler>"
+            data["text/html"] = re.sub(r"\bT_[0-9a-f]{5}(?![0-9a-f])", table, data["text/html"])
     return output
 
 
