@@ -155,11 +155,11 @@ def run_row(
     """
     if configuration not in [row.configuration for row in table_rows(number) if row.configuration]:
         raise ValueError(f"Table {number} has no row for {configuration}.")
-    if overwrite:
-        pipeline = copy.copy(pipeline)
-        pipeline.not_before = time.time()
     [job] = [j for j in _jobs_of(_measures((number,)), [pipeline.seed]) if j.configuration == configuration]
-    pipeline.scores(configuration, job.measures)
+    making = copy.copy(pipeline)
+    if overwrite:
+        making.not_before = time.time()
+    making.scores(configuration, job.measures)
     return stored_table(number, pipeline)
 
 

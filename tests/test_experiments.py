@@ -665,9 +665,13 @@ def test_a_table_row_by_row(finished, tmp_path):
     made = {entry: (folder / "meta.json").read_text() for entry, folder in before.items()}
     experiments.run_row(1, Configuration(delta=0.7), line)
     assert {e: (f / "meta.json").read_text() for e, f in stored(line.store).items()} == made
-    experiments.run_row(1, Configuration(delta=0.7), line, overwrite=True)
+    experiments.run_row(1, Configuration(delta=0.5), line)
+    made |= {e: (f / "meta.json").read_text() for e, f in stored(line.store).items() if e not in made}
+    table = experiments.run_row(1, Configuration(delta=0.7), line, overwrite=True)
+    assert table["measured"].notna().sum() == 2
     again = {e: (f / "meta.json").read_text() for e, f in stored(line.store).items()}
-    assert again.keys() == made.keys() and all(again[e] != made[e] for e in made)
+    assert again.keys() == made.keys()
+    assert {e for e in made if again[e] != made[e]} == set(before)
     assert line.not_before is None
     with pytest.raises(ValueError, match="Table 1 has no row for CAM"):
         experiments.run_row(1, CAM, line)
