@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 HERE = Path(__file__).parent
 # Import name of what is not called like its package, and what works without the package.
-_IMPORT_NAMES = {"pillow": "PIL", "pydensecrf2": "pydensecrf"}
+_IMPORT_NAMES = {"ipython": "IPython", "pillow": "PIL", "pydensecrf2": "pydensecrf"}
 _OPTIONAL = {"pydensecrf2": "everything but the CRF columns of Table 4"}
 # What is looked for where the course itself isn't installed and so tells no requirements.
 _CHIEF = ("torch>=2.6", "torchvision>=0.21", "numpy", "numba", "jupyterlab", "ipywidgets", "pydensecrf2")

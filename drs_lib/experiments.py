@@ -149,7 +149,7 @@ def run_tables(
 def run_row(
     number: int, configuration: Configuration, pipeline: Pipeline, overwrite: bool = False
 ) -> "pd.DataFrame":
-    """One row of a table, trained and scored in this process; returns the table so far, see `stored_table`.
+    """One row of a table, trained and scored in this process: a DataFrame as of `run_tables` with that row.
 
     Raises ValueError for a configuration that the table doesn't have.
     """
@@ -160,7 +160,10 @@ def run_row(
     if overwrite:
         making.not_before = time.time()
     making.scores(configuration, job.measures)
-    return stored_table(number, pipeline)
+    table = stored_table(number, pipeline)
+    row = table[[row.configuration == configuration for row in table_rows(number)]]
+    row.attrs = {key: table.attrs[key] for key in ("table", "title", "data", "budget", "seeds")}
+    return row
 
 
 def stored_table(number: int, pipeline: Pipeline) -> "pd.DataFrame":

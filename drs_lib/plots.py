@@ -68,6 +68,12 @@ class _Figure(Figure):
         # Photographs and maps fill a notebook quickly, and it is to stay small.
         return data if len(data) <= NOTEBOOK_BYTES else _png(self, self.dpi, colors=256)
 
+    def _ipython_display_(self):
+        # The only way that goes before pyplot's own, which a notebook may have switched on for all figures.
+        from IPython.display import display
+
+        display({"image/png": self._repr_png_(), "text/plain": "<Figure>"}, raw=True)
+
 
 class Panel(NamedTuple):
     """One picture of a grid, (H, W, 3) uint8 or a map (H, W) in [0, 1]; title above it, label at its left."""

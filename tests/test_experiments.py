@@ -655,9 +655,11 @@ def test_a_table_row_by_row(finished, tmp_path):
     store, tables, splits, budget = finished
     line = Pipeline(splits, budget, store=RunStore(tmp_path))
     assert experiments.stored_table(1, line)["measured"].isna().all()
-    so_far = experiments.run_row(1, Configuration(delta=0.7), line)
+    row = experiments.run_row(1, Configuration(delta=0.7), line)
+    pd.testing.assert_frame_equal(row, tables[1][tables[1]["delta"] == 0.7])
+    assert format_table(row).endswith("data: tiny; budget: ci; seeds: [0]")
+    so_far = experiments.stored_table(1, line)
     assert so_far["measured"].notna().tolist() == [delta == 0.7 for delta in so_far["delta"]]
-    pd.testing.assert_frame_equal(so_far[so_far["delta"] == 0.7], tables[1][tables[1]["delta"] == 0.7])
     whole = experiments.stored_table(1, Pipeline(splits, budget, store=store))
     pd.testing.assert_frame_equal(whole, tables[1])
     assert whole.attrs == tables[1].attrs
@@ -667,8 +669,8 @@ def test_a_table_row_by_row(finished, tmp_path):
     assert {e: (f / "meta.json").read_text() for e, f in stored(line.store).items()} == made
     experiments.run_row(1, Configuration(delta=0.5), line)
     made |= {e: (f / "meta.json").read_text() for e, f in stored(line.store).items() if e not in made}
-    table = experiments.run_row(1, Configuration(delta=0.7), line, overwrite=True)
-    assert table["measured"].notna().sum() == 2
+    experiments.run_row(1, Configuration(delta=0.7), line, overwrite=True)
+    assert experiments.stored_table(1, line)["measured"].notna().sum() == 2
     again = {e: (f / "meta.json").read_text() for e, f in stored(line.store).items()}
     assert again.keys() == made.keys()
     assert {e for e in made if again[e] != made[e]} == set(before)
