@@ -43,7 +43,8 @@ from drs_lib.files import atomic_path
 MAP_COLORS = "inferno"
 WIDTH = 8.6  # inches: a README column at 100 pixels an inch, where 9 points stay readable
 DPI = 130
-NOTEBOOK_BYTES = 150_000  # above this, a notebook's picture is stored in 256 colours
+# Above this size, a notebook's picture is stored smaller and in 256 colours.
+NOTEBOOK_BYTES, NOTEBOOK_DPI = 150_000, 100
 # Okabe and Ito's colours for the colour-blind, in the order that keeps neighbours apart.
 _OKABE_ITO = ("#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#F0E442", "#0072B2")
 # What becomes of a pixel when one object cue takes another's place; the indices that `cue_changes` returns.
@@ -66,7 +67,7 @@ class _Figure(Figure):
     def _repr_png_(self):
         data = _png(self, self.dpi)
         # Photographs and maps fill a notebook quickly, and it is to stay small.
-        return data if len(data) <= NOTEBOOK_BYTES else _png(self, self.dpi, colors=256)
+        return data if len(data) <= NOTEBOOK_BYTES else _png(self, NOTEBOOK_DPI, colors=256)
 
     def _ipython_display_(self):
         # The only way that goes before pyplot's own, which a notebook may have switched on for all figures.

@@ -542,5 +542,5 @@ def test_large_pictures_of_a_notebook_are_stored_in_256_colours():
         assert image.mode != "P"
     with Image.open(io.BytesIO(large._repr_png_())) as image:
         assert image.mode == "P"
-        full = np.asarray(Image.open(io.BytesIO(plots._png(large, large.dpi))).convert("RGB"), float)
+        full = np.asarray(Image.open(io.BytesIO(plots._png(large, plots.NOTEBOOK_DPI))).convert("RGB"), float)
         assert np.abs(np.asarray(image.convert("RGB"), float) - full).mean() < 30
