@@ -49,7 +49,7 @@ notebooks: $(READY) ## run all notebooks and store their outputs in them
 check-course: $(READY) ## run all notebooks as tests at the laptop budget, against the reference results
 	DRS_BUDGET=laptop $(PY) -m pytest notebooks
 
-reference: $(READY) ## measure the committed reference results again (hours)
+reference: $(READY) ## measure the committed reference results again, three seeds (50 minutes)
 	$(PY) -m drs_lib reference --seeds $(or $(SEEDS),0 1 2)
 
 weights: $(READY) ## train the committed Critters weights again

@@ -7,6 +7,7 @@ import pytest
 
 from drs_lib import notebook
 from drs_lib.notebook import LiveLoss, open_course
+from drs_lib.paper import Configuration
 
 
 def test_open_course_says_what_it_runs_on(tmp_path, capsys, monkeypatch):
@@ -69,3 +70,21 @@ def test_smoothing_is_a_running_mean():
     losses = np.array([3.0, 1.0, 2.0, 6.0])
     np.testing.assert_allclose(notebook.smoothed(losses, window=2), [3.0, 2.0, 1.5, 4.0])
     np.testing.assert_allclose(notebook.smoothed([5.0] * 30), 5.0)
+
+
+def test_an_interrupted_training_can_be_run_again(tmp_path):
+    line = open_course(budget="ci", store=tmp_path)
+
+    def interrupt(title, step, steps, epoch, loss):
+        if step == 2:
+            raise KeyboardInterrupt
+
+    line._progress = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        line.classifier(Configuration())
+    stage = line.stage("classify", Configuration())
+    assert line.store.made_at(stage.name, stage.key) is None
+    line._progress = False
+    line.classifier(Configuration())
+    assert line.store.made_at(stage.name, stage.key) is not None
+    assert len(line.history("classify", Configuration())) == line.budget.classify.epochs
