@@ -15,10 +15,10 @@ from drs_lib.labels import PAPER_BETA
 from drs_lib.localization import iterate_maps
 from drs_lib.metrics import mean_iou
 from drs_lib.pipeline import weights_identity
-from drs_lib.runtime import pick_device, threads
+from drs_lib.runtime import pick_device
 from drs_lib.train import classification_loss, train_network
 
-__all__ = ["ALPHAS", "AlphaScan", "scan_alpha", "score_every_epoch", "training_maps"]
+__all__ = ["ALPHAS", "AlphaScan", "scan_alpha", "score_every_epoch"]
 
 IGNORED = 255
 # Denser where maps are low: there the curves differ.
@@ -100,31 +100,12 @@ class AlphaScan:
         return float(np.ptp(self.miou(saliency)[inside]))
 
 
-def training_maps(line, configuration):
-    """The maps from which a `Pipeline` makes pseudo labels: (index, labels, maps (C, H, W)) of every training
-    image, classifier's or, with ``refine``, refinement network's."""
-    budget, refine = line.budget, configuration.refine
-    model = (line.refinement_network if refine else line.classifier)(configuration)
-    recipe = budget.refine if refine else budget.classify
-    options = {"renormalize": budget.renormalize} if refine else {}
-    with threads(recipe.threads):
-        yield from iterate_maps(
-            model,
-            line.data.train,
-            kind="refined" if refine else "classifier",
-            scales=budget.scales,
-            resize=budget.resize,
-            workers=recipe.workers,
-            **options,
-        )
-
-
 def scan_alpha(line, configuration, alphas=ALPHAS):
     """The `AlphaScan` of a configuration over the training images; trains what is not in the store."""
     _require_paper_rule(line.budget)
     train = line.data.train
     scan = AlphaScan(train.num_classes, alphas, line.budget.beta)
-    for index, _, maps in training_maps(line, configuration):
+    for index, _, maps in line.maps(configuration):
         scan.update(maps, train.saliency(index), train.mask(index))
     return scan
 

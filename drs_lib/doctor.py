@@ -122,12 +122,9 @@ def _store():
     if importlib.util.find_spec("filelock") is None:
         remedy = f'"{sys.executable}" -m pip install filelock'
         return Finding("run store", "missing", "unknown without filelock", remedy)
-    from drs_lib.store import RunStore
+    from drs_lib.store import RunStore, course_store
 
-    # In the course's folder and in its notebooks this is one store, see `drs_lib.notebook.open_course`.
-    course = HERE.parent
-    inside = (course / "notebooks").is_dir() and Path.cwd() in (course, course / "notebooks")
-    root = RunStore(course / "runs" if inside and not os.environ.get("DRS_STORE") else None).root
+    root = RunStore(course_store()).root
     there = next(folder for folder in (root, *root.parents) if folder.exists())
     free = shutil.disk_usage(there).free / 1e9
     if not os.access(there, os.W_OK):

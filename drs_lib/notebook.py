@@ -6,14 +6,12 @@
 The arguments of `open_course` are what a notebook's first cell, tagged ``parameters``, sets.
 """
 
-import os
 import time
-from pathlib import Path
 
 import numpy as np
 
 from drs_lib.pipeline import Pipeline
-from drs_lib.store import RunStore
+from drs_lib.store import RunStore, course_store
 
 __all__ = ["LiveLoss", "open_course"]
 
@@ -38,7 +36,7 @@ def open_course(data="critters", budget=None, voc_root=None, seed=0, store=None,
         budget,
         seed=seed,
         voc_root=voc_root,
-        store=RunStore(store or _course_store()),
+        store=RunStore(store or course_store()),
         device=device,
         progress=LiveLoss(),
     )
@@ -47,13 +45,6 @@ def open_course(data="critters", budget=None, voc_root=None, seed=0, store=None,
         f"budget {line.budget.name!r}, seed {seed}."
     )
     return line
-
-
-def _course_store():
-    course = Path(__file__).resolve().parents[1]
-    if os.environ.get("DRS_STORE") or not (course / "notebooks").is_dir():
-        return None
-    return course / "runs"
 
 
 class LiveLoss:

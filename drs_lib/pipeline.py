@@ -347,6 +347,24 @@ class Pipeline:
         model = deeplab(recipe.kind, recipe.backbone, self.data.train.num_classes + 1)
         return self._load(model, self._segment(configuration), overwrite)
 
+    def maps(self, configuration: Configuration, dataset: Any = None, indices: Any = None) -> Iterator[tuple]:
+        """(index, labels, maps) of images, made as for pseudo labels: the classifier's or, with ``refine``,
+        the refinement network's. dataset: None for the training images. indices, and what is yielded: see
+        `drs_lib.localization.iterate_maps`."""
+        from drs_lib.localization import iterate_maps
+
+        model = (self.refinement_network if configuration.refine else self.classifier)(configuration)
+        recipe = self.budget.refine if configuration.refine else self.budget.classify
+        with self._threads(recipe):
+            yield from iterate_maps(
+                model,
+                self._weak_train if dataset is None else dataset,
+                kind="refined" if configuration.refine else "classifier",
+                workers=recipe.workers,
+                indices=indices,
+                **self._map_config(configuration),
+            )
+
     def labels(self, configuration: Configuration) -> Sequence:
         """The pseudo labels of the training images: a sequence of uint8 (H, W)."""
         return LabelArchive(self.get(self._labels(configuration)).file("labels.zip"))
@@ -435,7 +453,7 @@ class Pipeline:
             from drs_lib.metrics import MapScore
 
             score = MapScore(self._alpha(configuration))
-            for index, labels, maps in self._maps(configuration):
+            for index, labels, maps in self.maps(configuration):
                 score.update(maps[None], train.mask(index)[None], labels[None])
             scores = score.compute()
             per_class = {k: _by_class(train.classes, v) for k, v in scores.pop("per_class").items()}
@@ -453,7 +471,7 @@ class Pipeline:
 
             classes = []
             with writer.open("maps.zip") as file, zipfile.ZipFile(file, "w") as archive:
-                for index, labels, maps in self._maps(plain):
+                for index, labels, maps in self.maps(plain):
                     present = labels.nonzero().flatten()
                     classes.append(present.tolist())
                     # An image without any class is kept as one map of zeros, which remembers its size.
@@ -499,7 +517,7 @@ class Pipeline:
 
             weak = self._weak_train
             with writer.open("labels.zip") as file, zipfile.ZipFile(file, "w") as archive:
-                for index, _, maps in self._maps(configuration):
+                for index, _, maps in self.maps(configuration):
                     labels = pseudo_labels(maps[None], weak.saliency(index)[None], **rule)
                     _write_png(archive, weak.names[index], labels[0].cpu().numpy(), indexed=True)
 
@@ -595,21 +613,6 @@ class Pipeline:
 
     def _alpha(self, configuration):
         return self.budget.refined_alpha if configuration.refine else self.budget.alpha
-
-    def _maps(self, configuration):
-        """(index, labels, maps) of the training images: the classifier's or the refinement network's."""
-        from drs_lib.localization import iterate_maps
-
-        model = (self.refinement_network if configuration.refine else self.classifier)(configuration)
-        recipe = self.budget.refine if configuration.refine else self.budget.classify
-        with self._threads(recipe):
-            yield from iterate_maps(
-                model,
-                self._weak_train,
-                kind="refined" if configuration.refine else "classifier",
-                workers=recipe.workers,
-                **self._map_config(configuration),
-            )
 
     def _segmentation_result(self, configuration, **options):
         from drs_lib.train import evaluate_segmentation

@@ -896,13 +896,7 @@ def _image_and_class(dataset, index):
 
 def _val_maps(pipeline, configuration, indices):
     """The localization map of each image's only class, made as the budget makes them for pseudo labels."""
-    from drs_lib.localization import iterate_maps
-
-    budget, refine = pipeline.budget, configuration.refine
-    model = (pipeline.refinement_network if refine else pipeline.classifier)(configuration)
-    options = dict(scales=budget.scales, resize=budget.resize, renormalize=refine and budget.renormalize)
-    kind = "refined" if refine else "classifier"
-    maps = iterate_maps(model, pipeline.data.val, indices=indices, kind=kind, **options)
+    maps = pipeline.maps(configuration, pipeline.data.val, indices)
     return [of_image[int(labels.argmax())] for _, labels, of_image in maps]
 
 

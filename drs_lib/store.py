@@ -116,6 +116,15 @@ class Entry:
         return f"Entry({self.path})"
 
 
+def course_store() -> Path | None:
+    """Where the notebooks of a checked-out course keep their runs, wherever they are started: ``runs`` in its
+    folder. None, which is `RunStore`'s default, with ``DRS_STORE`` set or without such a folder."""
+    course = Path(__file__).resolve().parents[1]
+    if os.environ.get("DRS_STORE") or not (course / "notebooks").is_dir():
+        return None
+    return course / "runs"
+
+
 class RunStore:
     """Entries below ``root``: the argument, else the environment's ``DRS_STORE``, else ``./runs``."""
 

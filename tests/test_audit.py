@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from conftest import TinyDataset
-from drs_lib.audit import ALPHAS, AlphaScan, scan_alpha, score_every_epoch, training_maps
+from drs_lib.audit import ALPHAS, AlphaScan, scan_alpha, score_every_epoch
 from drs_lib.labels import pseudo_labels
 from drs_lib.metrics import SegmentationScore
 from drs_lib.paper import Configuration
@@ -94,7 +94,7 @@ def test_scanning_a_configuration_finds_the_score_that_the_pipeline_stores(tmp_p
     stored = line.scores(configuration, ("labels",))["labels"]["miou"]
     scan = scan_alpha(line, configuration, (0.01, alpha, 0.9))
     assert scan.miou()[1] == pytest.approx(100 * stored, abs=1e-4)
-    assert [index for index, _, _ in training_maps(line, configuration)] == list(range(8))
+    assert [index for index, _, _ in line.maps(configuration)] == list(range(8))
 
 
 def test_a_rule_that_the_scan_does_not_know(tmp_path):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from drs_lib import doctor
+from drs_lib import doctor, store
 
 
 def without(monkeypatch, *modules):
@@ -61,7 +61,7 @@ def test_every_missing_package_leaves_a_report(monkeypatch):
 
 def test_a_notebook_s_store_is_the_course_s(monkeypatch, tmp_path):
     (tmp_path / "notebooks").mkdir()
-    monkeypatch.setattr(doctor, "HERE", tmp_path / "drs_lib")
+    monkeypatch.setattr(store, "__file__", str(tmp_path / "drs_lib" / "store.py"))
     monkeypatch.delenv("DRS_STORE", raising=False)
     for folder, root in (("notebooks", tmp_path / "runs"), (".", tmp_path / "runs")):
         monkeypatch.chdir(tmp_path / folder)

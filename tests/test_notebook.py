@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from drs_lib import notebook
+from drs_lib import notebook, store
 from drs_lib.notebook import LiveLoss, open_course
 from drs_lib.paper import Configuration
 
@@ -28,7 +28,7 @@ def test_notebooks_share_the_store_of_make_course(tmp_path, monkeypatch):
     monkeypatch.setenv("DRS_STORE", str(tmp_path / "mine"))
     assert open_course(budget="ci").store.root == tmp_path / "mine"
     monkeypatch.delenv("DRS_STORE")
-    monkeypatch.setattr(notebook, "__file__", str(tmp_path / "site-packages" / "drs_lib" / "notebook.py"))
+    monkeypatch.setattr(store, "__file__", str(tmp_path / "site-packages" / "drs_lib" / "store.py"))
     assert open_course(budget="ci").store.root == tmp_path / "runs"
 
 

@@ -8,13 +8,14 @@ A notebook that fails is left as it was, and its error is shown. Settings: DRS_B
 """
 
 import argparse
-import os
 import re
 import sys
 import time
 from pathlib import Path
 
 import nbformat
+
+from drs_lib.files import write_text
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
@@ -88,12 +89,7 @@ def run(path):
 
 def _write(notebook, path):
     nbformat.validate(notebook)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8", newline="\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, nbformat.writes(notebook) + "\n")
 
 
 def new(path):
