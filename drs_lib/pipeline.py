@@ -391,6 +391,12 @@ class Pipeline:
                 found.setdefault((stage.name, stage.key), stage)
         return list(found.values())
 
+    def has(self, name: str, configuration: Configuration) -> bool:
+        """Whether this configuration's stage of that name is in the store; makes nothing."""
+        stage = self.stage(name, configuration)
+        made = self.store.made_at(stage.name, stage.key)
+        return made is not None and (self.not_before is None or made >= self.not_before)
+
     def get(self, stage: Stage, overwrite: bool = False) -> Entry:
         """The stage's entry, made if it is not in the store. overwrite: made again, from the stored stages
         that it reads."""

@@ -153,12 +153,12 @@ def overlay_changes(image, changes, on_object=None, strength=0.75):
     blended = _blend(picture, 255 * colors[changes], strength)
     result = np.where((changes == 0)[..., None], picture, blended)
     if on_object is not None:
-        result[_outline(_array(on_object))] = 0
+        result[outline(_array(on_object))] = 0
     return result
 
 
-def _outline(region):
-    """The pixels of a region that have a neighbour (of four) outside it; beyond the border lies nothing."""
+def outline(region):
+    """The pixels of a region, bool (H, W), with a neighbour (of four) outside it; beyond the border is nothing."""
     padded = np.pad(region, 1, mode="edge")
     inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return region & ~inner

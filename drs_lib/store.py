@@ -150,6 +150,17 @@ class RunStore:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
+    def metas(self, stage: str) -> list[dict]:
+        """What ``meta.json`` says of every entry of a stage (configuration, inputs, date, ...), oldest first;
+        the entries themselves are not verified."""
+        found = []
+        for path in self.root.glob(f"{stage}/*/{META}"):
+            try:
+                found.append(json.loads(path.read_text(encoding="utf-8")))
+            except (OSError, ValueError):
+                continue  # being written, or damaged: `get` tells
+        return sorted(found, key=lambda meta: (meta["made_at"], meta["key"]))
+
     def get(self, stage: str, config: Mapping, inputs: Mapping[str, str], version: int = 1) -> Entry | None:
         """The verified entry, or None where there is none or a damaged one (which is left as it is)."""
         try:

@@ -1,0 +1,24 @@
+"""The labs: pages of the course with sliders, on ipywidgets.
+
+    DeltaLab        a localization map while delta is dragged           notebooks 02, 03
+    FeatureMapLab   Algorithm 1 on one channel of a feature map         notebook 02
+    LayerLab        DRS plugged in and out of six layers                notebook 04
+    CueLab          from map and saliency to a pseudo label             notebook 06
+    ImageLab        an image of your own                                notebook 01
+
+Each takes the `Pipeline` that `drs_lib.notebook.open_course` returns and is shown by being a cell's last line::
+
+    from drs_lib.widgets import DeltaLab
+
+    DeltaLab(line, image=3)
+
+``lab.set(delta=0.4)`` moves a control from code, ``lab.state`` reads them all, ``lab.close()`` removes it.
+"""
+
+from drs_lib.widgets.cue import CueLab
+from drs_lib.widgets.delta import DeltaLab
+from drs_lib.widgets.feature_map import FeatureMapLab
+from drs_lib.widgets.image import ImageLab
+from drs_lib.widgets.layers import LayerLab
+
+__all__ = ["CueLab", "DeltaLab", "FeatureMapLab", "ImageLab", "LayerLab"]
