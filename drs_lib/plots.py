@@ -158,7 +158,7 @@ def overlay_changes(image, changes, on_object=None, strength=0.75):
 
 
 def outline(region):
-    """The pixels of a region, bool (H, W), with a neighbour (of four) outside it; beyond the border is nothing."""
+    """The pixels of a region, bool (H, W), with a neighbour (of four) outside it; the border is none."""
     padded = np.pad(region, 1, mode="edge")
     inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return region & ~inner

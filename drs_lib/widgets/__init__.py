@@ -6,7 +6,8 @@
     CueLab          from map and saliency to a pseudo label             notebook 06
     ImageLab        an image of your own                                notebook 01
 
-Each takes the `Pipeline` that `drs_lib.notebook.open_course` returns and is shown by being a cell's last line::
+Each takes the `Pipeline` that `drs_lib.notebook.open_course` returns and is shown where it is a cell's last
+line::
 
     from drs_lib.widgets import DeltaLab
 

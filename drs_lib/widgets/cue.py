@@ -29,7 +29,7 @@ CRF_SLIDERS = {
 
 
 class CueLab(Lab):
-    """Object cue, background cue, the pixels that have both or neither, the pseudo label, and a dense CRF on it.
+    """Object and background cue, pixels that have both or neither, the pseudo label, and a dense CRF on it.
 
     The maps are those of training images, made as the budget makes them for pseudo labels, of the classifiers
     and the refinement network that are in the run store.
@@ -42,9 +42,9 @@ class CueLab(Lab):
 
     title = "Cue lab"
     about = (
-        "A pixel is an object where its map is above α and background where its saliency is below β. Cues: orange "
-        "object, dark background, pink both, grey neither, which is ignored. Against the mask: blue right, orange "
-        "wrong, grey ignored."
+        "A pixel is an object where its map is above α and background where its saliency is below β. Cues: "
+        "orange object, dark background, pink both, grey neither, which is ignored. Against the mask: blue "
+        "right, orange wrong, grey ignored."
     )
 
     def __init__(self, line, image=0, images=100):
@@ -175,8 +175,8 @@ class CueLab(Lab):
             texts.append(f"The release calls background what has saliency of {RELEASE_SALIENCY}/255 or less.")
         if state["crf"]:
             texts.append(
-                f"The CRF starts from the pseudo label: {CONFIDENCE:g} for a pixel's label, all labels alike where "
-                "it is ignored. (In Table 4 it starts from a segmentation network.)"
+                f"The CRF starts from the pseudo label: {CONFIDENCE:g} for a pixel's label, all labels alike "
+                "where it is ignored. (In Table 4 it starts from a segmentation network.)"
             )
         return " ".join(texts)
 
@@ -193,8 +193,7 @@ def label_probabilities(label, found):
 
 
 def confusion(label, truth, values):
-    """Counts (len(values), len(values)) of pixels, rows truth, columns label; pixels with other values are left
-    out."""
+    """Counts (V, V) of pixels, rows truth, columns label, for V values; other pixels are left out."""
     place = np.full(256, -1)
     place[values] = range(len(values))
     rows, columns = place[truth], place[label]

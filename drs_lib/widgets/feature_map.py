@@ -19,8 +19,8 @@ class FeatureMapLab(Lab):
 
     title = "Feature-map lab"
     about = (
-        "Algorithm 1 on one channel of a feature map of the plain classifier: everything above τ = δ · X_max is "
-        "cut off. The map is cut along the row of its maximum."
+        "Algorithm 1 on one channel of a feature map of the plain classifier: everything above τ = δ · X_max "
+        "is cut off. The map is cut along the row of its maximum."
     )
 
     def __init__(self, line, image=0, place=None, channel=None, delta=0.55):

@@ -12,7 +12,7 @@ from drs_lib.paper import ALL_LAYERS
 from drs_lib.plots import overlay
 from drs_lib.widgets import networks, pictures
 from drs_lib.widgets.lab import Lab, Recent, View, picker, slider
-from drs_lib.widgets.upload import ImageRefused, read_image
+from drs_lib.widgets.upload import MOST_BYTES, ImageRefused, read_image
 
 DRAWN, OWN = "drawn", "own"
 PLAIN, DRS = "CAM (plain classifier)", "DRS (learnable)"
@@ -21,8 +21,7 @@ VOC_SIDE = 320  # the release's size of the images from which maps are made
 
 
 class ImageLab(Lab):
-    """Localization maps of the classes that a classifier predicts for an uploaded image, or for one of the data
-    set's.
+    """Localization maps of the classes that a classifier predicts, for an uploaded image or one of the data set's.
 
     A photograph is given to a VOC classifier: the run's own where it runs on VOC, else one that was trained
     from ImageNet weights and lies in the run store. Without one it goes to the Critters classifier, and the
@@ -44,9 +43,12 @@ class ImageLab(Lab):
         self._image = Recent(lambda index: val[index][0].permute(1, 2, 0).contiguous().numpy(), 8)
         self._uploaded, self._refused, self._uploads = None, "", 0
         self.upload = ipywidgets.FileUpload(
-            accept="image/*", multiple=False, description="Upload an image",
-            tooltip="JPEG, PNG, WEBP, GIF or BMP; it stays on the machine that runs this page", layout={"width": "auto"},
-        )  # fmt: skip
+            accept="image/*",
+            multiple=False,
+            description=f"Upload an image (up to {MOST_BYTES // 1_000_000} MB)",
+            tooltip="JPEG, PNG, WEBP, GIF or BMP; it stays on the machine that runs this page",
+            layout={"width": "auto"},
+        )
         self.upload.observe(self._on_upload, "value")
         self.controls = {
             "source": picker("image from", [("the validation set", DRAWN), ("your upload", OWN)]),
@@ -70,7 +72,7 @@ class ImageLab(Lab):
         self.receive(content, name)
 
     def receive(self, content: bytes, name: str = "upload") -> None:
-        """What the upload button does with a file's bytes: shows it, or says why not and leaves the picture."""
+        """What the upload button does with a file: shows it, or says why not and leaves the picture."""
         self._uploads += 1
         try:
             side = VOC_SIDE * 3 // 2 if self._voc else self._image(0).shape[1]
@@ -129,8 +131,8 @@ class ImageLab(Lab):
             classes = ", ".join(self._own.classes)
             texts.append(
                 "There is no VOC classifier with ImageNet weights in the run store, so this is the Critters "
-                f"classifier, which has seen nothing but drawn images of six animals ({classes}): on a photograph "
-                "its answer means nothing."
+                f"classifier, which has seen nothing but drawn images of six animals ({classes}): on a "
+                "photograph its answer means nothing."
             )
         elif own:
             texts.append("The classifier was trained on PASCAL VOC from ImageNet weights.")
@@ -138,7 +140,7 @@ class ImageLab(Lab):
 
 
 class _Models(NamedTuple):
-    """Classifiers of one data set: functions that load them by name, their classes, the size of their input."""
+    """Classifiers of one data set: functions that load them, by name; their classes; their input's size."""
 
     models: dict
     classes: tuple

@@ -1,4 +1,4 @@
-"""What the labs ask of networks: DRS turned up and down in a trained classifier, maps and features of one image."""
+"""What the labs ask of networks: DRS turned up and down in a trained classifier; one image's maps and features."""
 
 from contextlib import contextmanager
 
@@ -20,9 +20,9 @@ LEARNABLE = Configuration()
 class Dial:
     """A classifier with DRS modules in all six layers, whose control values can be set layer by layer.
 
-    model: as from `drs_lib.networks.classifier`. A classifier without DRS gets one, open (delta 1, a ReLU), in
-    the place of every ReLU, in a copy of it: turning it down is suppression at inference, of a network that
-    was trained without. One with DRS in all layers is used as it is.
+    model: as from `drs_lib.networks.classifier`. One without DRS is copied with a DRS module, open (delta 1, a
+    ReLU), in the place of every ReLU: turning it down is suppression at inference, of a network that was
+    trained without. One with DRS in all layers is used as it is.
     """
 
     def __init__(self, model: Classifier):
@@ -84,7 +84,7 @@ def class_probabilities(model, image, resize=None):
 
 
 def layer_features(model, image, resize=None):
-    """Each layer's output for one image, float32 arrays (K, h, w), as `drs_lib.plots.layer_mean` takes them."""
+    """Each layer's output for one image, float32 (K, h, w), as `drs_lib.plots.layer_mean` takes it."""
     images = prepared(image, resize, next(model.parameters()).device)
     with evaluating(model):
         return [features[0].cpu().numpy() for features in model.layer_outputs(images)]
