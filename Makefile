@@ -25,7 +25,7 @@ RUN_ARGS := --data "$(DATA)" $(if $(VOC_ROOT),--voc-root "$(VOC_ROOT)") $(if $(B
   $(if $(SEEDS),--seeds $(SEEDS))
 COURSE_ARGS := $(RUN_ARGS) $(if $(JOBS),--jobs $(JOBS)) $(if $(TABLES),--tables $(TABLES))
 
-.PHONY: help course test lab figures notebooks check-course reference weights bench lint env crf clean-env
+.PHONY: help course test lab lab-page figures notebooks check-course reference weights bench lint env crf clean-env
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -40,8 +40,12 @@ test: $(READY) ## run the whole test suite
 lab: $(READY) ## open JupyterLab in this folder
 	DRS_STORE="$(or $(DRS_STORE),$(CURDIR)/runs)" $(PY) -m jupyterlab
 
+lab-page: $(READY) ## show the labs, the pages with sliders, as one page without code
+	DRS_STORE="$(or $(DRS_STORE),$(CURDIR)/runs)" $(PY) -m voila notebooks/lab.ipynb
+
 figures: $(READY) ## draw figures/, which README and notebooks show, from the stored runs
 	$(PY) -m drs_lib.plots $(RUN_ARGS)
+	$(PY) -m drs_lib.widgets
 
 notebooks: $(READY) ## run all notebooks and store their outputs in them
 	$(PY) tools/notebooks.py run
@@ -55,10 +59,11 @@ reference: $(READY) ## measure the committed reference results again, three seed
 weights: $(READY) ## train the committed Critters weights again
 	$(PY) -m drs_lib.pretrain
 
-bench: $(READY) ## time a training step with and without DRS, localization maps and the CRF (20 minutes)
+bench: $(READY) ## time a training step with and without DRS, localization maps, the CRF and the labs (30 minutes)
 	$(PY) benchmarks/step.py $(BENCH_ARGS)
 	$(PY) benchmarks/maps.py
 	$(PY) benchmarks/crf.py
+	$(PY) benchmarks/labs.py
 
 lint: $(READY) ## check the code's style
 	$(PY) -m ruff check .

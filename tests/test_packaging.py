@@ -26,7 +26,7 @@ else:
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-CONDA_NAMES = {"pytorch": "torch"}
+CONDA_NAMES = {"pytorch": "torch", "playwright-python": "playwright"}
 IMPORT_NAMES = {"PIL": "pillow", "pydensecrf": "pydensecrf2", "yaml": "pyyaml"}
 # Under `make test`, make's own variables would reach the makes that are started here.
 WITHOUT_MAKE = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}

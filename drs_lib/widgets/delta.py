@@ -27,9 +27,9 @@ class DeltaLab(Lab):
 
     title = "Delta lab"
     about = (
-        "The localization map of one class without DRS (CAM) and with it. Smaller δ suppresses more, δ = 1 is "
-        "CAM. Difference: orange where DRS is higher, violet where it is lower. Object cue, map > α: blue right, "
-        "orange wrong, yellow missed."
+        "The localization map of one class without DRS (CAM) and with it. Smaller δ suppresses more, δ = 1 "
+        "is CAM. Difference: orange where DRS is higher, violet where it is lower. Object cue, map > α: blue "
+        "right, orange wrong, yellow missed."
     )
 
     def __init__(self, line, image=0, delta=0.55):
@@ -168,8 +168,8 @@ class DeltaLab(Lab):
             )
         if state["trained"] is None and not self._learnable:
             return (
-                "The run store has no classifier of Table 1 yet, so the right-hand map is CAM's. Run notebook "
-                "03, or make course, and then this cell again."
+                "The run store has no classifier of Table 1 yet, so the right-hand map is CAM's. Run "
+                "notebook 03, or make course, and then this cell again."
             )
         missing = "" if self._learnable else " The learnable one is not in the run store."
         return (

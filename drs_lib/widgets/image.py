@@ -21,7 +21,7 @@ VOC_SIDE = 320  # the release's size of the images from which maps are made
 
 
 class ImageLab(Lab):
-    """Localization maps of the classes that a classifier predicts, for an uploaded image or one of the data set's.
+    """Localization maps of the classes that are predicted for an uploaded image, or for one of the data set.
 
     A photograph is given to a VOC classifier: the run's own where it runs on VOC, else one that was trained
     from ImageNet weights and lies in the run store. Without one it goes to the Critters classifier, and the

@@ -1,4 +1,4 @@
-"""What the labs ask of networks: DRS turned up and down in a trained classifier; one image's maps and features."""
+"""What the labs ask of networks: DRS turned up and down in a trained classifier, maps and features."""
 
 from contextlib import contextmanager
 
@@ -20,8 +20,8 @@ LEARNABLE = Configuration()
 class Dial:
     """A classifier with DRS modules in all six layers, whose control values can be set layer by layer.
 
-    model: as from `drs_lib.networks.classifier`. One without DRS is copied with a DRS module, open (delta 1, a
-    ReLU), in the place of every ReLU: turning it down is suppression at inference, of a network that was
+    model: as from `drs_lib.networks.classifier`. One without DRS is copied with a DRS module, open (delta 1,
+    a ReLU), in the place of every ReLU: turning it down is suppression at inference, of a network that was
     trained without. One with DRS in all layers is used as it is.
     """
 

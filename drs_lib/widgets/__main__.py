@@ -1,0 +1,34 @@
+"""Draws a lab for the README from the stored runs: ``python -m drs_lib.widgets`` (part of `make figures`)."""
+
+import argparse
+from pathlib import Path
+
+from drs_lib.files import atomic_path
+from drs_lib.notebook import open_course
+from drs_lib.paper import Configuration
+from drs_lib.widgets import DeltaLab
+from drs_lib.widgets.networks import PLAIN
+
+DELTA = 0.4  # of Table 1: the strongest suppression there
+
+
+def main(arguments=None):
+    """Writes delta_lab.png: the lab in its mode "trained", on the first validation image of one class."""
+    parser = argparse.ArgumentParser(prog="python -m drs_lib.widgets", description=__doc__)
+    parser.add_argument("--out", default="figures", metavar="DIR", type=Path, help="default: figures")
+    options = parser.parse_args(arguments)
+    line = open_course("critters")
+    if not all(line.has("classify", c) for c in (PLAIN, Configuration(delta=DELTA))):
+        print("delta_lab is left out: the run store has no classifiers for it. `make course` makes them.")
+        return
+    val = line.data.val
+    image = next((i for i in range(len(val)) if val[i][1].sum() == 1), 0)
+    lab = DeltaLab(line, image=image).set(mode="trained", trained=DELTA)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with atomic_path(options.out / "delta_lab.png") as temporary:
+        temporary.write_bytes(lab.snapshot())
+    print(options.out / "delta_lab.png")
+
+
+if __name__ == "__main__":
+    main()
