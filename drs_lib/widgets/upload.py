@@ -1,16 +1,30 @@
 """Images that a user uploads: read with suspicion, refused with a sentence."""
 
 import io
+import math
 import warnings
+from contextlib import suppress
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 MOST_PIXELS = 40_000_000
 MOST_BYTES = 10_000_000  # a Jupyter server takes no larger message
 SMALLEST = 16  # pixels a side
-# What cameras, browsers and screenshots write; no format that starts another program to be read.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP")
+# What cameras, browsers and screenshots write; no format that starts another program to be read. ("JPEG" reads
+# the MPO of cameras too.)
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+# What else is uploaded by mistake, by how it begins.
+OTHERS = {
+    b"%PDF": "a PDF", b"%!PS": "PostScript", b"II*\0": "a TIFF", b"MM\0*": "a TIFF", b"\0\0\1\0": "an icon",
+    b"<svg": "an SVG", b"<?xml": "XML (an SVG?)", b"PK": "a ZIP archive",
+}  # fmt: skip
+# Of EXIF's orientation: what brings the picture upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 
 
 class ImageRefused(ValueError):
@@ -28,8 +42,8 @@ def read_image(data, longest):
     """
     if len(data) > MOST_BYTES:
         raise ImageRefused(
-            f"The file has {len(data) / 1e6:.0f} MB; at most {MOST_BYTES / 1e6:.0f} MB are read. Make a smaller "
-            "copy of it and upload that."
+            f"The file has {math.ceil(len(data) / 1e5) / 10} MB; at most {MOST_BYTES / 1e6:.0f} MB are read. Make "
+            "a smaller copy of it and upload that."
         )
     try:
         with warnings.catch_warnings():
@@ -41,21 +55,18 @@ def read_image(data, longest):
     except Exception:
         # A damaged header makes Pillow's readers raise errors of almost any kind.
         raise ImageRefused(
-            f"This file is not an image that can be read here. Upload one of {', '.join(FORMATS[:1] + FORMATS[2:])}."
+            f"The file is {_kind(data)}, not an image that can be read here. Upload one of {', '.join(FORMATS)}."
         ) from None
     width, height = image.size
     if width * height > MOST_PIXELS:
         raise _too_large(f"{width} x {height} pixels")
     if min(width, height) < SMALLEST:
         raise ImageRefused(
-            f"The image has {width} x {height} pixels; both sides must have {SMALLEST} or more."
+            f"The image has {width} x {height} pixels; both sides must have {SMALLEST} or more. Upload a larger "
+            "one."
         )
     try:
-        image.draft("RGB", (2 * longest, 2 * longest))  # a JPEG need not be decoded at full size
-        image = ImageOps.exif_transpose(image)
-        image = _on_white(image)
-        image.thumbnail((longest, longest), Image.Resampling.BICUBIC)
-        picture = np.array(image)
+        picture = np.array(_small(image, longest))
     except Exception as error:
         raise ImageRefused(
             f"The image is damaged or not complete ({error}). Save it again, or upload another."
@@ -74,15 +85,30 @@ def _too_large(size):
     )
 
 
-def _on_white(image):
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, np.float64)
+def _kind(data):
+    if not data:
+        return "empty"
+    if data[4:8] == b"ftyp":
+        return "a HEIC or AVIF image or a film"
+    return next((name for start, name in OTHERS.items() if data.startswith(start)), "damaged or of another kind")
+
+
+def _small(image, longest):
+    """The opened image at its final size, RGB and upright. Reduced first: all else is done to few pixels."""
+    image.draft("RGB", (2 * longest, 2 * longest))  # a JPEG need not be decoded at full size
+    deep = image.mode.startswith("I") or image.mode == "F"
+    image.load()  # a PNG may carry its transparency and orientation behind its pixels
+    clear = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+    turn = None
+    with suppress(Exception):  # an image is none the worse for damaged EXIF
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    image = image.convert("F" if deep else "RGBA" if clear else "RGB")
+    image.thumbnail((longest, longest), Image.Resampling.BICUBIC)
+    if deep:
+        values = np.asarray(image)
         span = values.max() - values.min()
-        return Image.fromarray(((values - values.min()) * (255 / (span or 1))).astype(np.uint8)).convert(
-            "RGB"
-        )
-    return image.convert("RGB")
+        image = Image.fromarray(((values - values.min()) * (255 / (span or 1))).astype(np.uint8)).convert("RGB")
+    elif clear:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image).convert("RGB")
+    return image if turn is None else image.transpose(turn)
