@@ -2,7 +2,7 @@
 
 import ipywidgets
 
-from drs_lib.paper import Configuration
+from drs_lib.paper import ALL_LAYERS, Configuration
 from drs_lib.plots import overlay
 from drs_lib.widgets import networks, pictures
 from drs_lib.widgets.lab import Lab, Recent, View, picker, show, slider, switch
@@ -10,6 +10,7 @@ from drs_lib.widgets.scenes import cue_scores, offer_classes, scene, score_table
 
 INFERENCE, TRAINED = "at inference", "trained"
 BY_HAND = "by hand"
+OPEN = (1.0,) * 6  # a ReLU in every layer: CAM
 
 
 class DeltaLab(Lab):
@@ -41,7 +42,7 @@ class DeltaLab(Lab):
         mini = budget.classify.backbone == "mini"
         self._trained = Recent(line.classifier, 12 if mini else 1)
         self._scene = Recent(lambda index: scene(val, index), 8)
-        self._plain_map = Recent(self._make_plain_map, 8)
+        self._map = Recent(self._make_map, 16)
         nearest = min(self._deltas, key=lambda stored: abs(stored - delta), default=None)
         modes = [("suppress at inference: plain classifier", INFERENCE)]
         modes.append(("trained with DRS: Table 1's classifiers", TRAINED))
@@ -75,29 +76,31 @@ class DeltaLab(Lab):
             [at["alpha"]],
         )
 
-    def _make_plain_map(self, index, label):
-        return self._map(self._dial.set([1.0] * 6), index, label)
-
-    def _map(self, model, index, label):
-        return networks.class_map(model, self._scene(index).image, label, self.line.budget.resize)
+    def _make_map(self, source, index, label):
+        """source: six control values for the plain classifier, or the configuration of a trained one."""
+        trained = isinstance(source, Configuration)
+        model = self._trained(source) if trained else self._dial.set(source)
+        with networks.on_threads(self.line):
+            return networks.class_map(model, self._scene(index).image, label, self.line.budget.resize)
 
     def adjust(self, name):
         at = self.controls
         if name == "image":
             offer_classes(at["label"], self._scene(at["image"].value))
         layers = [at[f"layer{n}"] for n in range(1, 7)]
-        if name == "preset" and at["preset"].value != BY_HAND:
+        if name == "per_layer":
+            at["preset"].value = next(
+                label for label, plugged in networks.layer_presets().items() if plugged == ALL_LAYERS
+            )
+        if name in ("preset", "per_layer", "delta") and at["preset"].value != BY_HAND:
             plugged = networks.layer_presets()[at["preset"].value]
             for n, control in enumerate(layers, 1):
                 control.value = at["delta"].value if n in plugged else 1.0
         if name.startswith("layer"):
             at["preset"].value = BY_HAND
-        if name == "per_layer" and at["per_layer"].value:
-            for control in layers:
-                control.value = at["delta"].value
         trained, each = at["mode"].value == TRAINED, at["per_layer"].value
         at["learnable"].disabled = not (trained and self._learnable)
-        show(at["delta"], not trained and not each)
+        show(at["delta"], not trained)
         show(at["trained"], trained and not at["learnable"].value)
         show(at["per_layer"], not trained)
         for control in (at["preset"], *layers):
@@ -120,12 +123,13 @@ class DeltaLab(Lab):
             return f"δ = {state['delta']:.2f} at inference"
         return "δ at inference, layers 1-6: " + " ".join(f"{d:.2f}" for d in _deltas(state))
 
-    def _model(self, state):
+    def _source(self, state):
+        """What the right-hand map is of, see `_make_map`; the plain classifier's where nothing is trained."""
         if state["mode"] == INFERENCE:
-            return self._dial.set(_deltas(state))
+            return _deltas(state)
         if state["learnable"] and self._learnable:
-            return self._trained(networks.LEARNABLE)
-        return None if state["trained"] is None else self._trained(Configuration(delta=state["trained"]))
+            return networks.LEARNABLE
+        return OPEN if state["trained"] is None else Configuration(delta=state["trained"])
 
     def view(self, state):
         index, label, alpha = state["image"], state["label"], state["alpha"]
@@ -133,10 +137,7 @@ class DeltaLab(Lab):
         note = self._note(state)
         if label is None:
             return View(pictures.sheet([[("image: it shows none of the classes", what.picture)]]), [], note)
-        with networks.on_threads(self.line):
-            cam = self._plain_map(index, label)
-            model = self._model(state)
-            drs = cam if model is None else self._map(model, index, label)
+        cam, drs = (self._map(source, index, label) for source in (OPEN, self._source(state)))
         on_object = what.on_object(label)
         cues = [
             pictures.compared_cue(what.picture, values > alpha, on_object, what.open) for values in (cam, drs)
@@ -180,8 +181,8 @@ class DeltaLab(Lab):
 
 def _deltas(state):
     if state["per_layer"]:
-        return [state[f"layer{n}"] for n in range(1, 7)]
-    return [state["delta"]] * 6
+        return tuple(state[f"layer{n}"] for n in range(1, 7))
+    return (state["delta"],) * 6
 
 
 def _short(state):

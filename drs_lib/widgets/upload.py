@@ -90,7 +90,9 @@ def _kind(data):
         return "empty"
     if data[4:8] == b"ftyp":
         return "a HEIC or AVIF image or a film"
-    return next((name for start, name in OTHERS.items() if data.startswith(start)), "damaged or of another kind")
+    return next(
+        (name for start, name in OTHERS.items() if data.startswith(start)), "damaged or of another kind"
+    )
 
 
 def _small(image, longest):
@@ -107,7 +109,9 @@ def _small(image, longest):
     if deep:
         values = np.asarray(image)
         span = values.max() - values.min()
-        image = Image.fromarray(((values - values.min()) * (255 / (span or 1))).astype(np.uint8)).convert("RGB")
+        image = Image.fromarray(((values - values.min()) * (255 / (span or 1))).astype(np.uint8)).convert(
+            "RGB"
+        )
     elif clear:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image).convert("RGB")
