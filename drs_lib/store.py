@@ -156,9 +156,12 @@ class RunStore:
         found = []
         for path in self.root.glob(f"{stage}/*/{META}"):
             try:
-                found.append(json.loads(path.read_text(encoding="utf-8")))
-            except (OSError, ValueError):
-                continue  # being written, or damaged: `get` tells
+                meta = json.loads(path.read_text(encoding="utf-8"))
+                # Another folder's name: being written, or set aside.
+                if meta["key"] == path.parent.name and meta["made_at"] is not None:
+                    found.append(meta)
+            except (OSError, ValueError, KeyError, TypeError):
+                continue  # damaged: `get` tells
         return sorted(found, key=lambda meta: (meta["made_at"], meta["key"]))
 
     def get(self, stage: str, config: Mapping, inputs: Mapping[str, str], version: int = 1) -> Entry | None:

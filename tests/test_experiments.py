@@ -679,6 +679,22 @@ def test_a_table_row_by_row(finished, tmp_path):
         experiments.run_row(1, CAM, line)
 
 
+def test_what_is_in_the_store_is_told_without_making_it(finished, tmp_path):
+    store, _, splits, budget = finished
+    line = Pipeline(splits, budget, store=store)
+    stages = [("classify", CAM), ("refine", REFINED), ("labels", REFINED), ("evaluate", CAM)]
+    assert all(line.has(*stage) for stage in stages)
+    assert not line.has("classify", Configuration(delta=0.123))
+    assert not Pipeline(splits, budget, store=store, seed=7).has("classify", CAM)
+    empty = Pipeline(splits, budget, store=tmp_path / "runs")
+    assert not any(empty.has(*stage) for stage in stages) and not empty.store.root.exists()
+    made = store.made_at("classify", line.stage("classify", CAM).key)
+    for not_before, there in ((made, True), (made + 1, False)):
+        assert Pipeline(splits, budget, store=store, not_before=not_before).has("classify", CAM) == there
+    with pytest.raises(ValueError, match="its refine is False"):
+        line.has("refine", CAM)
+
+
 def test_overwriting_one_training_leaves_what_it_reads(finished, tmp_path):
     *_, splits, budget = finished
     line = Pipeline(splits, budget, store=RunStore(tmp_path))

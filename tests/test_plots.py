@@ -152,8 +152,23 @@ def test_overlay_changes_outlines_the_object():
     untouched[2:4, 3:5] = True
     untouched[0, 0] = False
     np.testing.assert_array_equal(result[untouched], picture[untouched])
+
+
+def test_an_outline_is_the_region_s_rim():
+    region = np.zeros((7, 8), bool)
+    region[2:6, 3:7] = True
+    rim = region.copy()
+    rim[3:5, 4:6] = False
+    np.testing.assert_array_equal(plots.outline(region), rim)
+    # A hole has a rim too, and corners alone do not make neighbours.
+    region[4, 4] = False
+    assert plots.outline(region)[[3, 5, 4, 4], [4, 4, 3, 5]].all() and not plots.outline(region)[4, 4]
     # An object that the image's border cuts has no outline there.
-    assert not plots._outline(np.ones((3, 3), bool)).any()
+    assert not plots.outline(np.ones((3, 3), bool)).any()
+    half = np.zeros((4, 6), bool)
+    half[:, :3] = True
+    np.testing.assert_array_equal(plots.outline(half), np.arange(6)[None].repeat(4, 0) == 2)
+    assert not plots.outline(np.zeros((3, 3), bool)).any()
 
 
 def test_panels_take_pictures_maps_and_labels():

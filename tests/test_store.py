@@ -108,6 +108,40 @@ def test_overwrite_and_not_before(store):
     assert store.made_at("classify", "none") is None
 
 
+def test_metas_tell_what_is_there_oldest_first(store):
+    assert store.metas("classify") == []
+    entries = [store.get_or_make("classify", {"n": n}, INPUTS, fill) for n in (3, 1, 2)]
+    store.get_or_make("segment", {"n": 4}, INPUTS, fill)
+    found = store.metas("classify")
+    assert found == [entry.meta for entry in entries]
+    assert [meta["config"]["n"] for meta in found] == [3, 1, 2] and found[0]["inputs"] == INPUTS
+    store.get_or_make("classify", {"n": 3}, INPUTS, fill, overwrite=True)
+    assert [meta["config"]["n"] for meta in store.metas("classify")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", "{}", '{"key": "x", "made_at": null}', "\udcff"])
+def test_metas_pass_over_what_is_damaged(store, text):
+    good, bad = (store.get_or_make("classify", {"n": n}, INPUTS, fill) for n in (1, 2))
+    (bad.path / META).write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert store.metas("classify") == [good.meta]
+
+
+def test_metas_leave_out_what_was_set_aside_and_what_is_being_written(store):
+    entry = store.get_or_make("classify", CONFIG, INPUTS, fill)
+    truncate(entry.path / "model.safetensors")
+    seen = []
+
+    def make(writer):
+        fill(writer)
+        writer.json(META, {"key": entry.key, "made_at": 1.0})
+        seen.extend(store.metas("classify"))
+
+    with pytest.warns(UserWarning, match="damaged"):
+        again = store.get_or_make("classify", CONFIG, INPUTS, make)
+    assert seen == []
+    assert len(entries(store)) == 2 and store.metas("classify") == [again.meta]
+
+
 def test_failing_make_leaves_nothing(store):
     def fail(writer):
         writer.json("metrics.json", 1)

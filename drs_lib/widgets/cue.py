@@ -79,6 +79,7 @@ class CueLab(Lab):
                 for name, (text, low, high, step) in CRF_SLIDERS.items()
             },
         }
+        self.adjust("rule")
         at = self.controls
         groups = [
             [at["maps"], at["image"]],
@@ -212,7 +213,8 @@ def _pseudo_label(maps, saliency, state):
 def _cues(largest, saliency, state):
     """The two cues that the rule in use sees, and where they meet, in colours (H, W, 3)."""
     if state["rule"] == "release":
-        on_object, on_background = largest >= state["alpha"], 255 * saliency <= RELEASE_SALIENCY
+        on_object = (largest >= state["alpha"]) & (largest > 0)
+        on_background = 255 * saliency <= RELEASE_SALIENCY
     else:
         on_object, on_background = largest > state["alpha"], saliency < state["beta"]
     kinds = np.where(on_object, np.where(on_background, 2, 0), np.where(on_background, 1, 3))

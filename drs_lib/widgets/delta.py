@@ -40,10 +40,10 @@ class DeltaLab(Lab):
         self._deltas = networks.trained_deltas(line)
         self._learnable = line.has("classify", networks.LEARNABLE)
         mini = budget.classify.backbone == "mini"
-        self._trained = Recent(line.classifier, 12 if mini else 1)
+        self._trained = Recent(lambda what: networks.stored_classifier(line, what), 12 if mini else 1)
         self._scene = Recent(lambda index: scene(val, index), 8)
         self._map = Recent(self._make_map, 16)
-        nearest = min(self._deltas, key=lambda stored: abs(stored - delta), default=None)
+        nearest = {"value": min(self._deltas, key=lambda stored: abs(stored - delta))} if self._deltas else {}
         modes = [("suppress at inference: plain classifier", INFERENCE)]
         modes.append(("trained with DRS: Table 1's classifiers", TRAINED))
         self.controls = {
@@ -52,8 +52,8 @@ class DeltaLab(Lab):
             "label": picker("class", self._scene(image).classes),
             "delta": slider("δ", delta, 0.05, 1.0, 0.01),
             "trained": ipywidgets.SelectionSlider(
-                options=[(f"{stored:.2f}", stored) for stored in self._deltas] or [("none", None)],
-                value=nearest,
+                options=[(f"{stored:.2f}", stored) for stored in self._deltas] or [("none", 0.0)],
+                **nearest,
                 description="δ in training",
                 style={"description_width": "initial"},
                 layout={"width": "330px", "display": "none"},
@@ -114,11 +114,9 @@ class DeltaLab(Lab):
 
     def _control(self, state):
         if state["mode"] == TRAINED:
-            if state["learnable"]:
+            if state["learnable"] and self._learnable:
                 return "trained with the learnable controller"
-            return (
-                "nothing trained" if state["trained"] is None else f"trained with δ = {state['trained']:.2f}"
-            )
+            return "nothing trained" if not state["trained"] else f"trained with δ = {state['trained']:.2f}"
         if not state["per_layer"]:
             return f"δ = {state['delta']:.2f} at inference"
         return "δ at inference, layers 1-6: " + " ".join(f"{d:.2f}" for d in _deltas(state))
@@ -129,7 +127,7 @@ class DeltaLab(Lab):
             return _deltas(state)
         if state["learnable"] and self._learnable:
             return networks.LEARNABLE
-        return OPEN if state["trained"] is None else Configuration(delta=state["trained"])
+        return OPEN if not state["trained"] else Configuration(delta=state["trained"])
 
     def view(self, state):
         index, label, alpha = state["image"], state["label"], state["alpha"]
@@ -147,7 +145,7 @@ class DeltaLab(Lab):
                 [
                     ("image, outline of the mask", pictures.outlined(what.picture, on_object)),
                     ("CAM", overlay(what.picture, cam)),
-                    (f"DRS, {_short(state)}", overlay(what.picture, drs)),
+                    (f"DRS, {self._short(state)}", overlay(what.picture, drs)),
                 ],
                 [
                     ("DRS minus CAM", pictures.difference(drs - cam)),
@@ -167,7 +165,7 @@ class DeltaLab(Lab):
                 "The plain classifier, trained without DRS; the cap is put on while it looks at this image. "
                 "Whether a network learns from the cap is the other mode's question."
             )
-        if state["trained"] is None and not self._learnable:
+        if self._source(state) is OPEN:
             return (
                 "The run store has no classifier of Table 1 yet, so the right-hand map is CAM's. Run "
                 "notebook 03, or make course, and then this cell again."
@@ -178,14 +176,15 @@ class DeltaLab(Lab):
             f"Nothing is trained here.{missing}"
         )
 
+    def _short(self, state):
+        if state["mode"] == TRAINED:
+            if state["learnable"] and self._learnable:
+                return "learnable"
+            return "none trained" if not state["trained"] else f"trained, δ = {state['trained']:.2f}"
+        return "δ per layer" if state["per_layer"] else f"δ = {state['delta']:.2f}"
+
 
 def _deltas(state):
     if state["per_layer"]:
         return tuple(state[f"layer{n}"] for n in range(1, 7))
     return (state["delta"],) * 6
-
-
-def _short(state):
-    if state["mode"] == TRAINED:
-        return "learnable" if state["learnable"] else f"trained, δ = {state['trained'] or 1:.2f}"
-    return "δ per layer" if state["per_layer"] else f"δ = {state['delta']:.2f}"

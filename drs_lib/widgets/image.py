@@ -134,7 +134,7 @@ class ImageLab(Lab):
                 f"classifier, which has seen nothing but drawn images of six animals ({classes}): on a "
                 "photograph its answer means nothing."
             )
-        elif own:
+        elif own and self._voc is not self._own:
             texts.append("The classifier was trained on PASCAL VOC from ImageNet weights.")
         return " ".join(texts)
 

@@ -15,11 +15,12 @@ import asyncio
 import html
 import logging
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from typing import Any, NamedTuple
 
 import ipywidgets
 import numpy as np
+from traitlets import TraitError
 
 from drs_lib.widgets import pictures
 
@@ -95,7 +96,7 @@ class Lab:
         self.drawn: dict | None = None  # the state of the picture
         self.shown: View | None = None
         self.drawings = 0
-        self.seconds = 0.0  # the last drawing took
+        self._took = deque(maxlen=2)
         self._waiting, self._changed, self._since = None, 0.0, 0.0
         self._adjusting = self._holding = False
 
@@ -120,11 +121,17 @@ class Lab:
             raise KeyError(f"no control {unknown.pop()!r}; there are {', '.join(self.controls)}.")
         self._holding = True
         try:
-            for name, value in values.items():
-                self.controls[name].value = value
+            # Twice: a control may follow another, or have its range from another, that comes later.
+            for last in (False, True):
+                for name, value in values.items():
+                    try:
+                        self.controls[name].value = value
+                    except TraitError:
+                        if last:
+                            raise
         finally:
             self._holding = False
-        self.draw()
+            self.draw()
         return self
 
     def _build(self, *groups):
@@ -159,6 +166,9 @@ class Lab:
         self._adjusting = True
         try:
             self.adjust(name)
+        except Exception:
+            # Of an image that can't be read, for example: drawing it fails in the same way, and shows it.
+            _log.exception("%s: following %s failed", self.title, name)
         finally:
             self._adjusting = False
         if not self._holding:
@@ -173,19 +183,24 @@ class Lab:
         self._changed = now = loop.time()
         if self._waiting is None:
             self._since = now
-            if self.seconds > SLOW:
+            if self.slow:
                 self._say("Computing …")
             self._waiting = loop.call_later(self._quiet, self._when_quiet, loop)
 
     @property
+    def slow(self) -> bool:
+        """Whether a drawing takes longer than a moment; a single one, such as the first, does not count."""
+        return min(self._took, default=0) > SLOW
+
+    @property
     def _quiet(self):
-        return SETTLED if self.seconds > SLOW else QUIET
+        return SETTLED if self.slow else QUIET
 
     def _when_quiet(self, loop):
         now = loop.time()
         left = self._changed + self._quiet - now
         # A slow drawing waits for the hand to rest, a quick one is not put off for long.
-        if left > 0 and (self.seconds > SLOW or now - self._since < LONGEST_WAIT):
+        if left > 0 and (self.slow or now - self._since < LONGEST_WAIT):
             self._waiting = loop.call_later(left, self._when_quiet, loop)
         else:
             self.draw()
@@ -211,7 +226,7 @@ class Lab:
         self._say(view.alert, alert=True)
         self.drawn, self.shown = state, view
         self.drawings += 1
-        self.seconds = time.perf_counter() - began
+        self._took.append(time.perf_counter() - began)
 
     def _fail(self, error):
         blank = np.full((pictures.SIDE, 2 * pictures.SIDE, 3), 235, np.uint8)
@@ -232,18 +247,26 @@ class Lab:
             self.draw()
         numbers = [[_cell(cell) for cell in row] for row in self.shown.numbers]
         note = self.shown.alert or self.shown.note
-        return pictures.snapshot(self.title, self.describe(self.state), self.shown.picture, numbers, note)
+        return pictures.snapshot(self.title, self._described(), self.shown.picture, numbers, note)
+
+    def _described(self):
+        try:
+            return self.describe(self.state)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
 
     def close(self) -> None:
         """Removes the lab from the page and from memory."""
         if self._waiting is not None:
             self._waiting.cancel()
         for widget in (*_all(self.widget), self.widget):
-            widget.close()
+            for part in (getattr(widget, "style", None), widget.layout, widget):
+                if part is not None:
+                    part.close()
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         bundle = {
-            "text/plain": f"{self.title}: {self.describe(self.state)} (run the cell to use the controls)",
+            "text/plain": f"{self.title}: {self._described()} (run the cell to use the controls)",
             "image/png": self.snapshot(),
         }
         return bundle | {

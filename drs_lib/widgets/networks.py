@@ -11,6 +11,7 @@ from drs_lib.drs import DRS, ConstantController
 from drs_lib.localization import localization_maps
 from drs_lib.networks import Classifier, classifier
 from drs_lib.paper import ALL_LAYERS, Configuration, table_rows
+from drs_lib.pipeline import STAGE_VERSIONS
 from drs_lib.runtime import evaluating, memory_format, threads
 
 PLAIN = Configuration(drs_layers=())
@@ -126,6 +127,17 @@ def _listening(model, found):
 def on_threads(line):
     """The context in which a lab computes: as many threads as the budget trains with."""
     return threads(line.budget.classify.threads)
+
+
+def stored_classifier(line, configuration):
+    """The trained classifier from the run store. Raises FileNotFoundError: it is damaged or gone; a callback
+    must not train for minutes."""
+    stage = line.stage("classify", configuration)
+    version = STAGE_VERSIONS[stage.name]
+    if line.store.get(stage.name, stage.config, stage.inputs, version) is None:
+        folder = line.store.folder(stage.name, stage.key)
+        raise FileNotFoundError(f"the classifier in {folder} is damaged or gone; run make course.")
+    return line.classifier(configuration)
 
 
 def trained_deltas(line):

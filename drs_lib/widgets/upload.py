@@ -11,8 +11,11 @@ from PIL import ExifTags, Image
 MOST_PIXELS = 40_000_000
 MOST_BYTES = 10_000_000  # a Jupyter server takes no larger message
 SMALLEST = 16  # pixels a side
-# What cameras, browsers and screenshots write; no format that starts another program to be read. ("JPEG" reads
-# the MPO of cameras too.)
+# Of a JPEG's pixels times the passes in which they are coded, about 5 seconds: a progressive JPEG has ten
+# passes, a forged one 100,000.
+MOST_WORK = 8_000_000_000
+# What cameras, browsers and screenshots write; no format that starts another program to be read. Pillow's
+# JPEG reads the MPO of cameras too.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 # What else is uploaded by mistake, by how it begins.
 OTHERS = {
@@ -32,18 +35,19 @@ class ImageRefused(ValueError):
 
 
 def read_image(data, longest):
-    """An uploaded file's bytes as a picture, uint8 (H, W, 3), RGB, upright, its longer side at most ``longest``.
+    """An uploaded file's bytes as a picture, uint8 (H, W, 3), RGB, upright, its longer side at most
+    ``longest``.
 
-    Transparent parts are put on white; of a moving picture the first frame is taken. Nothing is decoded before
-    the size that the file claims was found small enough.
+    Transparent parts are put on white; of a moving picture the first frame is taken. Nothing is decoded
+    before the size that the file claims was found small enough.
 
     Raises:
         ImageRefused: no image, an unknown format, damaged or truncated, too many bytes or pixels, too small.
     """
     if len(data) > MOST_BYTES:
         raise ImageRefused(
-            f"The file has {math.ceil(len(data) / 1e5) / 10} MB; at most {MOST_BYTES / 1e6:.0f} MB are read. Make "
-            "a smaller copy of it and upload that."
+            f"The file has {math.ceil(len(data) / 1e5) / 10} MB; at most {MOST_BYTES / 1e6:.0f} MB are read. "
+            "Make a smaller copy of it and upload that."
         )
     try:
         with warnings.catch_warnings():
@@ -55,15 +59,23 @@ def read_image(data, longest):
     except Exception:
         # A damaged header makes Pillow's readers raise errors of almost any kind.
         raise ImageRefused(
-            f"The file is {_kind(data)}, not an image that can be read here. Upload one of {', '.join(FORMATS)}."
+            f"The file is {_kind(data)}, not an image that can be read here. Upload one of "
+            f"{', '.join(FORMATS)}."
         ) from None
     width, height = image.size
     if width * height > MOST_PIXELS:
         raise _too_large(f"{width} x {height} pixels")
     if min(width, height) < SMALLEST:
         raise ImageRefused(
-            f"The image has {width} x {height} pixels; both sides must have {SMALLEST} or more. Upload a larger "
-            "one."
+            f"The image has {width} x {height} pixels; both sides must have {SMALLEST} or more. Upload a "
+            "larger one."
+        )
+    # A pass begins with these two bytes, which coded pixels never hold.
+    passes = data.count(b"\xff\xda") if data.startswith(b"\xff\xd8") else 1
+    if width * height * passes > MOST_WORK:
+        raise ImageRefused(
+            f"The image is coded in {passes} passes, which could take minutes to read. Save it again, as an "
+            "ordinary JPEG."
         )
     try:
         picture = np.array(_small(image, longest))
@@ -73,15 +85,16 @@ def read_image(data, longest):
         ) from None
     if min(picture.shape[:2]) < SMALLEST:
         raise ImageRefused(
-            f"The image is a strip of {width} x {height} pixels; nothing would be left of its short side. Crop it."
+            f"The image is a strip of {width} x {height} pixels; nothing would be left of its short side. "
+            "Crop it."
         )
     return picture
 
 
 def _too_large(size):
     return ImageRefused(
-        f"The image has {size}; at most {MOST_PIXELS // 1_000_000} million are read. Make a smaller copy of it and "
-        "upload that."
+        f"The image has {size}; at most {MOST_PIXELS // 1_000_000} million are read. Make a smaller copy of "
+        "it and upload that."
     )
 
 
@@ -90,9 +103,10 @@ def _kind(data):
         return "empty"
     if data[4:8] == b"ftyp":
         return "a HEIC or AVIF image or a film"
-    return next(
-        (name for start, name in OTHERS.items() if data.startswith(start)), "damaged or of another kind"
-    )
+    for start, name in OTHERS.items():
+        if data.startswith(start):
+            return name
+    return "damaged or of another kind"
 
 
 def _small(image, longest):
@@ -102,16 +116,15 @@ def _small(image, longest):
     image.load()  # a PNG may carry its transparency and orientation behind its pixels
     clear = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
     turn = None
-    with suppress(Exception):  # an image is none the worse for damaged EXIF
+    with suppress(Exception), warnings.catch_warnings():  # an image is none the worse for damaged EXIF
+        warnings.simplefilter("ignore")
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     image = image.convert("F" if deep else "RGBA" if clear else "RGB")
     image.thumbnail((longest, longest), Image.Resampling.BICUBIC)
     if deep:
-        values = np.asarray(image)
-        span = values.max() - values.min()
-        image = Image.fromarray(((values - values.min()) * (255 / (span or 1))).astype(np.uint8)).convert(
-            "RGB"
-        )
+        values = np.asarray(image) - image.getextrema()[0]
+        grey = values * (255 / (values.max() or 1))
+        image = Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     elif clear:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image).convert("RGB")

@@ -1,0 +1,1098 @@
+"""The labs: a state gives a picture, its numbers are the library's, a burst of changes is one drawing."""
+
+import asyncio
+import base64
+import gc
+import io
+import json
+import logging
+import os
+import time
+import tracemalloc
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ipywidgets.widgets import widget as ipywidgets_widget
+from jupyter_client.manager import start_new_kernel
+from PIL import Image
+from torch import nn
+
+from drs_lib.crf import available, dense_crf
+from drs_lib.data import normalize, without_masks
+from drs_lib.drs import DRS, suppress, suppress_plain
+from drs_lib.labels import pseudo_labels
+from drs_lib.localization import iterate_maps, localization_maps
+from drs_lib.metrics import SegmentationScore, map_quality
+from drs_lib.networks import classifier
+from drs_lib.paper import ALL_LAYERS, Configuration, table_rows
+from drs_lib.pipeline import Pipeline, get_budget
+from drs_lib.plots import layer_mean
+from drs_lib.widgets import CueLab, DeltaLab, FeatureMapLab, ImageLab, LayerLab, pictures
+from drs_lib.widgets import cue as cue_module
+from drs_lib.widgets import delta as delta_module
+from drs_lib.widgets import lab as lab_module
+from drs_lib.widgets.lab import Lab, Recent, View, slider, table
+
+ROOT = Path(__file__).parents[1]
+PLAIN, LEARNABLE, REFINED = Configuration(drs_layers=()), Configuration(), Configuration(refine=True)
+LABS = [DeltaLab, FeatureMapLab, LayerLab, CueLab, ImageLab]
+
+
+def seeing_budget():
+    """The ci budget, but trained until the classifiers see something: after one epoch their maps are 0."""
+    ci = get_budget("ci")
+    return ci.replace(classify=ci.classify.replace(epochs=10))
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory):
+    """Three trained classifiers, the learnable one and a refinement network, in a store of their own."""
+    line = Pipeline("critters", seeing_budget(), store=tmp_path_factory.mktemp("runs"))
+    for configuration in (PLAIN, LEARNABLE, Configuration(delta=0.55), Configuration(delta=0.4)):
+        line.classifier(configuration)
+    line.refinement_network(REFINED)
+    return line
+
+
+@pytest.fixture(scope="module")
+def seen(line):
+    """The validation image and class that CAM and DRS find best: a map of zeros would prove nothing."""
+    models = line.classifier(PLAIN), with_plain_weights(line, ALL_LAYERS, 0.6)
+
+    def found(index, label):
+        return min(scores_of(model, line, index, label, 0.2)[2] for model in models)
+
+    pairs = [(i, c) for i in range(12) for c in line.data.val[i][1].nonzero().flatten().tolist()]
+    best = max(pairs, key=lambda pair: found(*pair))
+    assert found(*best) > 0.05
+    return dict(zip(("image", "label"), best, strict=True))
+
+
+@pytest.fixture
+def make(line):
+    """Makes labs, and closes them when the test is over."""
+    labs = []
+
+    def make_lab(kind, *arguments, **options):
+        labs.append(kind(*(arguments or (line,)), **options))
+        return labs[-1]
+
+    yield make_lab
+    for lab in labs:
+        lab.close()
+
+
+def decoded(data):
+    image = Image.open(io.BytesIO(data))
+    assert image.format == "JPEG"
+    return np.asarray(image)
+
+
+def column(lab, name):
+    """The scores in one column of a lab's table."""
+    head, *rows = lab.shown.numbers
+    return [row[head.index(name)] for row in rows if len(row) == len(head)]
+
+
+def images_with_classes(dataset, count):
+    return [i for i in range(len(dataset)) if dataset[i][1].sum() >= count]
+
+
+def quality(maps, line, index, label, alpha):
+    """[recall, precision, IoU] of a class, from maps (C, H, W)."""
+    labels = line.data.val[index][1]
+    scores = map_quality(maps[None], line.data.val.mask(index)[None], labels[None], alpha)["per_class"]
+    return [float(scores[key][label]) for key in ("recall", "precision", "iou")]
+
+
+def maps_of(model, line, index):
+    image, labels = line.data.val[index]
+    return localization_maps(model, normalize(image[None]), labels[None])[0]
+
+
+def scores_of(model, line, index, label, alpha):
+    return quality(maps_of(model, line, index), line, index, label, alpha)
+
+
+def with_plain_weights(line, layers, delta):
+    plain = line.classifier(PLAIN)
+    model = classifier(plain.backbone, plain.num_classes, layers, delta)
+    model.load_state_dict(plain.state_dict())
+    return model.eval()
+
+
+def activations(layer):
+    return [module for module in layer.modules() if isinstance(module, (nn.ReLU, DRS))]
+
+
+STATES = {
+    DeltaLab: [
+        {"delta": 0.05, "alpha": 0.0},
+        {"delta": 1.0, "alpha": 0.95},
+        {"image": 11},
+        {"per_layer": True, "layer3": 0.2},
+        {"mode": "trained", "trained": 0.4},
+        {"mode": "trained", "learnable": True},
+    ],
+    FeatureMapLab: [
+        {"delta": 0.05},
+        {"delta": 1.0},
+        {"image": 11, "channel": 3},
+        {"place": "layer 1", "channel": 15},
+        {"place": "layer 5, first"},
+    ],
+    LayerLab: [
+        {"delta": 0.05},
+        {"image": 11, **{f"layer{n}": False for n in range(1, 7)}},
+        {"preset": "DRS in layers 1-6"},
+        {"network": "learnable", "layer4": True},
+    ],
+    CueLab: [
+        {"alpha": 0.0, "beta": 0.0},
+        {"alpha": 0.95, "beta": 1.0, "image": 35},
+        {"rule": "release"},
+        {"maps": "CAM", "conflict": "ignore"},
+        {"maps": "DRS†, refined", "conflict": "object"},
+    ],
+    ImageLab: [{"image": 11}, {"network": "DRS (learnable)"}, {"source": "drawn", "image": 4}],
+}
+
+
+@pytest.mark.parametrize("kind", LABS)
+def test_every_state_is_a_jpeg_of_one_size(make, kind):
+    lab = make(kind)
+    shape = lab.shown.picture.shape
+    assert decoded(lab.picture.value).shape == shape
+    for state in STATES[kind]:
+        lab.set(**state)
+        view = lab.view(lab.state)
+        assert view.picture.dtype == np.uint8 and view.picture.shape == shape, state
+        assert decoded(lab.picture.value).shape == shape
+        np.testing.assert_array_equal(view.picture, lab.shown.picture)
+        # The bytes are a picture of what was drawn.
+        assert np.abs(decoded(lab.picture.value).astype(int) - view.picture).mean() < 6
+        assert lab.drawn == lab.state
+
+
+@pytest.mark.parametrize("kind", LABS)
+def test_a_picture_is_a_function_of_the_state_alone(make, kind):
+    used, states = make(kind), STATES[kind]
+    for state in states:
+        used.set(**state)
+    last = used.state
+    fresh = make(kind)
+    order = ["image", "mode", "place", "network", "maps", "per_layer", "label"]
+    order = [name for name in order if name in last]
+    state = {name: last[name] for name in [*order, *last] if name in fresh.controls}
+    fresh.set(**state)
+    assert fresh.state == last
+    assert fresh.picture.value == used.picture.value
+    assert fresh.numbers.value == used.numbers.value and fresh.note.value == used.note.value
+
+
+@pytest.mark.parametrize(
+    "kind, here, there",
+    [
+        (DeltaLab, {"delta": 0.8}, {"delta": 0.75}),
+        (DeltaLab, {"alpha": 0.2}, {"alpha": 0.4}),
+        (DeltaLab, {"image": 1, "label": 1}, {"label": 4}),
+        (DeltaLab, {"mode": "at inference"}, {"mode": "trained"}),
+        (DeltaLab, {"per_layer": True, "layer6": 1.0}, {"layer6": 0.1}),
+        (FeatureMapLab, {"delta": 0.5}, {"delta": 0.2}),
+        (FeatureMapLab, {"channel": 1}, {"channel": 2}),
+        (LayerLab, {"delta": 0.9}, {"delta": 0.6}),
+        (LayerLab, {"layer2": False}, {"layer2": True}),
+        (CueLab, {"alpha": 0.2}, {"alpha": 0.6}),
+        (CueLab, {"beta": 0.06}, {"beta": 0.5}),
+        (CueLab, {"rule": "paper"}, {"rule": "release"}),
+        (ImageLab, {"image": 0}, {"image": 1}),
+    ],
+)
+def test_there_and_back(make, seen, kind, here, there):
+    lab = make(kind)
+    if kind in (DeltaLab, LayerLab):
+        here = seen | here
+    first = bytes(lab.set(**here).picture.value)
+    assert bytes(lab.set(**here).picture.value) == first
+    assert bytes(lab.set(**there).picture.value) != first
+    assert bytes(lab.set(**here).picture.value) == first
+
+
+@pytest.mark.parametrize("kind", LABS)
+def test_every_control_has_a_label(make, kind):
+    lab = make(kind)
+    controls = [*lab.controls.values(), *([lab.upload] if kind is ImageLab else [])]
+    descriptions = [control.description for control in controls]
+    assert all(text.strip() for text in descriptions)
+    rows = [control.description for control in controls if control.layout.display != "none"]
+    assert len(set(rows)) == len(rows) or kind is ImageLab
+    assert lab.picture.tooltip
+
+
+@pytest.mark.parametrize("kind", LABS)
+def test_the_stored_picture_shows_the_state(make, kind):
+    lab = make(kind)
+    bundle = lab._repr_mimebundle_()
+    view = bundle["application/vnd.jupyter.widget-view+json"]
+    assert view["model_id"] == lab.widget.model_id
+    assert lab.title in bundle["text/plain"] and lab.describe(lab.state) in bundle["text/plain"]
+    image = Image.open(io.BytesIO(bundle["image/png"]))
+    image.load()
+    assert image.format == "PNG" and len(bundle["image/png"]) < 150_000
+    assert image.size[0] >= lab.shown.picture.shape[1] and image.size[1] > lab.shown.picture.shape[0]
+    again = lab.set(**STATES[kind][0])._repr_mimebundle_()
+    assert again["image/png"] != bundle["image/png"] and again["text/plain"] != bundle["text/plain"]
+    assert again["image/png"] == lab.snapshot()
+
+
+@pytest.mark.parametrize("delta", [0.05, 0.6, 1.0])
+def test_delta_lab_agrees_with_the_library(make, line, seen, delta):
+    lab = make(DeltaLab, delta=delta)
+    models = {"CAM": line.classifier(PLAIN), "DRS": with_plain_weights(line, ALL_LAYERS, delta)}
+    several = images_with_classes(line.data.val, 2)[0]
+    pairs = [(several, c) for c in line.data.val[several][1].nonzero().flatten().tolist()]
+    for index, label in [tuple(seen.values()), *pairs]:
+        for alpha in (0.0, 0.2, 0.9):
+            lab.set(image=index, label=label, alpha=alpha)
+            for name, model in models.items():
+                expected = scores_of(model, line, index, label, alpha)
+                np.testing.assert_allclose(column(lab, name), expected, atol=1e-3)
+            for value in column(lab, "DRS"):
+                assert f">{100 * value:.1f}<" in lab.numbers.value or np.isnan(value)
+    lab.set(**seen, alpha=0.2)
+    assert min(column(lab, "CAM")) > 0
+    assert (column(lab, "CAM") == column(lab, "DRS")) == (delta == 1.0)
+
+
+def test_delta_lab_draws_the_maps_it_scores(make, line, seen, monkeypatch):
+    drawn, overlay = [], delta_module.overlay
+
+    def record(image, values):
+        drawn.append(values)
+        return overlay(image, values)
+
+    monkeypatch.setattr(delta_module, "overlay", record)
+    lab = make(DeltaLab, delta=0.6)
+    drawn.clear()
+    lab.set(**seen)
+    models = line.classifier(PLAIN), with_plain_weights(line, ALL_LAYERS, 0.6)
+    for values, model in zip(drawn, models, strict=True):
+        np.testing.assert_allclose(values, maps_of(model, line, seen["image"])[seen["label"]], atol=1e-4)
+    assert np.abs(drawn[0] - drawn[1]).max() > 0.05
+
+
+@pytest.mark.parametrize("row", table_rows(2), ids=lambda row: row.label)
+def test_presets_are_the_rows_of_table_2(make, line, seen, row):
+    layers = row.configuration.drs_layers
+    lab = make(DeltaLab, delta=0.7).set(**seen, per_layer=True, preset=row.label)
+    assert [lab.state[f"layer{n}"] for n in range(1, 7)] == [0.7 if n in layers else 1 for n in range(1, 7)]
+    model = with_plain_weights(line, layers, 0.7 if layers else None)
+    label = seen["label"]
+    expected = scores_of(model, line, seen["image"], label, lab.state["alpha"])
+    np.testing.assert_allclose(column(lab, "DRS"), expected, atol=1e-3)
+    plugged = make(LayerLab, delta=0.7).set(**seen).set(preset=row.label)
+    assert [n for n in range(1, 7) if plugged.state[f"layer{n}"]] == list(layers)
+    np.testing.assert_allclose(column(plugged, "DRS"), expected, atol=1e-3)
+
+
+def test_one_delta_for_each_layer(make, line, seen):
+    deltas = [0.9, 0.7, 0.8, 1.0, 0.6, 0.95]
+    lab = make(DeltaLab).set(
+        **seen, per_layer=True, **{f"layer{n}": delta for n, delta in enumerate(deltas, 1)}
+    )
+    model = line.classifier(PLAIN)
+    for layer, delta in zip(model.layers, deltas, strict=True):
+        for module in activations(layer):
+            module.register_forward_pre_hook(lambda _, inputs, delta=delta: suppress_plain(*inputs, delta))
+    expected = scores_of(model, line, seen["image"], seen["label"], lab.state["alpha"])
+    np.testing.assert_allclose(column(lab, "DRS"), expected, atol=1e-3)
+    assert column(lab, "DRS") != column(lab, "CAM")
+    assert lab.state["preset"] == "by hand" and "0.90 0.70 0.80 1.00 0.60 0.95" in lab.describe(lab.state)
+
+
+def test_moving_one_layer_leaves_the_preset(make):
+    lab = make(DeltaLab).set(per_layer=True, preset="DRS in layers 5-6")
+    assert lab.set(layer5=0.3).state["preset"] == "by hand"
+    lab = make(LayerLab).set(preset="DRS in layers 5-6")
+    assert lab.set(layer4=True).state["preset"] == "DRS in layers 4-6"
+    assert lab.set(layer5=False).state["preset"] == "by hand"
+    assert [lab.state[f"layer{n}"] for n in range(1, 7)] == [False, False, False, True, False, True]
+
+
+@pytest.mark.parametrize("configuration", [Configuration(delta=0.4), Configuration(delta=0.55), LEARNABLE])
+def test_trained_mode_shows_the_trained_classifier(make, line, seen, configuration):
+    learnable = configuration.delta is None
+    state = {"learnable": True} if learnable else {"trained": configuration.delta}
+    lab = make(DeltaLab).set(**seen, mode="trained", **state)
+    maps = maps_of(line.classifier(configuration), line, seen["image"])
+    expected = quality(maps, line, seen["image"], seen["label"], lab.state["alpha"])
+    np.testing.assert_allclose(column(lab, "DRS"), expected, atol=1e-3)
+    said = "learnable" if learnable else f"{configuration.delta:.2f}"
+    assert said in lab.describe(lab.state)
+
+
+def test_each_mode_shows_its_own_controls(make):
+    lab = make(DeltaLab)
+
+    def visible():
+        return {name for name, control in lab.controls.items() if control.layout.display != "none"}
+
+    layers = {f"layer{n}" for n in range(1, 7)}
+    assert "delta" in visible() and not visible() & {"trained", "preset", *layers}
+    assert lab.controls["learnable"].disabled
+    inference = lab.note.value
+    lab.set(per_layer=True)
+    assert {"preset", *layers} < visible()
+    lab.set(mode="trained")
+    assert "trained" in visible() and not visible() & {"delta", "preset", *layers}
+    assert not lab.controls["learnable"].disabled and lab.note.value != inference
+    assert [value for _, value in lab.controls["trained"].options] == [0.4, 0.55]
+    lab.set(learnable=True)
+    assert "trained" not in visible()
+    lab.set(mode="at inference")
+    assert lab.note.value == inference and lab.controls["learnable"].disabled
+
+
+def test_disabled_controls_are_those_without_effect(make):
+    layers = make(LayerLab)
+    assert not layers.controls["delta"].disabled
+    first = layers.set(network="learnable").picture.value
+    assert layers.controls["delta"].disabled
+    assert layers.set(delta=0.1).picture.value == first
+    cues = make(CueLab)
+    first = cues.set(rule="release").picture.value
+    assert cues.controls["beta"].disabled and cues.controls["conflict"].disabled
+    assert cues.set(beta=0.9, conflict="object").picture.value == first
+    cues.set(rule="paper")
+    assert not cues.controls["beta"].disabled and not cues.controls["conflict"].disabled
+
+
+def test_a_budget_with_the_release_s_rule_begins_with_it(line):
+    budget = line.budget.replace(rule="release")
+    lab = CueLab(Pipeline("critters", budget, store=line.store), images=2)
+    assert lab.state["rule"] == "release" and lab.controls["beta"].disabled
+    lab.close()
+
+
+@pytest.mark.parametrize("kind", [DeltaLab, LayerLab])
+def test_the_classes_follow_the_image(make, line, kind):
+    lab, val = make(kind), line.data.val
+    for index in range(len(val)):
+        lab.controls["image"].value = index
+        present = val[index][1].nonzero().flatten().tolist()
+        assert [value for _, value in lab.controls["label"].options] == present
+        assert [name for name, _ in lab.controls["label"].options] == [val.classes[c] for c in present]
+        assert lab.state["label"] in present and lab.drawn == lab.state
+
+
+@pytest.fixture
+def nothing_in_image_2(line, monkeypatch):
+    """The validation images, the third without any class."""
+    val = line.data.val
+    whole = type(val).__getitem__
+
+    def without(self, index):
+        image, labels = whole(self, index)
+        return image, (labels * 0 if index == 2 and self.split == "val" else labels)
+
+    monkeypatch.setattr(type(val), "__getitem__", without)
+
+
+@pytest.mark.parametrize("kind", LABS)
+def test_an_image_without_classes(make, kind, nothing_in_image_2):
+    lab = make(kind, image=2)
+    bundle = lab._repr_mimebundle_()
+    assert Image.open(io.BytesIO(bundle["image/png"])).format == "PNG"
+    first = lab.picture.value
+    assert "alert" not in lab.busy.value and lab.drawn == lab.state
+    lab.set(image=3)
+    assert lab.picture.value != first
+    assert lab.set(image=2).picture.value == first
+
+
+def hooked_features(line, index):
+    """X, relu of what reaches each activation of the plain classifier, by layer and place."""
+    model, found = line.classifier(PLAIN), []
+    for layer in model.layers:
+        for module in activations(layer):
+            module.register_forward_hook(lambda m, inputs, output: found.append(output.detach().clone()))
+    with torch.no_grad():
+        model(normalize(line.data.val[index][0][None]))
+    return found
+
+
+@pytest.mark.parametrize("delta", [0.05, 0.55, 1.0])
+def test_feature_map_lab_is_algorithm_1(make, line, monkeypatch, delta):
+    drawn, heat = [], pictures.heat
+    monkeypatch.setattr(pictures, "heat", lambda values, *more: drawn.append(values) or heat(values, *more))
+    lab = make(FeatureMapLab, image=1, delta=delta)
+    features = hooked_features(line, 1)
+    places = list(lab.controls["place"].options)
+    assert len(places) == len(features)
+    for place, x in zip(places, features, strict=True):
+        lab.set(place=place, channel=0)
+        assert lab.controls["channel"].max == x.shape[1] - 1
+        channel = int(x[0].amax((1, 2)).argmax())
+        drawn.clear()
+        lab.set(channel=channel)
+        kept = suppress(x, delta)[0, channel].numpy()
+        values = x[0, channel].numpy()
+        np.testing.assert_allclose(drawn[0], values, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(drawn[1], kept, rtol=1e-4, atol=1e-5)
+        (_, peak), (_, tau), (_, above), (_, cut) = lab.shown.numbers[1:]
+        assert float(peak) == pytest.approx(values.max(), abs=1e-3)
+        assert float(tau) == pytest.approx(kept.max(), abs=1e-3)
+        assert above == pytest.approx((kept < values).mean(), abs=1 / values.size)
+        assert cut == pytest.approx(1 - kept.sum() / values.sum(), abs=1e-4)
+
+
+def test_a_channel_that_is_zero_everywhere(make, monkeypatch):
+    lab = make(FeatureMapLab)
+    found = lab._features(0)
+    found["layer 1"][3] = 0
+    lab.set(place="layer 1", channel=3)
+    assert "0 everywhere" in lab.note.value and "–" in lab.numbers.value
+    assert "alert" not in lab.busy.value
+    assert lab.set(channel=4).note.value == ""
+
+
+def test_feature_map_lab_begins_where_it_is_told(make):
+    lab = make(FeatureMapLab, place="layer 4", channel=7, delta=0.3)
+    assert {**lab.state} == {"image": 0, "place": "layer 4", "channel": 7, "delta": 0.3}
+    with pytest.raises(ValueError, match="layer 9.*expected one of 'layer 1'"):
+        make(FeatureMapLab, place="layer 9")
+
+
+def test_a_smaller_place_keeps_the_channel_within(make):
+    lab = make(FeatureMapLab, channel=60)
+    lab.set(place="layer 1")
+    assert lab.state["channel"] == lab.controls["channel"].max == 15
+    assert lab.set(place="layer 6, second").controls["channel"].max == 63
+
+
+@pytest.mark.parametrize(
+    "kind, state",
+    [
+        (FeatureMapLab, {"channel": 50, "place": "layer 6, first"}),
+        (DeltaLab, {"layer5": 0.3, "per_layer": True}),
+        (DeltaLab, {"label": 4, "image": 11}),
+        (CueLab, {"alpha": 0.33, "maps": "DRS†, refined"}),
+    ],
+)
+def test_set_takes_its_values_in_any_order(make, kind, state):
+    lab = make(kind, place="layer 1") if kind is FeatureMapLab else make(kind)
+    lab.set(**state)
+    assert {name: lab.state[name] for name in state} == state
+    assert lab.drawn == lab.state
+
+
+@pytest.mark.parametrize("delta", [0.6, 0.8])
+def test_layer_lab_without_boxes_is_cam_and_with_all_is_drs(make, line, seen, delta):
+    boxes = {f"layer{n}": n for n in range(1, 7)}
+    lab = make(LayerLab, layers=(), delta=delta).set(**seen)
+    np.testing.assert_array_equal(column(lab, "DRS"), column(lab, "no DRS"))
+    plain = quality(
+        maps_of(line.classifier(PLAIN), line, seen["image"]),
+        line,
+        seen["image"],
+        seen["label"],
+        line.budget.alpha,
+    )
+    np.testing.assert_allclose(column(lab, "DRS"), plain, atol=1e-3)
+    lab.set(**dict.fromkeys(boxes, True))
+    other = make(DeltaLab, delta=delta).set(**seen)
+    np.testing.assert_array_equal(column(lab, "DRS"), column(other, "DRS"))
+    np.testing.assert_array_equal(column(lab, "no DRS"), column(other, "CAM"))
+    assert column(lab, "DRS") != column(lab, "no DRS")
+
+
+@pytest.mark.parametrize("ticked", [(), (5, 6), (1, 2, 3, 4, 5, 6)])
+def test_layer_lab_takes_learned_modules_out(make, line, seen, monkeypatch, ticked):
+    drawn, heat = [], pictures.heat
+    monkeypatch.setattr(pictures, "heat", lambda values, *more: drawn.append(values) or heat(values, *more))
+    lab = make(LayerLab, layers=ticked).set(**seen)
+    drawn.clear()
+    lab.set(network="learnable")
+    model, features = line.classifier(LEARNABLE), []
+    for number, layer in enumerate(model.layers, 1):
+        for module in activations(layer):
+            if number not in ticked:
+                module.register_forward_hook(lambda m, inputs, output: inputs[0].relu())
+        layer.register_forward_hook(lambda m, inputs, output: features.append(output[0].numpy()))
+    maps = maps_of(model, line, seen["image"])
+    expected = quality(maps, line, seen["image"], seen["label"], line.budget.alpha)
+    np.testing.assert_allclose(column(lab, "DRS"), expected, atol=1e-3)
+    assert len(drawn) == 12
+    for values, layer in zip(drawn[6:], features, strict=True):
+        np.testing.assert_allclose(values, layer_mean(layer), atol=1e-4)
+
+
+def cue_inputs(line, kind, index):
+    """Maps and saliency of a training image, and its mask."""
+    train, budget = line.data.train, line.budget
+    options = {"scales": budget.scales, "resize": budget.resize, "indices": [index]}
+    model = {"DRS": LEARNABLE, "CAM": PLAIN}.get(kind)
+    model = line.refinement_network(REFINED) if model is None else line.classifier(model)
+    ((_, _, maps),) = iterate_maps(model, without_masks(train), **options)
+    return maps, train.saliency(index), train.mask(index)
+
+
+@pytest.fixture
+def labels_drawn(monkeypatch):
+    """The label maps that the cue lab draws."""
+    drawn, overlay_labels = [], cue_module.overlay_labels
+
+    def record(image, labels, classes):
+        drawn.append(labels)
+        return overlay_labels(image, labels, classes)
+
+    monkeypatch.setattr(cue_module, "overlay_labels", record)
+    return drawn
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"maps": "DRS", "alpha": 0.2, "beta": 0.06, "conflict": "background"},
+        {"maps": "CAM", "alpha": 0.0, "beta": 0.5, "conflict": "object"},
+        {"maps": "DRS†, refined", "alpha": 0.05, "beta": 1.0, "conflict": "ignore"},
+        {"maps": "DRS", "alpha": 0.3, "rule": "release"},
+        {"maps": "CAM", "alpha": 0.0, "rule": "release"},
+    ],
+)
+def test_cue_lab_s_label_is_the_library_s(make, line, labels_drawn, state):
+    lab = make(CueLab)
+    for index in images_with_classes(line.data.train, 2)[:2]:
+        labels_drawn.clear()
+        lab.set(image=index, **state)
+        maps, saliency, mask = cue_inputs(line, state["maps"], index)
+        rule = {name: value for name, value in state.items() if name in ("beta", "rule", "conflict")}
+        label = pseudo_labels(maps[None], saliency[None], state["alpha"], **rule)[0].numpy()
+        np.testing.assert_array_equal(labels_drawn[0], mask)
+        np.testing.assert_array_equal(labels_drawn[-1], label)
+        iou = SegmentationScore(line.data.train.num_classes + 1).update(label, mask).compute()["iou"]
+        present = [0, *(line.data.train[index][1].nonzero().flatten() + 1).tolist()]
+        np.testing.assert_allclose(column(lab, "IoU")[: len(present)], iou[present], equal_nan=True)
+        rows = lab.shown.numbers[1 : len(present) + 1]
+        for row, truth in zip(rows, present, strict=True):
+            shares = [(label[mask == truth] == value).mean() for value in [*present, 255]]
+            np.testing.assert_allclose(row[1:-1], shares, atol=1e-12)
+        assert lab.shown.numbers[-1][1] == pytest.approx((label == 255).mean())
+
+
+def test_the_cues_drawn_are_those_of_the_rule(make, line):
+    lab = make(CueLab)
+    colors = {name: pictures.rgb(color) for name, color in cue_module.CUE_COLORS.items()}
+    index = images_with_classes(line.data.train, 2)[0]
+    for rule, alpha in (("paper", 0.2), ("release", 0.2), ("release", 0.0), ("paper", 0.0)):
+        state = lab.set(image=index, rule=rule, alpha=alpha, beta=0.3).state
+        maps, saliency, _ = cue_inputs(line, "DRS", index)
+        picture = cue_module._cues(maps.amax(0).numpy(), saliency.astype(np.float32) / 255, state)
+        rules = {"rule": rule} if rule == "release" else {"beta": 0.3, "conflict": "object"}
+        label = pseudo_labels(maps[None], saliency[None], alpha, **rules)[0].numpy()
+
+        def painted(name, picture=picture):
+            return (picture == colors[name]).all(-1)
+
+        assert (maps.amax(0).numpy()[painted("object") | painted("both")] > 0).all()
+
+        if rule == "paper":
+            np.testing.assert_array_equal(painted("object") | painted("both"), (label > 0) & (label < 255))
+            np.testing.assert_array_equal(painted("neither"), label == 255)
+        else:  # what has both cues is the background's; very sure maps of several classes are ignored
+            assert ((label == 0) <= (painted("background") | painted("both"))).all()
+            assert np.isin(label[painted("background") | painted("both")], (0, 255)).all()
+            assert not (painted("object") & (label == 0)).any()
+            assert (painted("neither") <= (label == 255)).all()
+
+
+def test_a_map_of_zero_is_no_object_cue():
+    largest, saliency = np.float32([[0.0, 0.5]]), np.ones((1, 2), np.float32)
+    for rule in ("paper", "release"):
+        picture = cue_module._cues(largest, saliency, {"alpha": 0.0, "beta": 0.06, "rule": rule})
+        label = pseudo_labels(largest[None, None], saliency[None], 0.0, rule=rule)[0].numpy()
+        assert label.tolist() == [[255, 1]]
+        names = ["neither", "object"]
+        assert picture[0].tolist() == [list(pictures.rgb(cue_module.CUE_COLORS[name])) for name in names]
+
+
+def test_the_maps_bring_their_own_threshold(make, line):
+    lab = make(CueLab).set(maps="DRS†, refined")
+    assert lab.state["alpha"] == line.budget.refined_alpha != line.budget.alpha
+    assert lab.set(maps="CAM").state["alpha"] == line.budget.alpha
+
+
+@pytest.mark.skipif(not available(), reason="pydensecrf is not installed")
+def test_cue_lab_s_crf_is_the_library_s(make, line, labels_drawn):
+    lab = make(CueLab)
+    index = images_with_classes(line.data.train, 2)[0]
+    sliders = {"gaussian_sxy": 2.0, "gaussian_weight": 4.0, "bilateral_sxy": 20.0, "bilateral_srgb": 9.0,
+               "bilateral_weight": 6.0}  # fmt: skip
+    assert all(lab.controls[name].layout.display == "none" for name in sliders)
+    lab.set(image=index, crf=True, **sliders)
+    assert all(lab.controls[name].layout.display != "none" for name in sliders)
+    maps, saliency, mask = cue_inputs(line, "DRS", index)
+    budget = line.budget
+    label = pseudo_labels(maps[None], saliency[None], budget.alpha, budget.beta)[0].numpy()
+    present = np.array([0, *(line.data.train[index][1].nonzero().flatten() + 1).tolist()])
+    start = np.full((len(present), *label.shape), 1 / len(present), np.float32)
+    for row, value in enumerate(present):
+        start[:, label == value] = 0.3 / (len(present) - 1)
+        start[row, label == value] = 0.7
+    picture = line.data.train[index][0].permute(1, 2, 0).contiguous().numpy()
+    expected = present[dense_crf(start, picture, replace(budget.crf("largefov"), **sliders)).argmax(0)]
+    np.testing.assert_array_equal(labels_drawn[-1], expected)
+    assert (expected != label).any() and not (labels_drawn[-1] == 255).any()
+    iou = SegmentationScore(line.data.train.num_classes + 1).update(expected, mask).compute()["iou"]
+    np.testing.assert_allclose(column(lab, "IoU")[: len(present)], iou[present])
+
+
+def test_without_the_crf_the_cue_lab_says_how_to_get_it(make, monkeypatch):
+    monkeypatch.setattr(cue_module, "available", lambda: False)
+    lab = make(CueLab, images=2)
+    assert lab.controls["crf"].disabled
+    texts = [child.value for row in lab.widget.children for child in getattr(row, "children", ())
+             if isinstance(getattr(child, "value", None), str)]  # fmt: skip
+    assert any("pydensecrf" in text for text in texts)
+
+
+def test_a_store_without_table_1_says_so(tmp_path):
+    line = Pipeline("critters", "ci", store=tmp_path)
+    line.classifier(PLAIN)
+    lab = DeltaLab(line, image=1)
+    lab.set(mode="trained")
+    assert "no classifier" in lab.note.value and "notebook 03" in lab.note.value
+    np.testing.assert_array_equal(column(lab, "DRS"), column(lab, "CAM"))
+    assert lab.controls["learnable"].disabled
+    assert lab.set(learnable=True).describe(lab.state) == lab.set(learnable=False).describe(lab.state)
+    assert [path.name for path in (tmp_path / "classify").iterdir() if path.name != ".locks"] == [
+        line.stage("classify", PLAIN).key
+    ]
+    lab.close()
+    layers, own = LayerLab(line), ImageLab(line)
+    assert [value for _, value in layers.controls["network"].options] == ["plain"]
+    assert len(own.controls["network"].options) == 1
+    layers.close()
+    own.close()
+
+
+def test_with_the_learnable_classifier_alone_cam_is_not_passed_off_as_drs(tmp_path):
+    line = Pipeline("critters", "ci", store=tmp_path)
+    line.classifier(PLAIN)
+    line.classifier(LEARNABLE)
+    lab = DeltaLab(line, image=1).set(mode="trained")
+    if lab.state["learnable"]:  # a lab may tick it by itself
+        assert column(lab, "DRS") != column(lab, "CAM")
+    else:
+        assert "no classifier" in lab.note.value
+    lab.set(learnable=True)
+    expected = scores_of(line.classifier(LEARNABLE), line, 1, lab.state["label"], 0.2)
+    np.testing.assert_allclose(column(lab, "DRS"), expected, atol=1e-3)
+    assert "no classifier" not in lab.note.value
+    lab.close()
+
+
+def test_a_damaged_classifier_is_said_and_not_trained_in_a_callback(tmp_path, monkeypatch):
+    line = Pipeline("critters", "ci", store=tmp_path)
+    line.classifier(PLAIN)
+    for delta in (0.4, 0.6):
+        line.classifier(Configuration(delta=delta))
+    stage = line.stage("classify", Configuration(delta=0.4))
+    path = line.store.folder("classify", stage.key) / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    lab = DeltaLab(line, image=1)
+    trainings = []
+    monkeypatch.setattr("drs_lib.train.train_classifier", lambda *a, **k: trainings.append(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lab.set(mode="trained", trained=0.4)
+    assert not trainings and path.read_bytes() == whole[:-9]
+    assert "alert" in lab.busy.value and "damaged" in lab.busy.value and lab.numbers.value == ""
+    lab.set(trained=0.6)
+    assert "alert" not in lab.busy.value and "IoU" in lab.numbers.value
+    path.write_bytes(whole)
+    assert "IoU" in lab.set(trained=0.4).numbers.value
+    lab.close()
+
+
+class Plate(Lab):
+    """A lab without networks: a square whose shade is the slider."""
+
+    title, about = "Plate", "A square."
+
+    def __init__(self, pause=0.0):
+        super().__init__(None)
+        self.pause = pause
+        self.controls = {"shade": slider("shade", 0, 0, 255, 1), "other": slider("other", 0, 0, 255, 1)}
+        self._build(list(self.controls.values()))
+
+    def adjust(self, name):
+        if name == "other" and self.controls["other"].value == 99:
+            raise OSError("no other 99")
+
+    def describe(self, state):
+        if state["other"] == 99:
+            raise OSError("no other 99")
+        return f"shade {state['shade']}"
+
+    def view(self, state):
+        if state["shade"] == 13:
+            raise ArithmeticError("13 is <unlucky>")
+        if state["other"] == 99:
+            raise OSError("no other 99")
+        time.sleep(self.pause)
+        picture = np.full((24, 32, 3), state["shade"], np.uint8)
+        return View(picture, [["shade", ""], ["value", str(state["shade"])]], f"note {state['shade']}")
+
+
+@pytest.fixture
+def plate():
+    lab = Plate()
+    yield lab
+    lab.close()
+
+
+async def settled(lab, timeout=30):
+    """Waits until the lab shows its controls' values, and a little longer."""
+    deadline = time.monotonic() + timeout
+    while lab.drawn != lab.state:
+        assert time.monotonic() < deadline, "the lab does not draw"
+        await asyncio.sleep(0.005)
+    await asyncio.sleep(0.1)
+
+
+def test_a_burst_is_drawn_once_with_its_last_values(plate):
+    async def drag():
+        for value in range(1, 31):
+            plate.controls["shade"].value = value
+        assert plate.drawn["shade"] == 0, "a change is not drawn inside its own message"
+        await settled(plate)
+
+    before = plate.drawings
+    asyncio.run(drag())
+    assert plate.drawings == before + 1 and plate.drawn["shade"] == 30
+    assert decoded(plate.picture.value)[0, 0, 0] == 30 and "30" in plate.numbers.value
+
+
+def test_a_queue_of_messages_is_drawn_once(plate, monkeypatch):
+    monkeypatch.setattr(lab_module, "LONGEST_WAIT", 20.0)  # a busy machine may take long between two of them
+
+    async def drag():
+        for value in range(1, 31):
+            plate.controls["shade"].value = value
+            await asyncio.sleep(0)
+        await settled(plate)
+
+    before = plate.drawings
+    asyncio.run(drag())
+    assert before + 1 <= plate.drawings <= before + 2 and plate.drawn["shade"] == 30
+
+
+def test_a_steady_stream_is_not_put_off(plate, monkeypatch):
+    monkeypatch.setattr(lab_module, "QUIET", 0.04)  # so that the stream is never quiet
+    shown = set()
+
+    async def drag():
+        ends = time.monotonic() + 1.0
+        value = 0
+        while time.monotonic() < ends:
+            value = value % 250 + 14
+            plate.controls["shade"].value = value
+            await asyncio.sleep(0.002)
+            shown.add(plate.drawings)
+        await settled(plate)
+
+    asyncio.run(drag())
+    assert len(shown) > 3 and plate.drawn == plate.state
+
+
+def test_a_slow_lab_waits_for_the_hand_and_says_that_it_computes(monkeypatch):
+    monkeypatch.setattr(lab_module, "SLOW", 0.05)
+    monkeypatch.setattr(lab_module, "SETTLED", 0.5)
+    lab = Plate(pause=0.1)
+
+    async def drag():
+        before = lab.drawings
+        for value in range(14, 44):
+            lab.controls["shade"].value = value
+            await asyncio.sleep(0.02)
+            assert "Computing" in lab.busy.value and 'role="status"' in lab.busy.value
+        during = lab.drawings - before
+        await settled(lab)
+        return during, lab.drawings - before
+
+    during, all_in_all = asyncio.run(drag())
+    assert during == 0 and all_in_all == 1
+    assert lab.drawn["shade"] == 43 and lab.busy.value == ""
+    lab.close()
+
+
+def test_without_a_loop_a_change_is_drawn_at_once(plate):
+    plate.controls["shade"].value = 77
+    assert plate.drawn["shade"] == 77 and "77" in plate.note.value
+
+
+def test_set_draws_at_once_and_what_waited_is_not_drawn_again(plate):
+    async def moves():
+        plate.controls["shade"].value = 5
+        plate.set(shade=6)
+        assert plate.drawn["shade"] == 6
+        now = plate.drawings
+        await asyncio.sleep(0.15)
+        return plate.drawings - now
+
+    assert asyncio.run(moves()) == 0
+    with pytest.raises(KeyError, match="no control 'depth'; there are shade, other"):
+        plate.set(depth=3)
+
+
+def test_the_stored_picture_is_never_behind(plate):
+    async def moves():
+        first = plate.snapshot()
+        plate.controls["shade"].value = 200
+        assert plate.snapshot() != first and plate.drawn["shade"] == 200
+        assert (plate.shown.picture == 200).all()
+
+    asyncio.run(moves())
+
+
+@pytest.mark.parametrize("bad", [{"shade": 13}, {"other": 99}])
+def test_an_error_is_shown_in_the_picture_s_place_and_the_next_state_recovers(plate, bad, caplog):
+    good = plate.set(shade=200).picture.value
+    with caplog.at_level(logging.CRITICAL):
+        for name, value in bad.items():
+            plate.controls[name].value = value
+        assert "alert" in plate.busy.value
+        assert ("13 is &lt;unlucky&gt;" if bad == {"shade": 13} else "no other 99") in plate.busy.value
+        assert plate.picture.value != good and plate.numbers.value == "" and plate.note.value == ""
+        assert len(np.unique(decoded(plate.picture.value))) == 1 and plate.drawn is None
+        bundle = plate._repr_mimebundle_()
+    assert Image.open(io.BytesIO(bundle["image/png"])).format == "PNG" and "Plate" in bundle["text/plain"]
+    plate.controls["other"].value = 0
+    plate.controls["shade"].value = 200
+    assert plate.picture.value == good and plate.busy.value == "" and plate.drawn == plate.state
+
+
+def test_an_error_in_a_loop_recovers_too(plate, caplog):
+    async def moves():
+        plate.controls["shade"].value = 13
+        await asyncio.sleep(0.2)
+        assert "alert" in plate.busy.value
+        plate.controls["shade"].value = 14
+        await settled(plate)
+
+    with caplog.at_level(logging.CRITICAL):
+        asyncio.run(moves())
+    assert plate.busy.value == "" and plate.drawn["shade"] == 14
+
+
+def test_a_value_that_set_cannot_take_leaves_no_stale_picture(make):
+    lab = make(DeltaLab)
+    with pytest.raises(Exception, match="(?i)selection|label"):
+        lab.set(image=3, label=77)
+    assert lab.drawn == lab.state
+
+
+def test_two_labs_do_not_disturb_each_other(make, line, seen):
+    one, two = make(DeltaLab, delta=0.9).set(**seen), make(DeltaLab, delta=0.6).set(**seen)
+    layers = make(LayerLab).set(**seen)
+    kept, of_layers = two.picture.value, layers.picture.value
+
+    async def drag():
+        for value in np.linspace(0.9, 0.6, 30):
+            one.controls["delta"].value = value
+        await settled(one)
+
+    counts = two.drawings, layers.drawings
+    asyncio.run(drag())
+    assert (two.drawings, layers.drawings) == counts
+    assert two.picture.value == kept and layers.picture.value == of_layers
+    assert one.picture.value == kept, "both are now in the same state"
+    assert two.set(alpha=0.5).set(alpha=line.budget.alpha).picture.value == kept
+    assert layers.set(delta=0.8).set(delta=0.55).picture.value == of_layers
+
+
+def live_widgets():
+    return set(ipywidgets_widget._instances)
+
+
+@pytest.mark.parametrize("kind", LABS)
+def test_a_closed_lab_leaves_nothing_behind(line, kind):
+    before = live_widgets()
+    lab = kind(line)
+    assert len(live_widgets() - before) > 10
+    lab.close()
+    left = [type(ipywidgets_widget._instances[key]).__name__ for key in live_widgets() - before]
+    assert left == []
+
+
+def test_closing_a_lab_that_waits_to_draw(plate):
+    async def moves():
+        plate.controls["shade"].value = 3
+        plate.close()
+        await asyncio.sleep(0.2)
+
+    before = plate.drawings
+    asyncio.run(moves())
+    assert plate.drawings == before
+
+
+def test_two_thousand_moves_leave_nothing_behind(make, line):
+    labs = [make(DeltaLab), make(FeatureMapLab)]
+
+    async def move(count, seed):
+        rng = np.random.default_rng(seed)
+        for k in range(count // 40):
+            for _ in range(20):
+                for lab in labs:
+                    lab.controls["image"].value = int(rng.integers(10))
+                    lab.controls["delta"].value = float(rng.choice([0.05, 0.3, 0.5, 0.8, 1.0]))
+            labs[1].controls["channel"].value = k % 16
+            for lab in labs:
+                while lab.drawn != lab.state:
+                    await asyncio.sleep(0.001)
+
+    def held():
+        gc.collect()
+        return len(gc.get_objects()), tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        asyncio.run(move(1200, seed=0))
+        widgets = live_widgets()
+        objects, memory = held()
+        asyncio.run(move(2000, seed=1))
+        more_objects, more_memory = (b - a for a, b in zip((objects, memory), held(), strict=True))
+    finally:
+        tracemalloc.stop()
+    assert live_widgets() == widgets
+    # The caches were full before. These were a hundred drawings: a picture is 1.3 MB, a JPEG 50 kB.
+    assert more_objects < 1500 and more_memory < 2_500_000
+    for lab in labs:
+        for cache in (value for value in vars(lab).values() if isinstance(value, Recent)):
+            assert len(cache._kept) <= cache.size
+
+
+def test_recent_keeps_the_last_few():
+    made = []
+    recent = Recent(lambda *key: made.append(key) or key, 2)
+    assert [recent(k)[0] for k in (1, 2, 1, 3, 1, 2)] == [1, 2, 1, 3, 1, 2]
+    assert made == [(1,), (2,), (3,), (2,)]
+
+
+def test_tables_are_escaped_and_shares_are_percent():
+    rows = [["<b>", "x"], ["a & b", 0.1234], ["nan", float("nan")], [None, 1.0]]
+    text = table(rows)
+    assert "&lt;b&gt;" in text and "a &amp; b" in text and "<b>" not in text
+    assert ">12.3<" in text and ">–<" in text and ">100.0<" in text and "None" not in text
+    assert table([]) == ""
+
+
+@pytest.fixture(scope="module")
+def voc_line(voc_tree, tmp_path_factory):
+    return Pipeline("voc", "ci", voc_root=voc_tree, store=tmp_path_factory.mktemp("voc-runs"))
+
+
+def test_voc_images_of_other_sizes(voc_line):
+    lab = DeltaLab(voc_line, delta=0.3)
+    drs = with_plain_weights(voc_line, ALL_LAYERS, 0.3)
+    val, sizes = voc_line.data.val, set()
+    for index in range(len(val)):
+        lab.set(image=index)
+        picture = decoded(lab.picture.value)
+        assert picture.shape == lab.shown.picture.shape and picture.shape[1] == 780
+        sizes.add(tuple(val[index][0].shape[1:]))
+        ((_, _, maps),) = iterate_maps(drs, val, resize=voc_line.budget.resize, indices=[index])
+        expected = quality(maps, voc_line, index, lab.state["label"], lab.state["alpha"])
+        np.testing.assert_allclose(column(lab, "DRS"), expected, atol=5e-3)
+    assert len(sizes) == 3 and all(height != width for height, width in sizes)
+    lab.close()
+
+
+def test_vgg16_on_a_processor_debounces_and_says_that_it_is_busy(voc_line, monkeypatch):
+    lab = LayerLab(voc_line)
+    monkeypatch.setattr(lab_module, "SLOW", min(lab._took) / 1000)
+    said = set()
+
+    async def drag():
+        before = lab.drawings
+        for value in range(30):
+            lab.controls["delta"].value = 0.3 + value / 100
+            await asyncio.sleep(0.005)
+            said.add(lab.busy.value)
+        await settled(lab)
+        return lab.drawings - before
+
+    assert asyncio.run(drag()) == 1
+    assert lab.drawn["delta"] == 0.59 and lab.busy.value == ""
+    assert len(said) == 1 and "Computing" in said.pop()
+    lab.close()
+
+
+def test_every_lab_opens_on_voc(voc_line):
+    for kind in (FeatureMapLab, CueLab, ImageLab):
+        lab = kind(voc_line)
+        lab.set(image=2)
+        assert "alert" not in lab.busy.value and lab.drawn["image"] == 2, kind
+        lab.close()
+
+
+def test_in_a_real_kernel_thirty_queued_messages_become_one_drawing(line):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    manager, client = start_new_kernel(startup_timeout=120, env=environment)
+    try:
+        setup = (
+            "from drs_lib.pipeline import Pipeline, get_budget\n"
+            "from drs_lib.widgets import DeltaLab\n"
+            "budget = get_budget('ci')\n"
+            "budget = budget.replace(classify=budget.classify.replace(epochs=10))\n"
+            f"line = Pipeline('critters', budget, store={str(line.store.root)!r})\n"
+            "lab = DeltaLab(line, image=1, delta=0.9)\n"
+            "for warm in (0.8, 0.7):\n"
+            "    lab.set(delta=warm)\n"
+            "lab"
+        )
+        asked = (
+            "[lab.controls['delta'].comm.comm_id, lab.picture.comm.comm_id, lab.drawings, lab.drawn['delta']]"
+        )
+
+        def ask():
+            reply = client.execute("", user_expressions={"x": f"__import__('json').dumps({asked})"},
+                                   silent=True, reply=True, timeout=120)  # fmt: skip
+            return json.loads(eval(reply["content"]["user_expressions"]["x"]["data"]["text/plain"]))
+
+        shown = []
+        reply = client.execute_interactive(setup, timeout=240, output_hook=shown.append)
+        assert reply["content"]["status"] == "ok", reply["content"]
+        (data,) = [m["content"]["data"] for m in shown if m["msg_type"] == "execute_result"]
+        assert "application/vnd.jupyter.widget-view+json" in data
+        assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG")
+        assert "Delta lab" in data["text/plain"]
+        handle, picture, before, drawn = ask()
+        assert drawn == 0.7
+        for value in range(30):
+            content = {"method": "update", "state": {"value": 0.1 + value / 100}, "buffer_paths": []}
+            message = client.session.msg("comm_msg", {"comm_id": handle, "data": content})
+            client.shell_channel.send(message)
+        deadline = time.monotonic() + 60
+        while (state := ask())[3] != pytest.approx(0.39):
+            assert time.monotonic() < deadline, f"still shows {state}"
+        time.sleep(0.3)
+        *_, after, drawn = ask()
+        assert drawn == pytest.approx(0.39) and 1 <= after - before <= 2
+        sent = 0
+        while True:
+            try:
+                message = client.get_iopub_msg(timeout=1)
+            except Exception:
+                break
+            sent += message["msg_type"] == "comm_msg" and message["content"]["comm_id"] == picture
+        assert sent == after - before, "every drawing sends one picture, and nothing else does"
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)

@@ -1,0 +1,412 @@
+"""What is uploaded to a lab: a picture comes of it, or a sentence, and the lab goes on."""
+
+import io
+import struct
+import subprocess
+import sys
+import zlib
+from datetime import datetime
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from drs_lib.networks import classifier
+from drs_lib.paper import Configuration
+from drs_lib.pipeline import STAGE_VERSIONS, Pipeline, get_budget
+from drs_lib.widgets import ImageLab
+from drs_lib.widgets import upload as upload_module
+from drs_lib.widgets.upload import MOST_BYTES, ImageRefused, read_image
+
+NOISE = np.random.default_rng(0).integers(0, 255, (120, 160, 3), dtype=np.uint8)
+PHOTO = Image.fromarray(NOISE)
+
+
+def saved(image, kind, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width, height, depth, color, pixels, extra=b"", after=b""):
+    """A PNG file of any header over these compressed pixels."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", pixels) + after + chunk(b"IEND", b"")
+
+
+def white_png(width, height):
+    """One colour, a bit a pixel: ten thousand times smaller than its pixels."""
+    pack = zlib.compressobj(9)
+    row = b"\0" + b"\xff" * ((width + 7) // 8)
+    return png(width, height, 1, 0, b"".join(pack.compress(row) for _ in range(height)) + pack.flush())
+
+
+def grey_png(value=16, depth=8, **parts):
+    pixels = (b"\0" + struct.pack(">H" if depth == 16 else ">B", value) * 40) * 30
+    return png(40, 30, depth, 0, zlib.compress(pixels), **parts)
+
+
+def gif_claiming(screen, frame):
+    head = b"GIF89a" + struct.pack("<HHBBB", *screen, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff"
+    return head + b"," + struct.pack("<HHHHB", 0, 0, *frame, 0) + b"\x02\x02\x4c\x01\0;"
+
+
+def bmp_claiming(width, height):
+    head = b"BM" + struct.pack("<IHHI", 100, 0, 0, 54)
+    return head + struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0) + b"\0" * 40
+
+
+def webp_claiming(width, height):
+    bits = 0x2F | (width - 1) << 8 | (height - 1) << 22
+    data = bits.to_bytes(5, "little") + b"\0" * 21
+    body = b"WEBP" + b"VP8L" + struct.pack("<I", len(data)) + data
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def jpeg_in_passes(count):
+    """A progressive JPEG of 12 megapixels whose last pass comes ``count`` times more."""
+    data = saved(Image.new("RGB", (4000, 3000), (9, 90, 200)), "JPEG", progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + last * count + data[-2:]
+
+
+JPEG, PNG = saved(PHOTO, "JPEG"), saved(PHOTO, "PNG")
+BOMB = zlib.compress(b"a" * 200_000_000, 9)
+REFUSED = {
+    "empty": (b"", "is empty"),
+    "text": (b"dear lab, this is a text", "not an image"),
+    "a JPEG's beginning": (JPEG[:20], "not an image"),
+    "half a JPEG": (JPEG[: len(JPEG) // 2], "damaged or not complete"),
+    "nine tenths of a JPEG": (JPEG[: len(JPEG) * 9 // 10], "damaged or not complete"),
+    "half a PNG": (PNG[: len(PNG) // 2], "damaged or not complete"),
+    "a PNG with a wrong byte": (PNG[:5000] + b"\0\1\2\3" + PNG[5004:], "damaged or not complete"),
+    "100 megapixels": (white_png(10_000, 10_000), "10000 x 10000 pixels"),
+    "41 megapixels": (white_png(6_400, 6_400), "6400 x 6400 pixels"),
+    "bomb of 400 megapixels": (white_png(20_000, 20_000), "more than 100 million pixels"),
+    "bomb of a terapixel": (png(2**20, 2**20, 8, 0, zlib.compress(b"x")), "more than 100 million"),
+    "PNG of the largest size": (png(2**31 - 1, 2**31 - 1, 8, 0, b""), "more than 100 million"),
+    "GIF of the largest size": (gif_claiming((65535, 65535), (65535, 65535)), "more than 100 million"),
+    "GIF whose frame is larger than it": (gif_claiming((20, 20), (65535, 65535)), "more than 100 million"),
+    "BMP that claims 900 megapixels": (bmp_claiming(30_000, 30_000), "more than 100 million"),
+    "BMP that claims 38 megapixels": (bmp_claiming(6_200, 6_200), "damaged or not complete"),
+    "WEBP that claims 268 megapixels": (webp_claiming(16_383, 16_383), "more than 100 million"),
+    "zipped text of 200 MB": (grey_png(extra=chunk(b"zTXt", b"k\0\0" + BOMB)), "damaged"),
+    "the same after the pixels": (grey_png(after=chunk(b"zTXt", b"k\0\0" + BOMB)), "damaged"),
+    "colour profile of 200 MB": (grey_png(extra=chunk(b"iCCP", b"k\0\0" + BOMB)), "damaged"),
+    "JPEG in a thousand passes": (jpeg_in_passes(1000), "coded in 1010 passes"),
+    "SVG": (b"<svg xmlns='http://www.w3.org/2000/svg' width='90' height='90'/>", "an SVG"),
+    **{
+        kind: (saved(PHOTO, kind), name)
+        for kind, name in (
+            ("EPS", "PostScript"),
+            ("PDF", "a PDF"),
+            ("TIFF", "a TIFF"),
+            ("ICO", "an icon"),
+            ("TGA", "of another kind"),
+            ("PPM", "of another kind"),
+        )
+    },
+    "an iPhone's": (b"\0\0\0\x24ftypheic" + b"\0" * 100, "a HEIC"),
+    "too many bytes": (b"\xff\xd8" + b"\0" * MOST_BYTES, "10.1 MB; at most 10 MB"),
+    "one pixel": (saved(Image.new("RGB", (1, 1)), "PNG"), "1 x 1 pixels; both sides must have 16"),
+    "15 pixels": (saved(Image.new("RGB", (99, 15)), "PNG"), "99 x 15 pixels"),
+    "strip": (saved(Image.new("RGB", (4000, 20)), "PNG"), "strip of 4000 x 20 pixels"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_usable_image_is_refused_in_a_sentence(name):
+    data, says = REFUSED[name]
+    with pytest.raises(ImageRefused) as refusal:
+        read_image(data, 64)
+    text = str(refusal.value)
+    assert says in text and text.endswith(".") and text[0].isupper()
+    advice = ("Upload", "Make a smaller copy", "Save it again", "Crop it")
+    assert any(word in text for word in advice), "what to do is said too"
+
+
+PEAK = """
+import importlib.util, resource, sys
+from pathlib import Path
+spec = importlib.util.spec_from_file_location("upload", sys.argv[1])
+upload = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(upload)
+unit = 1 if sys.platform == "darwin" else 1024
+for path in sorted(Path(sys.argv[2]).iterdir()):
+    data = path.read_bytes()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        upload.read_image(data, 64)
+        print(path.name, "was read")
+    except upload.ImageRefused:
+        more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
+        if more > 40_000_000:
+            print(path.name, more)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not tell a process's peak")
+def test_refusing_takes_little_memory(tmp_path):
+    for number, (data, _) in enumerate(REFUSED.values()):
+        (tmp_path / f"{number:02d}").write_bytes(data)
+    # A process of its own: the peak of this one is long past. A hundred megapixels would be 100 to 400 MB.
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, upload_module.__file__, str(tmp_path)], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("name", ["100 megapixels", "bomb of 400 megapixels", "GIF of the largest size",
+                                  "BMP that claims 900 megapixels", "WEBP that claims 268 megapixels",
+                                  "JPEG in a thousand passes"])  # fmt: skip
+def test_pixels_of_what_is_too_large_are_never_decoded(name, monkeypatch):
+    def decode(*arguments, **options):
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", decode)
+    monkeypatch.setattr("drs_lib.widgets.upload._small", decode)
+    with pytest.raises(ImageRefused, match="million|passes"):
+        read_image(REFUSED[name][0], 64)
+
+
+def solid(mode, color, size=(40, 30)):
+    return Image.new(mode, size, color)
+
+
+def palette_image(index=1):
+    image = Image.new("P", (40, 30), index)
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    return image
+
+
+def frames():
+    first, second = palette_image(0), palette_image(1)
+    return saved(first, "GIF", save_all=True, append_images=[second, first])
+
+
+def oriented(kind, mode="RGB"):
+    exif = Image.Exif()
+    exif[0x112] = 6  # turned by a quarter
+    image = Image.new(mode, (60, 30), "blue")
+    image.paste("red", (0, 0, 30, 30))
+    return saved(image, kind, exif=exif)
+
+
+WHITE, RED, BLUE = (255, 255, 255), (255, 0, 0), (0, 0, 255)
+READ = {
+    "RGB PNG": (saved(solid("RGB", RED), "PNG"), RED),
+    "JPEG": (saved(solid("RGB", RED), "JPEG", quality=95), (254, 0, 0)),
+    "progressive JPEG": (saved(solid("RGB", RED), "JPEG", quality=95, progressive=True), (254, 0, 0)),
+    "CMYK JPEG": (saved(solid("CMYK", (0, 255, 255, 0)), "JPEG", quality=95), RED),
+    "greyscale JPEG": (saved(solid("L", 128), "JPEG"), (128, 128, 128)),
+    "BMP": (saved(solid("RGB", BLUE), "BMP"), BLUE),
+    "WEBP": (saved(solid("RGB", BLUE), "WEBP", lossless=True), BLUE),
+    "WEBP with transparency": (saved(solid("RGBA", (0, 0, 255, 0)), "WEBP", lossless=True), WHITE),
+    "two colours": (white_png(40, 30), WHITE),
+    "greyscale": (grey_png(16), (16, 16, 16)),
+    "greyscale with a transparent value": (grey_png(16, extra=chunk(b"tRNS", b"\0\x10")), WHITE),
+    "the same, told behind the pixels": (grey_png(16, after=chunk(b"tRNS", b"\0\x10")), None),
+    "greyscale of 16 bits with one": (grey_png(4128, 16, extra=chunk(b"tRNS", b"\x10\x20")), None),
+    "palette": (saved(palette_image(), "PNG"), BLUE),
+    "palette with transparency": (saved(palette_image(), "PNG", transparency=1), WHITE),
+    "half-transparent palette": (saved(palette_image(), "PNG", transparency=b"\xff\x80"), (127, 127, 255)),
+    "RGBA": (saved(solid("RGBA", (255, 0, 0, 0)), "PNG"), WHITE),
+    "opaque RGBA": (saved(solid("RGBA", (255, 0, 0, 255)), "PNG"), RED),
+    "grey and alpha": (saved(solid("LA", (0, 128)), "PNG"), (127, 127, 127)),
+    "animated GIF": (frames(), RED),
+    "long text": (grey_png(16, extra=chunk(b"tEXt", b"k\0" + b"a" * 5_000_000)), (16, 16, 16)),
+    "smallest": (saved(solid("RGB", BLUE, (16, 16)), "PNG"), BLUE),
+    "damaged EXIF": (saved(solid("RGB", RED), "PNG", exif=b"Exif\0\0II*\0garbage, garbage"), RED),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READ)
+def test_every_ordinary_image_is_read_as_rgb(name):
+    data, color = READ[name]
+    picture = read_image(data, 64)
+    assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3
+    assert picture.flags["C_CONTIGUOUS"] and picture.flags["WRITEABLE"]
+    assert max(picture.shape) <= 64
+    if color is not None:
+        np.testing.assert_allclose(picture, np.full_like(picture, color), atol=1)
+
+
+def test_sixteen_bits_keep_their_contrast():
+    ramp = np.linspace(1000, 3000, 50 * 40).reshape(40, 50).astype(np.uint16)
+    picture = read_image(saved(Image.fromarray(ramp), "PNG"), 64)
+    assert picture.min() == 0 and picture.max() == 255 and (np.diff(picture[:, 0, 0].astype(int)) > 0).all()
+    flat = read_image(grey_png(4128, 16), 64)
+    assert flat.shape == (30, 40, 3) and len(np.unique(flat)) == 1
+
+
+@pytest.mark.parametrize("kind, mode", [("JPEG", "RGB"), ("PNG", "RGB"), ("PNG", "RGBA"), ("WEBP", "RGB")])
+def test_photos_are_turned_upright(kind, mode):
+    picture = read_image(oriented(kind, mode), 64)
+    assert picture.shape == (60, 30, 3)
+    # What was on the left is above.
+    assert picture[5, 15, 0] > 200 and picture[55, 15, 2] > 200
+
+
+@pytest.mark.parametrize(
+    "size, expected", [((160, 120), (48, 64)), ((30, 60), (60, 30)), ((640, 200), (20, 64))]
+)
+def test_the_longer_side_is_brought_down_and_never_up(size, expected):
+    for kind in ("PNG", "JPEG"):
+        assert read_image(saved(Image.new("RGB", size), kind), 64).shape[:2] == expected
+    small = PHOTO.resize((50, 40))
+    np.testing.assert_array_equal(read_image(saved(small, "PNG"), 64), np.asarray(small))
+
+
+def test_a_large_photo_is_read_at_its_colours():
+    photo = Image.new("RGB", (5000, 4000), (200, 40, 90))
+    picture = read_image(saved(photo, "JPEG"), 480)
+    assert picture.shape == (384, 480, 3)
+    np.testing.assert_allclose(picture.mean((0, 1)), (200, 40, 90), atol=2)
+
+
+def test_no_damage_breaks_out_of_the_refusal():
+    rng = np.random.default_rng(0)
+    outcomes = set()
+    sources = [JPEG, PNG, oriented("JPEG"), frames(), saved(PHOTO, "WEBP"), saved(PHOTO, "BMP")]
+    for source in sources:
+        for _ in range(60):
+            data = bytearray(source)
+            for at in rng.integers(0, min(len(data), 600), 4):
+                data[at] = rng.integers(256)
+            try:
+                picture = read_image(bytes(data[: rng.integers(len(data) // 2, len(data) + 1)]), 64)
+                assert picture.dtype == np.uint8 and picture.shape[2] == 3
+                outcomes.add("read")
+            except ImageRefused as refusal:
+                assert str(refusal).endswith(".")
+                outcomes.add("refused")
+    assert outcomes == {"read", "refused"}
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory):
+    line = Pipeline("critters", "ci", store=tmp_path_factory.mktemp("runs"))
+    line.classifier(Configuration(drs_layers=()))
+    return line
+
+
+@pytest.fixture
+def lab(line):
+    lab = ImageLab(line, image=3)
+    yield lab
+    lab.close()
+
+
+def upload(lab, data, name="photo.png"):
+    """What the browser does."""
+    file = {"name": name, "type": "image/png", "size": len(data), "content": memoryview(data),
+            "last_modified": datetime(2020, 1, 1)}  # fmt: skip
+    lab.upload.set_trait("value", (file,))
+
+
+def test_an_uploaded_photo_is_shown_with_its_classes(lab, line):
+    drawn = bytes(lab.picture.value)
+    upload(lab, PNG)
+    assert lab.state["source"] == "own" and "uploaded image" in lab.describe(lab.state)
+    assert bytes(lab.picture.value) != drawn and lab.busy.value == "" and lab.upload.value == ()
+    assert "drawn images of six animals" in lab.note.value and "means nothing" in lab.note.value
+    classes = {row[0] for row in lab.shown.numbers[1:]}
+    assert classes == set(line.data.val.classes)
+    assert all(0 <= row[1] <= 1 for row in lab.shown.numbers[1:])
+    assert lab.controls["image"].disabled
+    lab.set(source="drawn")
+    assert bytes(lab.picture.value) == drawn and not lab.controls["image"].disabled
+
+
+def test_a_refusal_leaves_the_picture_and_goes_away_with_the_next_change(lab):
+    for before in (lab.state, lab.set(source="drawn", image=5).state):
+        picture, numbers = bytes(lab.picture.value), lab.numbers.value
+        for name in ("text", "half a PNG", "bomb of 400 megapixels"):
+            upload(lab, REFUSED[name][0], "<b>bad</b>.png")
+            assert bytes(lab.picture.value) == picture and lab.numbers.value == numbers
+            assert 'role="alert"' in lab.busy.value and REFUSED[name][1] in lab.busy.value
+            assert "&lt;b&gt;bad" in lab.busy.value and "<b>" not in lab.busy.value
+            assert lab.state["source"] == before["source"]
+        lab.set(image=lab.state["image"] + 1)
+        assert lab.busy.value == "" and bytes(lab.picture.value) != picture
+
+
+def test_a_refusal_after_an_upload_keeps_the_uploaded_picture(lab):
+    upload(lab, PNG)
+    picture = bytes(lab.picture.value)
+    upload(lab, REFUSED["half a JPEG"][0])
+    assert bytes(lab.picture.value) == picture and "alert" in lab.busy.value
+    upload(lab, PNG)
+    assert bytes(lab.picture.value) == picture and lab.busy.value == "", "the same file can be chosen again"
+    upload(lab, JPEG)
+    assert bytes(lab.picture.value) != picture
+
+
+def test_every_refused_and_every_read_file_leaves_a_working_lab(lab):
+    for data, says in REFUSED.values():
+        lab.receive(data, "file")
+        assert says in lab.busy.value.replace("&#x27;", "'"), says
+    assert lab.state["source"] == "drawn"
+    for data, _ in READ.values():
+        lab.receive(data, "file")
+        assert lab.busy.value == "" and lab.drawn == lab.state and lab.state["source"] == "own"
+    assert Image.open(io.BytesIO(lab.snapshot())).format == "PNG"
+
+
+def test_before_any_upload_it_says_where_the_button_is(lab):
+    lab.set(source="own")
+    assert lab.shown.numbers == [] and "alert" not in lab.busy.value and lab.drawn == lab.state
+    upload(lab, REFUSED["text"][0])
+    assert "not an image" in lab.busy.value
+
+
+def test_the_upload_button_is_labelled(lab):
+    assert lab.upload.description and lab.upload.tooltip and lab.upload.accept.startswith("image/")
+    assert lab.upload.multiple is False
+
+
+def test_a_voc_classifier_of_the_store_is_used_and_one_that_is_damaged_is_said(line, tmp_path):
+    store = type(line.store)(tmp_path)
+    recipe = get_budget("paper", "voc").classify.replace(drs_layers=(), backbone="mini")  # for speed
+    config = recipe.to_dict()
+    config.pop("weights")
+    inputs = {"data": "voc", "weights": "torchvision vgg16 pretrained"}
+    model = classifier("mini", 20, ())
+    entry = store.get_or_make(
+        "classify", config, inputs, lambda writer: writer.weights("model.safetensors", model),
+        version=STAGE_VERSIONS["classify"],
+    )  # fmt: skip
+    own = Pipeline("critters", "ci", store=store)
+    lab = ImageLab(own)
+    lab.receive(JPEG, "photo.jpg")
+    assert "trained on PASCAL VOC from ImageNet" in lab.note.value and lab.busy.value == ""
+    assert len(lab.shown.numbers) == 7 and lab.shown.numbers[1][0] not in own.data.val.classes
+    lab.set(source="drawn")
+    assert {row[0] for row in lab.shown.numbers[1:]} == set(own.data.val.classes)
+    lab.close()
+    weights = entry.path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-5])
+    lab = ImageLab(own)
+    lab.receive(JPEG, "photo.jpg")
+    assert "alert" in lab.busy.value and "damaged or gone" in lab.busy.value
+    lab.set(source="drawn")
+    assert lab.busy.value == "" and lab.shown.numbers
+    lab.close()
+
+
+@pytest.mark.parametrize("text", ["[1]", "null", "{}", '{"made_at": null, "key": "x"}', "{"])
+def test_a_damaged_entry_in_the_store_does_not_keep_the_lab_from_opening(line, text):
+    folder = line.store.root / "classify" / "damaged"
+    folder.mkdir()
+    (folder / "meta.json").write_text(text, encoding="utf-8")
+    try:
+        lab = ImageLab(line)
+        assert lab.drawn == lab.state
+        lab.close()
+    finally:
+        (folder / "meta.json").unlink()
+        folder.rmdir()
