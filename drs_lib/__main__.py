@@ -68,7 +68,8 @@ def _figures(options, store):
     """Draws the figures, unless they are there, drawn from the very same stages; returns their folder."""
     folder = options.out / "figures"
     choice = dict(data=options.data, budget=options.budget, voc_root=options.voc_root)
-    state = hashlib.sha256(Path(__file__).with_name("plots.py").read_bytes())
+    code = sorted(Path(__file__).with_name("plots").glob("*.py"))
+    state = hashlib.sha256(b"".join(path.read_bytes() for path in code))
     for seed in options.seeds:
         line = Pipeline(seed=seed, store=store, **choice)
         rows = [row for number in TABLES for row in table_rows(number)]

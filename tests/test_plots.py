@@ -2,6 +2,7 @@
 
 import io
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,6 +19,8 @@ from drs_lib.drs import suppress
 from drs_lib.experiments import run_tables
 from drs_lib.paper import Configuration
 from drs_lib.pipeline import Pipeline, Splits, get_budget
+from drs_lib.plots import colors as plot_colors
+from drs_lib.plots import layout
 from drs_lib.store import RunStore
 
 CLASSES = ("ant", "bee", "cow")
@@ -38,7 +41,7 @@ def label_map(height=40, width=56, classes=3):
 
 def drawn(figure):
     """The figure as (H, W, 3) pixels."""
-    return np.asarray(Image.open(io.BytesIO(plots._png(figure, 100))).convert("RGB"))
+    return np.asarray(Image.open(io.BytesIO(layout.png(figure, 100))).convert("RGB"))
 
 
 def visible_text(figure):
@@ -82,7 +85,7 @@ def test_label_colors():
 
 def test_overlay_blends_by_the_formula():
     picture, values = image(3, 5), heat(3, 5) * 1.4 - 0.2
-    colors = plots.matplotlib.colormaps["inferno"](values.clip(0, 1).astype(np.float64), bytes=False)[..., :3]
+    colors = matplotlib.colormaps["inferno"](values.clip(0, 1).astype(np.float64), bytes=False)[..., :3]
     expected = 0.3 * picture + 0.7 * 255 * colors
     # Both tables have 256 entries; a value between two may go to either.
     assert np.abs(plots.overlay(picture, values, 0.7) - expected).max() < 4
@@ -94,7 +97,7 @@ def test_overlay_blends_by_the_formula():
 
 
 def test_map_colors_are_monotone_in_lightness():
-    lut = plots._colored(np.linspace(0, 1, 256))
+    lut = plot_colors.colored(np.linspace(0, 1, 256))
     lightness = (lut / 255) ** 2.2 @ np.array([0.2126, 0.7152, 0.0722])
     assert (np.diff(lightness) > -1e-3).all() and lightness[-1] - lightness[0] > 0.8
 
@@ -127,7 +130,7 @@ def test_cue_changes_pixel_by_pixel():
 
 
 def test_change_colors_stay_apart_for_the_colour_blind():
-    used = np.array([plots.matplotlib.colors.to_rgb(color) for color in plots._CHANGE_COLORS])
+    used = np.array([matplotlib.colors.to_rgb(color) for color in plot_colors.CHANGE_COLORS])
     linear = used**2.2
     seen = linear @ np.array([[0.29275, 0.70725, 0], [0.29275, 0.70725, 0], [-0.02234, 0.02234, 1]]).T
     for colors in (linear, seen):
@@ -342,7 +345,7 @@ def test_figure1_puts_the_maps_in_the_papers_order():
 def texts_of(figure):
     """The visible texts' boxes in pixels, by their words."""
     renderer = renderer_of(figure)
-    texts = [t for t in figure.findobj(plots.matplotlib.text.Text) if t.get_text() and t.get_visible()]
+    texts = [t for t in figure.findobj(matplotlib.text.Text) if t.get_text() and t.get_visible()]
     return [(t.get_text(), t.get_window_extent(renderer)) for t in texts]
 
 
@@ -380,7 +383,7 @@ def test_figure2_points_at_the_maxima():
         assert (right - left) / (top - bottom) == pytest.approx(2)
         assert point.get_xdata()[0] == pytest.approx(left + (right - left) * (column + 0.5) / 8)
         assert point.get_ydata()[0] == pytest.approx(top - (top - bottom) * (row + 0.5) / 4)
-    plots._png(plots.figure2(np.zeros((3, 4, 4)), 0.5), 50)  # dead maps
+    layout.png(plots.figure2(np.zeros((3, 4, 4)), 0.5), 50)  # dead maps
 
 
 def test_profile_cuts_through_the_maximum():
@@ -399,7 +402,7 @@ def test_profile_cuts_through_the_maximum():
     levels = [line.get_ydata()[0] for line in ax.get_lines()]
     np.testing.assert_allclose(levels, (values.max(), 0.4 * values.max()), rtol=1e-6)
     assert_nothing_is_cut_or_covered(figure)
-    plots._png(plots.profile(np.zeros((3, 4)), 0.5), 50)  # a dead map
+    layout.png(plots.profile(np.zeros((3, 4)), 0.5), 50)  # a dead map
 
 
 def table1(sd=0.8, shift=2.0):
@@ -481,7 +484,7 @@ def test_save_figure_is_reproducible_small_and_atomic(tmp_path, monkeypatch):
     def fails(self, data):
         raise OSError("disk full")
 
-    monkeypatch.setattr(plots.Path, "write_bytes", fails)
+    monkeypatch.setattr(layout.Path, "write_bytes", fails)
     before = path.read_bytes()
     with pytest.raises(OSError, match="disk full"):
         plots.save_figure(figure(), path, 60)
@@ -492,7 +495,7 @@ def test_save_figure_is_reproducible_small_and_atomic(tmp_path, monkeypatch):
 def test_notebooks_show_a_figure_once():
     figure = plots.figure4(image(), {"learnable": heat()})
     assert figure._repr_png_().startswith(b"\x89PNG")
-    assert not plots.matplotlib.pyplot.get_fignums()
+    assert not matplotlib.pyplot.get_fignums()
 
 
 @pytest.fixture(scope="module")
@@ -557,5 +560,6 @@ def test_large_pictures_of_a_notebook_are_stored_in_256_colours():
         assert image.mode != "P"
     with Image.open(io.BytesIO(large._repr_png_())) as image:
         assert image.mode == "P"
-        full = np.asarray(Image.open(io.BytesIO(plots._png(large, plots.NOTEBOOK_DPI))).convert("RGB"), float)
+        plain = Image.open(io.BytesIO(layout.png(large, layout.NOTEBOOK_DPI)))
+        full = np.asarray(plain.convert("RGB"), float)
         assert np.abs(np.asarray(image.convert("RGB"), float) - full).mean() < 30

@@ -6,6 +6,7 @@ from pathlib import Path
 from drs_lib.files import atomic_path
 from drs_lib.notebook import open_course
 from drs_lib.paper import Configuration
+from drs_lib.plots import first_of_each_class
 from drs_lib.widgets import DeltaLab
 from drs_lib.widgets.networks import PLAIN
 
@@ -21,8 +22,7 @@ def main(arguments=None):
     if not all(line.has("classify", c) for c in (PLAIN, Configuration(delta=DELTA))):
         print("delta_lab is left out: the run store has no classifiers for it. `make course` makes them.")
         return
-    val = line.data.val
-    image = next((i for i in range(len(val)) if val[i][1].sum() == 1), 0)
+    [image] = first_of_each_class(line.data.val, 1)
     lab = DeltaLab(line, image=image).set(mode="trained", trained=DELTA)
     options.out.mkdir(parents=True, exist_ok=True)
     with atomic_path(options.out / "delta_lab.png") as temporary:

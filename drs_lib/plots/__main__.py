@@ -1,0 +1,3 @@
+from drs_lib.plots.stored import main
+
+main()
