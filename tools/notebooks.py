@@ -64,7 +64,7 @@ def _clean_output(output, table):
         # The live display of a training leaves one line, with its seconds: nothing for the stored notebook.
         if set(data) <= {"text/html", "text/plain"} and " steps in " in data.get("text/html", ""):
             return None
-        if data.get("text/html") == "":
+        if data.get("text/html") == "" or 'class="drs-stored"' in data.get("text/html", ""):
             return None
         # A reader without a kernel has no use for a widget's number; a lab's bundle holds its picture too.
         data.pop(WIDGET, None)

@@ -12,6 +12,7 @@ A lab is a function from a state to a `View`; this module does the rest:
 """
 
 import asyncio
+import base64
 import html
 import logging
 import time
@@ -36,12 +37,13 @@ STYLE = """<style>
 .drs-lab .widget-image {max-width: 100%; height: auto}
 .drs-lab .drs-title {font-size: 115%; font-weight: 600; margin: 0}
 .drs-lab .drs-numbers table {border-collapse: collapse; font-variant-numeric: tabular-nums}
-.drs-lab .drs-numbers td, .drs-lab .drs-numbers th {padding: 1px 10px 1px 0; text-align: right}
+.drs-lab .drs-numbers td, .drs-lab .drs-numbers th {padding: 0 10px 0 0; text-align: right; line-height: 1.5}
 .drs-lab .drs-numbers td:first-child, .drs-lab .drs-numbers th:first-child {text-align: left}
 .drs-lab .drs-note {line-height: 1.35}
 .drs-lab .drs-lost {display: none}
 .drs-lab.jupyter-widgets-disconnected .drs-lost {display: block}
 .drs-lab.jupyter-widgets-disconnected .widget-image {opacity: .25}
+.drs-lab.jupyter-widgets-disconnected .jupyter-widgets-disconnected::before {display: none}
 .drs-lab .drs-alert {background: #fff3cd; color: #4d3800; border-radius: 4px; padding: 4px 8px}
 .drs-lab :focus-visible {outline: 2px solid #0072B2; outline-offset: 2px}
 </style>"""
@@ -49,6 +51,13 @@ LOST = (
     '<div class="drs-alert" role="alert">The kernel that drew this lab is gone, so its controls do nothing. '
     "Run the cell above again, or the whole notebook (<i>Run &gt; Run All Cells</i>).</div>"
 )
+
+# A notebook that was saved with a lab and opened again without its kernel has no lab to show. JupyterLab says
+# no more than "model not found"; this picture, hidden wherever the lab is there, says the rest.
+STORED = """<style>
+.drs-stored {{display: none}}
+.jp-OutputArea:not(:has(.drs-lab)) .drs-stored {{display: block}}
+</style><div class="drs-stored"><p>{text}</p><img alt="{text}" src="data:image/jpeg;base64,{data}"></div>"""
 
 
 class View(NamedTuple):
@@ -263,6 +272,15 @@ class Lab:
             for part in (getattr(widget, "style", None), widget.layout, widget):
                 if part is not None:
                     part.close()
+
+    def _ipython_display_(self):
+        from IPython.display import display
+
+        bundle = self._repr_mimebundle_()
+        data = base64.b64encode(pictures.jpeg(self.shown.picture)).decode()
+        stored = STORED.format(text=html.escape(bundle["text/plain"]), data=data)
+        display({"text/html": stored, "text/plain": ""}, raw=True)
+        display(bundle, raw=True)
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         bundle = {
