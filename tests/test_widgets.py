@@ -230,7 +230,6 @@ def test_every_control_has_a_label(make, kind):
     assert all(text.strip() for text in descriptions)
     rows = [control.description for control in controls if control.layout.display != "none"]
     assert len(set(rows)) == len(rows) or kind is ImageLab
-    assert lab.picture.tooltip
 
 
 @pytest.mark.parametrize("kind", LABS)
@@ -1069,7 +1068,8 @@ def test_in_a_real_kernel_thirty_queued_messages_become_one_drawing(line):
         shown = []
         reply = client.execute_interactive(setup, timeout=240, output_hook=shown.append)
         assert reply["content"]["status"] == "ok", reply["content"]
-        (data,) = [m["content"]["data"] for m in shown if m["msg_type"] == "execute_result"]
+        bundles = [m["content"]["data"] for m in shown if m["msg_type"] == "display_data"]
+        (data,) = [bundle for bundle in bundles if "image/png" in bundle]
         assert "application/vnd.jupyter.widget-view+json" in data
         assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG")
         assert "Delta lab" in data["text/plain"]

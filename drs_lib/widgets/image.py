@@ -73,14 +73,15 @@ class ImageLab(Lab):
 
     def receive(self, content: bytes, name: str = "upload") -> None:
         """What the upload button does with a file: shows it, or says why not and leaves the picture."""
-        self._uploads += 1
-        try:
-            side = VOC_SIDE * 3 // 2 if self._voc else self._image(0).shape[1]
-            self._uploaded, self._refused = read_image(content, side), ""
-            self.controls["source"].value = OWN
-        except ImageRefused as refusal:
-            self._refused = f"{name}: {refusal}"
-        self.request()
+        with self._lock:
+            self._uploads += 1
+            try:
+                side = VOC_SIDE * 3 // 2 if self._voc else self._image(0).shape[1]
+                self._uploaded, self._refused = read_image(content, side), ""
+                self.controls["source"].value = OWN
+            except ImageRefused as refusal:
+                self._refused = f"{name}: {refusal}"
+            self.request()
 
     def adjust(self, name):
         at = self.controls
@@ -115,7 +116,7 @@ class ImageLab(Lab):
             maps = [networks.class_map(model, image, c, models.resize) for c in predicted]
         panels = [("image", picture)]
         for c, values in zip(predicted, maps, strict=True):
-            panels.append((f"{models.classes[c]}, {100 * probabilities[c]:.0f} %", overlay(picture, values)))
+            panels.append((f"{models.classes[c]}, {100 * probabilities[c]:.1f} %", overlay(picture, values)))
         numbers = [["class", "probability, %"]]
         numbers += [[models.classes[c], float(probabilities[c])] for c in order[:6]]
         return View(

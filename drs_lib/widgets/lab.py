@@ -15,6 +15,7 @@ import asyncio
 import base64
 import html
 import logging
+import threading
 import time
 from collections import OrderedDict, deque
 from typing import Any, NamedTuple
@@ -34,15 +35,18 @@ SLOW, SETTLED = 0.15, 0.35
 
 STYLE = """<style>
 .drs-lab {border: 1px solid #8886; border-radius: 6px; padding: 8px 12px; max-width: 1120px; overflow: hidden}
-.drs-lab .widget-image {max-width: 100%; height: auto}
+.drs-lab .drs-picture {flex: 3 1 540px; max-width: 780px; overflow: auto}
+.drs-lab .drs-picture .widget-image {width: 100%; min-width: 540px; height: auto}
+.drs-lab .drs-side {flex: 1 1 240px; min-width: min-content}
 .drs-lab .drs-title {font-size: 115%; font-weight: 600; margin: 0}
 .drs-lab .drs-numbers table {border-collapse: collapse; font-variant-numeric: tabular-nums}
 .drs-lab .drs-numbers td, .drs-lab .drs-numbers th {padding: 0 10px 0 0; text-align: right; line-height: 1.5}
 .drs-lab .drs-numbers td:first-child, .drs-lab .drs-numbers th:first-child {text-align: left}
-.drs-lab .drs-note {line-height: 1.35}
+.drs-lab .widget-html-content {line-height: 1.35}
 .drs-lab .drs-lost {display: none}
 .drs-lab.jupyter-widgets-disconnected .drs-lost {display: block}
 .drs-lab.jupyter-widgets-disconnected .widget-image {opacity: .25}
+.drs-lab.jupyter-widgets-disconnected::before,
 .drs-lab.jupyter-widgets-disconnected .jupyter-widgets-disconnected::before {display: none}
 .drs-lab .drs-alert {background: #fff3cd; color: #4d3800; border-radius: 4px; padding: 4px 8px}
 .drs-lab :focus-visible {outline: 2px solid #0072B2; outline-offset: 2px}
@@ -106,8 +110,11 @@ class Lab:
         self.shown: View | None = None
         self.drawings = 0
         self._took = deque(maxlen=2)
-        self._waiting, self._changed, self._since = None, 0.0, 0.0
         self._adjusting = self._holding = False
+        # Jupyter hands a page's changes to a thread of their own while cells run in the main one.
+        self._lock = threading.RLock()
+        # The loop in which a drawing waits (None: none does), its number, the last change, the first.
+        self._loop, self._turn, self._changed, self._since = None, 0, 0.0, 0.0
 
     def view(self, state: dict) -> View:
         raise NotImplementedError
@@ -121,40 +128,47 @@ class Lab:
     @property
     def state(self) -> dict:
         """The controls' values by name."""
-        return {name: control.value for name, control in self.controls.items()}
+        # A page sends 0.2 back as 0.19999999999999996.
+        values = {name: control.value for name, control in self.controls.items()}
+        return {name: round(v, 9) if isinstance(v, float) else v for name, v in values.items()}
 
     def set(self, **values) -> "Lab":
         """Sets controls by name and draws at once. Raises KeyError for a control that isn't there."""
         unknown = set(values) - set(self.controls)
         if unknown:
             raise KeyError(f"no control {unknown.pop()!r}; there are {', '.join(self.controls)}.")
-        self._holding = True
-        try:
-            # Twice: a control may follow another, or have its range from another, that comes later.
-            for last in (False, True):
-                for name, value in values.items():
-                    try:
-                        self.controls[name].value = value
-                    except TraitError:
-                        if last:
-                            raise
-        finally:
-            self._holding = False
-            self.draw()
+        with self._lock:
+            self._holding = True
+            try:
+                # Twice: a control may follow another, or have its range from another, that comes later.
+                for last in (False, True):
+                    for name, value in values.items():
+                        try:
+                            self.controls[name].value = value
+                        except TraitError:
+                            if last:
+                                raise
+            finally:
+                self._holding = False
+                self.draw()
         return self
 
     def _build(self, *groups):
         """groups: rows of controls, above the picture; the rest of the lab is the same for all."""
         for name, control in self.controls.items():
             control.observe(lambda change, name=name: self._on_change(name), "value")
-        self.picture = ipywidgets.Image(format="jpeg", tooltip=self.about)
-        self.numbers = ipywidgets.HTML(layout={"min_width": "250px"})
+        self.picture = ipywidgets.Image(format="jpeg")
+        self.numbers = ipywidgets.HTML()
         self.numbers.add_class("drs-numbers")
         self.note = ipywidgets.HTML()
         self.note.add_class("drs-note")
         self.busy = ipywidgets.HTML(layout={"min_height": "22px"})
         lost = ipywidgets.HTML(LOST)
         lost.add_class("drs-lost")
+        picture = ipywidgets.Box([self.picture])
+        picture.add_class("drs-picture")
+        side = ipywidgets.VBox([self.numbers, self.note])
+        side.add_class("drs-side")
         title = ipywidgets.HTML(f'{STYLE}<p class="drs-title">{html.escape(self.title)}</p>')
         self.widget = ipywidgets.VBox(
             [
@@ -163,38 +177,45 @@ class Lab:
                 ipywidgets.HTML(f'<div class="drs-note">{html.escape(self.about)}</div>'),
                 *(_row(group) for group in groups),
                 self.busy,
-                _row([self.picture, ipywidgets.VBox([self.numbers, self.note])], top=True),
+                _row([picture, side], top=True),
             ]
         )
         self.widget.add_class("drs-lab")
         self.draw()
 
     def _on_change(self, name):
-        if self._adjusting:
-            return
-        self._adjusting = True
-        try:
-            self.adjust(name)
-        except Exception:
-            # Of an image that can't be read, for example: drawing it fails in the same way, and shows it.
-            _log.exception("%s: following %s failed", self.title, name)
-        finally:
-            self._adjusting = False
-        if not self._holding:
-            self.request()
+        with self._lock:
+            if self._adjusting:
+                return
+            self._adjusting = True
+            try:
+                self.adjust(name)
+            except Exception:
+                # Of an image that can't be read, for example: drawing it fails in the same way, and shows it.
+                _log.exception("%s: following %s failed", self.title, name)
+            finally:
+                self._adjusting = False
+            if not self._holding:
+                self.request()
 
     def request(self) -> None:
         """Draws soon, once for all that is asked for until then; at once where no event loop runs."""
         loop = _running_loop()
-        if loop is None:
-            self.draw()
-            return
-        self._changed = now = loop.time()
-        if self._waiting is None:
-            self._since = now
-            if self.slow:
-                self._say("Computing …")
-            self._waiting = loop.call_later(self._quiet, self._when_quiet, loop)
+        with self._lock:
+            # A loop may end with its page before it has drawn.
+            waiting = self._loop is not None and self._loop.is_running()
+            if not waiting and self.state == self.drawn:
+                return
+            if loop is None:
+                self.draw()
+                return
+            self._changed = time.monotonic()
+            if not waiting:
+                self._since = self._changed
+                if self.slow:
+                    self._say("Computing …")
+                self._loop = loop
+                loop.call_later(self._quiet, self._when_quiet, self._turn)
 
     @property
     def slow(self) -> bool:
@@ -205,20 +226,29 @@ class Lab:
     def _quiet(self):
         return SETTLED if self.slow else QUIET
 
-    def _when_quiet(self, loop):
-        now = loop.time()
-        left = self._changed + self._quiet - now
-        # A slow drawing waits for the hand to rest, a quick one is not put off for long.
-        if left > 0 and (self.slow or now - self._since < LONGEST_WAIT):
-            self._waiting = loop.call_later(left, self._when_quiet, loop)
-        else:
-            self.draw()
+    def _when_quiet(self, turn):
+        with self._lock:
+            if turn != self._turn:
+                return
+            now = time.monotonic()
+            left = self._changed + self._quiet - now
+            # A slow drawing waits for the hand to rest, a quick one is not put off for long.
+            if left > 0 and (self.slow or now - self._since < LONGEST_WAIT):
+                self._loop.call_later(left, self._when_quiet, turn)
+            else:
+                self.draw()
 
     def draw(self) -> None:
         """Draws the state of the controls now."""
-        if self._waiting is not None:
-            self._waiting.cancel()
-            self._waiting = None
+        with self._lock:
+            self._stop_waiting()
+            self._draw()
+
+    def _stop_waiting(self):
+        self._turn += 1
+        self._loop = None
+
+    def _draw(self):
         state, began = self.state, time.perf_counter()
         try:
             view = self.view(state)
@@ -252,11 +282,12 @@ class Lab:
 
     def snapshot(self) -> bytes:
         """The lab as it stands, as PNG: for readers without a kernel."""
-        if self._waiting is not None:
-            self.draw()
-        numbers = [[_cell(cell) for cell in row] for row in self.shown.numbers]
-        note = self.shown.alert or self.shown.note
-        return pictures.snapshot(self.title, self._described(), self.shown.picture, numbers, note)
+        with self._lock:
+            if self._loop is not None:
+                self.draw()
+            numbers = [[_cell(cell) for cell in row] for row in self.shown.numbers]
+            note = self.shown.alert or self.shown.note
+            return pictures.snapshot(self.title, self._described(), self.shown.picture, numbers, note)
 
     def _described(self):
         try:
@@ -266,8 +297,7 @@ class Lab:
 
     def close(self) -> None:
         """Removes the lab from the page and from memory."""
-        if self._waiting is not None:
-            self._waiting.cancel()
+        self._stop_waiting()
         for widget in (*_all(self.widget), self.widget):
             for part in (getattr(widget, "style", None), widget.layout, widget):
                 if part is not None:
