@@ -78,7 +78,7 @@ class FeatureMapLab(Lab):
                     [
                         [
                             ("image", self._scene(state["image"]).picture),
-                            ("X, its row through the maximum in white", cut),
+                            ("X, cut along the white row", cut),
                             (f"min(X, τ), δ = {state['delta']:.2f}", pictures.heat(kept, peak)),
                         ]
                     ]

@@ -162,7 +162,7 @@ class Lab:
         self.numbers.add_class("drs-numbers")
         self.note = ipywidgets.HTML()
         self.note.add_class("drs-note")
-        self.busy = ipywidgets.HTML(layout={"min_height": "22px"})
+        self.busy = ipywidgets.HTML()
         lost = ipywidgets.HTML(LOST)
         lost.add_class("drs-lost")
         picture = ipywidgets.Box([self.picture])
@@ -175,8 +175,8 @@ class Lab:
                 title,
                 lost,
                 ipywidgets.HTML(f'<div class="drs-note">{html.escape(self.about)}</div>'),
-                *(_row(group) for group in groups),
-                self.busy,
+                *(_row(group) for group in groups[:-1]),
+                _row([*groups[-1], self.busy]),
                 _row([picture, side], top=True),
             ]
         )

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from drs_lib.plots import MAP_COLORS, outline
 
 SIDE = 256  # pixels: the longer side of a panel, twice a Critters image
-GAP, LINE = 6, 18
+GAP, LINE = 6, 21  # a page may show the sheet at three quarters of its size
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 RIGHT, WRONG, MISSED = "#0072B2", "#D55E00", "#F0C000"
 SUPPRESSED, KEPT = "#E69F00", "#CCCCCC"
@@ -110,7 +110,7 @@ def _panel(caption, picture, side):
 
 
 @lru_cache(maxsize=512)
-def _written(text, width, size=13, height=LINE):
+def _written(text, width, size=15, height=LINE):
     """A line of text as pixels (height, width, 3); shrunk where it would not fit."""
     image = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(image)
@@ -139,7 +139,7 @@ def profile_picture(values, control, width=2 * SIDE + GAP, height=SIDE):
     scale = 2  # drawn at twice the size and reduced, which smooths the lines
     image = Image.new("RGB", (scale * width, scale * height), PAPER)
     draw = ImageDraw.Draw(image)
-    left, right, top, bottom = 10, width - 120, 26, height - 26
+    left, right, top, bottom = 10, width - 135, 28, height - 28
 
     def x(position):
         return scale * (left + (right - left) * position / len(values))
@@ -156,26 +156,26 @@ def profile_picture(values, control, width=2 * SIDE + GAP, height=SIDE):
     draw.line((x(0), y(0), x(len(values)), y(0)), fill=INK, width=scale)
     _dashed(draw, x(0), x(len(values)), y(peak), rgb(PEAK), dash=4 * scale)
     _dashed(draw, x(0), x(len(values)), y(tau), rgb(TAU), dash=10 * scale)
-    apart = scale * 16
+    apart = scale * 18
     middle = y(tau) if y(tau) - y(peak) >= apart else y(peak) + apart
     place = x(len(values)) + scale * 6
     for at, text, color in (
         (y(peak), f"X_max = {peak:.2f}", PEAK),
         (middle, f"τ = {control:.2f} X_max", TAU),
     ):
-        draw.text((place, at), text, rgb(color), font(12 * scale), anchor="lm")
+        draw.text((place, at), text, rgb(color), font(14 * scale), anchor="lm")
     for at, text, color in (
         (0, "■ kept, min(X, τ)", "#8A8A8A"),
-        (150, "■ suppressed", SUPPRESSED),
-        (265, "▔ X", INK),
+        (165, "■ suppressed", SUPPRESSED),
+        (295, "▔ X", INK),
     ):
         fill = rgb(color) if isinstance(color, str) else color
-        draw.text((scale * (left + at), scale * 8), text, fill, font(12 * scale), anchor="lm")
+        draw.text((scale * (left + at), scale * 9), text, fill, font(14 * scale), anchor="lm")
     draw.text(
         (scale * left, scale * (height - 10)),
         "position in the marked row",
         INK,
-        font(12 * scale),
+        font(14 * scale),
         anchor="lm",
     )
     return np.asarray(image.resize((width, height), Image.Resampling.BOX))
@@ -203,7 +203,7 @@ def snapshot(title, description, picture, numbers, note=""):
     width = max(picture.shape[1], 480)
     canvas = np.full((picture.shape[0] + GAP, width, 3), 255, np.uint8)
     canvas[GAP:, : picture.shape[1]] = picture
-    rows = [_written(title, width, 16, 26), _written(description, width, 13, 20), canvas]
+    rows = [_written(title, width, 17, 26), _written(description, width, 13, 20), canvas]
     if numbers:
         rows.append(_columns(numbers, width))
     if note:

@@ -317,7 +317,8 @@ def test_labs_fit_the_window(page, screenshot, width, height):
                 lambda root=root: root.evaluate(
                     """lab => {
                         const right = lab.getBoundingClientRect().right;
-                        return [...lab.querySelectorAll("img, select, button, .widget-slider, table")].every(
+                        const parts = ".drs-picture, select, button, .widget-slider, table";
+                        return [...lab.querySelectorAll(parts)].every(
                             e => !e.checkVisibility() || e.getBoundingClientRect().right <= right);
                     }"""
                 ),
