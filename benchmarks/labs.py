@@ -11,7 +11,7 @@ into a label.
 memory: of the kernel and the page, before and after 2,000 moves of a lab without a pause.
 
 The networks come from the run store; what is not in it is trained first. The browser's parts need what
-tests/browser needs.
+tests/browser needs. benchmarks/results/labs.json is such a run, on the processor that it names.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def main():
     for configuration in (Configuration(drs_layers=()), Configuration()):
         line.classifier(configuration)
     rows, memory = [], None
-    print(f"{platform.machine()}, {os.cpu_count()} processors, budget {budget!r}")
+    print(f"{processor()}, {os.cpu_count()} processors, budget {budget!r}")
     if "kernel" in options.parts:
         rows += report("in the kernel", kernel_rows(line, options.moves))
     if {"browser", "memory"} & set(options.parts):
@@ -92,8 +92,17 @@ def main():
         if memory:
             print_memory(memory)
     if options.json:
-        conditions = {"machine": platform.machine(), "cpus": os.cpu_count(), "budget": budget}
+        conditions = {"processor": processor(), "cpus": os.cpu_count(), "budget": budget}
         write_text(options.json, json.dumps({**conditions, "rows": rows, "memory": memory}, indent=2) + "\n")
+
+
+def processor():
+    """The processor's name where the system tells it, else its kind."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def arguments():
