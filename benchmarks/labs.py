@@ -32,19 +32,12 @@ from drs_lib.files import write_text
 from drs_lib.paper import Configuration
 from drs_lib.pipeline import Pipeline
 from drs_lib.store import RunStore, course_store
-from drs_lib.widgets import CueLab, DeltaLab, FeatureMapLab, ImageLab, LayerLab
+from drs_lib.widgets import CueLab
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from browser import serving  # noqa: E402
-from browser.pages import LabOnPage, Notebook, write_notebook  # noqa: E402
+from browser.pages import MAIN, LabOnPage, Notebook, write_notebook  # noqa: E402
 
-MAIN = {
-    DeltaLab: "delta",
-    FeatureMapLab: "delta",
-    LayerLab: "delta",
-    CueLab: "alpha",
-    ImageLab: "image",
-}
 CRF = ("gaussian_sxy", "gaussian_weight", "bilateral_sxy", "bilateral_srgb", "bilateral_weight")
 BASELINE = "bare label"
 BASELINE_CELL = f"""import ipywidgets

@@ -12,6 +12,16 @@ import numpy as np
 from jupyter_client import BlockingKernelClient
 from PIL import Image
 
+from drs_lib.widgets import CueLab, DeltaLab, FeatureMapLab, ImageLab, LayerLab
+
+# The labs, each with its main slider.
+MAIN = {
+    DeltaLab: "delta",
+    FeatureMapLab: "delta",
+    LayerLab: "delta",
+    CueLab: "alpha",
+    ImageLab: "image",
+}
 # The bytes of the picture that is shown; null while it is being replaced.
 PICTURE = """async image => {
     const answer = await fetch(image.src).catch(() => null);
