@@ -24,7 +24,8 @@ LABS = {
 TRAINED = (0.8, 0.55)  # the classifiers of Table 1 that are in the store
 
 
-@pytest.fixture(scope="session")
+# All fixtures end with this folder: while Playwright runs, its event loop is every other test's running loop.
+@pytest.fixture(scope="package")
 def browser():
     missing = serving.missing()
     if missing:
@@ -33,7 +34,7 @@ def browser():
         yield browser
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def store(tmp_path_factory):
     """A run store with the classifiers that the labs look for.
 
@@ -62,12 +63,12 @@ def store(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def line(store):
     return Pipeline("critters", "ci", store=store)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def library(line):
     """The lab of a class in this process, which computes what the page should show: ``library(DeltaLab)``."""
     made = {}
@@ -80,7 +81,7 @@ def library(line):
     return lab
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def course(tmp_path_factory):
     """A copy of the notebooks, so that nothing the tests do is stored in them."""
     folder = tmp_path_factory.mktemp("course") / "notebooks"
@@ -88,13 +89,13 @@ def course(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(browser, course, store, tmp_path_factory):
     with serving.jupyterlab(tmp_path_factory.mktemp("jupyter"), course, store) as server:
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def opened(browser, server):
     """notebooks/lab.ipynb, run whole, and its kernel."""
     notebook = Notebook(browser, server, "lab.ipynb")
@@ -122,7 +123,7 @@ def kernel(opened, page):
     return opened[1]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def screenshot():
     """Stores a picture of a page or of a part of it for a human, where DRS_SCREENSHOTS names a folder."""
     folder = os.environ.get("DRS_SCREENSHOTS")
