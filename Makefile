@@ -25,8 +25,8 @@ RUN_ARGS := --data "$(DATA)" $(if $(VOC_ROOT),--voc-root "$(VOC_ROOT)") $(if $(B
   $(if $(SEEDS),--seeds $(SEEDS))
 COURSE_ARGS := $(RUN_ARGS) $(if $(JOBS),--jobs $(JOBS)) $(if $(TABLES),--tables $(TABLES))
 
-# An upload over ten megabytes would otherwise vanish on its way, and the lab could not say that it is too large.
-LARGE_UPLOADS = {'websocket_max_message_size': 104857600}
+# tools/jupyter lets uploads over ten megabytes arrive, so that the lab can say that they are too large.
+JUPYTER = DRS_STORE="$(or $(DRS_STORE),$(CURDIR)/runs)" JUPYTER_CONFIG_PATH="$(CURDIR)/tools/jupyter"
 
 .PHONY: help course test lab lab-page figures notebooks check-course reference weights bench lint env crf clean-env
 
@@ -41,11 +41,10 @@ test: $(READY) ## run the whole test suite
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 lab: $(READY) ## open JupyterLab in this folder
-	DRS_STORE="$(or $(DRS_STORE),$(CURDIR)/runs)" $(PY) -m jupyterlab "--ServerApp.tornado_settings=$(LARGE_UPLOADS)"
+	$(JUPYTER) $(PY) -m jupyterlab
 
 lab-page: $(READY) ## show the labs, the pages with sliders, as one page without code
-	DRS_STORE="$(or $(DRS_STORE),$(CURDIR)/runs)" $(PY) -m voila notebooks/lab.ipynb --Voila.ip=127.0.0.1 \
-	  "--Voila.tornado_settings=$(LARGE_UPLOADS)"
+	$(JUPYTER) $(PY) -m voila notebooks/lab.ipynb
 
 figures: $(READY) ## draw figures/, which README and notebooks show, from the stored runs
 	$(PY) -m drs_lib.plots $(RUN_ARGS)

@@ -22,9 +22,6 @@ FOLDERS = {
     "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
     "IPYTHONDIR": "ipython",
 }
-# What is larger than a message may be, 10 MiB by default, is lost without a word, and so is every later
-# upload. `make lab` and `make lab-page` allow for more, and the lab then refuses the file itself.
-LARGER_MESSAGES = "tornado_settings={'websocket_max_message_size': 104857600}"
 QUIET = {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True}
 
 
@@ -63,6 +60,9 @@ def environment(folder, store, budget):
     settings.mkdir(parents=True, exist_ok=True)
     (settings / "notification.jupyterlab-settings").write_text(json.dumps(QUIET))
     course = {"DRS_STORE": str(store), "DRS_BUDGET": budget, "PYTHONPATH": _with_course()}
+    # As in `make lab` and `make lab-page`: an upload larger than a message may be by default, 10 MiB, is lost
+    # without a word, and so is every later one.
+    course["JUPYTER_CONFIG_PATH"] = str(ROOT / "tools" / "jupyter")
     return {**os.environ, **own, **course}
 
 
@@ -97,7 +97,7 @@ def jupyterlab(folder, pages, store, budget="ci"):
         "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}",
         "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={pages}",
         "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.news_url=None",
-        "--LabApp.extension_manager=readonly", f"--ServerApp.{LARGER_MESSAGES}",
+        "--LabApp.extension_manager=readonly",
     )  # fmt: skip
     url = f"http://127.0.0.1:{port}/"
     command = [sys.executable, "-m", "jupyterlab", *options]
@@ -114,8 +114,7 @@ def voila(folder, notebook, store, budget="ci"):
     url = f"http://127.0.0.1:{port}/"
     command = [
         sys.executable, "-m", "voila", str(notebook), "--no-browser", f"--port={port}",
-        "--Voila.ip=127.0.0.1", "--Voila.port_retries=0", f"--Voila.connection_dir_root={folder}",
-        f"--Voila.{LARGER_MESSAGES}",
+        "--Voila.port_retries=0", f"--Voila.connection_dir_root={folder}",
     ]  # fmt: skip
     with _serving(folder, command, environment(folder, store, budget)) as process:
         server = Server(folder, process, url)
