@@ -93,8 +93,8 @@ def suppress(x: torch.Tensor, control) -> torch.Tensor:
     at the first), and ``control`` if it is a tensor. The number 1 makes it a ReLU. NaN in a map spreads
     to all its positive elements, since its maximum is unknown.
 
-    On a processor a compiled form runs where it applies (see :mod:`drs_lib.kernels`). It can't be
-    differentiated twice nor transformed by ``torch.func``; :func:`suppress_plain` can.
+    Where it applies (see :mod:`drs_lib.kernels`), a compiled form runs, on a processor and on a GPU. It can't
+    be differentiated twice nor transformed by ``torch.func``; :func:`suppress_plain` can.
 
     Raises:
         ValueError: ``x`` isn't four-dimensional or floating point; the number isn't in (0, 1]; the tensor has
@@ -106,7 +106,7 @@ def suppress(x: torch.Tensor, control) -> torch.Tensor:
             return F.relu(x)
         kernel = kernels.for_input(x)
         if kernel is not None:
-            return kernel.suppress(x, x.new_full(x.shape[:2], control))
+            return kernel.suppress(x, torch.full(x.shape[:2], control, device=x.device))
     else:
         kernel = kernels.for_input(x)
         # The compiled backward pass tells suppressed from dead elements by value; at control 0 both are 0.

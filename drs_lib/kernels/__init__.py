@@ -1,7 +1,8 @@
 """The suppressor, compiled, and the one place that decides when the compiled form is used.
 
-Nothing is compiled, and numba is not imported, before the first call that can use it. Results and
-gradients are those of :func:`drs_lib.drs.suppress_plain` up to float32 rounding.
+On a processor numba compiles it (`cpu`), on a GPU Triton (`cuda`); `autograd` holds what both share. Nothing
+is compiled, and neither is imported, before the first call that can use it. Results and gradients are those
+of :func:`drs_lib.drs.suppress_plain` up to rounding.
 """
 
 import importlib
@@ -17,6 +18,7 @@ import torch
 
 __all__ = ["Form", "available", "disabled", "for_input", "forms"]
 
+_TYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.float16, torch.bfloat16)}
 _disabled = ContextVar("drs_lib.kernels.disabled", default=os.environ.get("DRS_LIB_KERNELS", "1") == "0")
 
 
@@ -48,6 +50,17 @@ def _cpu_module():
         return None
 
 
+@cache
+def _gpu_module():
+    try:
+        return importlib.import_module(f"{__name__}.cuda")
+    except ImportError as error:
+        logging.getLogger(__name__).warning(
+            "DRS runs uncompiled on this GPU: %s. PyTorch for Linux brings Triton, which compiles it.", error
+        )
+        return None
+
+
 def available() -> bool:
     """Whether the compiled form can be used here at all (numba imports)."""
     return _cpu_module() is not None
@@ -66,23 +79,27 @@ def forms() -> list[Form]:
 
     For whoever checks or times them all: the notebook on the DRS module runs each one in this list.
     """
-    return [Form("numba", "cpu", _cpu_module())] if available() else []
+    found = [Form("numba", "cpu", _cpu_module())] if available() else []
+    if torch.cuda.is_available() and _gpu_module() is not None:
+        found.append(Form("triton", "cuda", _gpu_module()))
+    return found
 
 
 def for_input(x: torch.Tensor):
     """The module whose ``suppress`` and ``suppress_by`` take ``x``, or None where the plain form is needed.
 
-    The compiled form covers float32 on a processor in dense NCHW or channels-last memory, one element or
-    more. Anything else, and whatever torch is tracing or compiling, is left to the plain form.
+    The compiled forms cover dense NCHW or channels-last memory, one element or more: float32 on a processor,
+    float32, float16 or bfloat16 on a GPU. Anything else, and whatever torch is tracing or compiling, is left
+    to the plain form.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or _disabled.get():
         return None
     if type(x) not in (torch.Tensor, torch.nn.Parameter):
         return None
-    if x.device.type != "cpu" or x.dtype != torch.float32:
+    if x.dtype not in _TYPES.get(x.device.type, ()):
         return None
     if x.layout != torch.strided or x.numel() == 0 or x.shape[2] * x.shape[3] >= 2**31:
         return None
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
         return None
-    return _cpu_module()
+    return _cpu_module() if x.device.type == "cpu" else _gpu_module()

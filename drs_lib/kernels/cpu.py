@@ -1,9 +1,7 @@
-"""Algorithm 1 on a processor: a few short loops, compiled by numba, behind two autograd functions.
+"""Algorithm 1 on a processor: a few short loops, compiled by numba.
 
 A feature map is read once for its maxima and averages and once more to be clamped, while it is still in the
-cache where the control values are known beforehand. Only the result y,
-which the next layer keeps anyway, and a few numbers per channel are saved for the backward pass: y tells
-a dead element (0), a passed one (below tau) and a suppressed one (tau) apart.
+cache where the control values are known beforehand.
 
 Every loop works on a matrix (positions, channels) whose inner index is contiguous, so the compiler
 vectorises across channels. In channels-last memory that is the map as it lies there; in NCHW memory a
@@ -17,6 +15,7 @@ two threads call at once.
 """
 
 import os
+import sys
 import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numba
 import numpy as np
 import torch
-from torch.autograd.function import once_differentiable
+
+from drs_lib.kernels import autograd
 
 LANES = 32
 BLOCK = 64
@@ -264,7 +264,7 @@ class _Layout:
         return x.detach().contiguous().numpy().reshape(self.channels_shape)
 
 
-def _extracted(x):
+def extracted(x):
     """Maximum, its first position and the sum of relu(x), each (N, K)."""
     layout, size = _Layout(x), x.shape[:2]
     peak, where = torch.empty(size, dtype=torch.float32), torch.empty(size, dtype=torch.int32)
@@ -273,13 +273,13 @@ def _extracted(x):
     return peak, where, total
 
 
-def _clamped(x, tau):
+def clamped(x, tau):
     layout, y = _Layout(x), torch.empty_like(x)
     _run(layout.clamp, layout.maps(x), layout.channels(tau), layout.maps(y))
     return y
 
 
-def _suppressed(x, control):
+def suppressed(x, control):
     """y, tau, the maxima and their positions, for control values (N, K) that are known beforehand."""
     layout, y = _Layout(x), torch.empty_like(x)
     peak, tau = (torch.empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
@@ -290,7 +290,7 @@ def _suppressed(x, control):
     return y, tau, peak, where
 
 
-def _gradients(g, y, tau, control, where):
+def gradients(g, y, tau, control, where):
     """The gradient that reaches x through the suppressor and the maximum, and the one that reaches tau."""
     layout, gx = _Layout(y), torch.empty_like(y)
     total = torch.empty(tau.shape, dtype=torch.float64)
@@ -307,59 +307,16 @@ def _gradients(g, y, tau, control, where):
     return gx, total.float()
 
 
-def _average_gradient(y, share, gx):
+def average_gradient(y, share, gx):
     layout = _Layout(y)
     _run(layout.spread, layout.maps(y), layout.channels(share), layout.maps(gx))
 
 
-class _Suppress(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, control):
-        y, tau, peak, where = _suppressed(x, control)
-        ctx.save_for_backward(y, tau, control, peak, where)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        y, tau, control, peak, where = ctx.saved_tensors
-        gx, g_tau = _gradients(g, y, tau, control, where)
-        return gx, g_tau * peak
-
-
-class _SuppressBy(torch.autograd.Function):
-    """The controller runs inside, on the averages, so that x gets one gradient instead of a sum of two."""
-
-    @staticmethod
-    def forward(ctx, x, controller, *parameters):
-        peak, where, total = _extracted(x)
-        average = (total / (x.shape[2] * x.shape[3])).float()
-        with torch.set_grad_enabled(any(ctx.needs_input_grad)):
-            average.requires_grad_(ctx.needs_input_grad[0])
-            control = controller(average[:, :, None, None]).to(x.dtype)
-        tau = peak * control.detach()
-        y = _clamped(x, tau)
-        ctx.average, ctx.control, ctx.parameters = average, control, parameters
-        ctx.save_for_backward(y, tau, peak, where)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        y, tau, peak, where = ctx.saved_tensors
-        gx, g_tau = _gradients(g, y, tau, ctx.control.detach(), where)
-        wanted = [t for t in (ctx.average, *ctx.parameters) if t.requires_grad]
-        found = iter(torch.autograd.grad(ctx.control, wanted, g_tau * peak, retain_graph=True))
-        if ctx.average.requires_grad:
-            _average_gradient(y, next(found) / (y.shape[2] * y.shape[3]), gx)
-        return gx, None, *(next(found) if p.requires_grad else None for p in ctx.parameters)
-
-
 def suppress(x, control):
-    """:func:`drs_lib.drs.suppress` for an ``x`` that ``kernels.for_input`` accepts, ``control`` (N, K)."""
-    return _Suppress.apply(x, control)
+    """See `drs_lib.kernels.autograd.suppress`."""
+    return autograd.suppress(sys.modules[__name__], x, control)
 
 
 def suppress_by(x, controller):
-    """The same with the control values ``controller`` gives for the averages of relu(x), (N, K, 1, 1)."""
-    return _SuppressBy.apply(x, controller, *controller.parameters())
+    """See `drs_lib.kernels.autograd.suppress_by`."""
+    return autograd.suppress_by(sys.modules[__name__], x, controller)
