@@ -1,10 +1,11 @@
-"""Seconds per image of the dense CRF, on one process and on several.
+"""Seconds per image of the dense CRF: pydensecrf on one process and on several, and as attention on a device.
 
     python benchmarks/crf.py
     python benchmarks/crf.py --jobs 1 2 4 --cases voc
 
 Images of Critters' size (128 x 128, 7 labels) and of VOC's (375 x 500, 21 labels), 10 iterations.
 Starting the worker processes is part of the time, as it is for a user; a first round is not counted.
+Attention is measured on a GPU if there is one, else on the processor, there at Critters' size only.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from drs_lib.crf import INSTALL_HINT, CRFConfig, available, crf_over
 from drs_lib.files import write_text
@@ -59,6 +61,31 @@ def measure(case, jobs, rounds, config):
     ]
 
 
+def attention_row(case, device, rounds, config, baseline):
+    labels, height, width, _ = CASES[case]
+    items, seconds = [scene(labels, height, width, seed) for seed in range(2)], []
+    for round_number in range(-1, rounds):
+        start = time.perf_counter()
+        crf_over(items, config, progress=False, engine="attention", device=device)
+        if round_number >= 0:
+            seconds.append((time.perf_counter() - start) / len(items))
+    median = statistics.median(seconds)
+    return {
+        "case": case,
+        "size": f"{labels} x {height} x {width}",
+        "jobs": f"{device}",
+        "seconds_per_image": median,
+        "speedup": baseline / median,
+    }
+
+
+def show(row):
+    print(
+        f"{row['case']:12s}{row['size']:>16s}{row['jobs']:>6}"
+        f"{row['seconds_per_image']:10.3f}{row['speedup']:10.3f}"
+    )
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -73,19 +100,23 @@ def main():
     if not available():
         parser.exit(1, INSTALL_HINT + "\n")
 
-    config = CRFConfig.LARGEFOV_VGG16
-    print(f"{platform.machine()}, {config.iterations} iterations")
+    config, gpu = CRFConfig.LARGEFOV_VGG16, torch.cuda.is_available()
+    name = torch.cuda.get_device_name() if gpu else "no GPU"
+    print(f"{platform.machine()}, {name}, {config.iterations} iterations")
     print(f"{'case':12s}{'C x H x W':>16s}{'jobs':>6s}{'s/image':>10s}{'speed-up':>10s}")
     rows = []
     for case in options.cases:
-        for row in measure(case, options.jobs, options.rounds, config):
-            rows.append(row)
-            print(
-                f"{row['case']:12s}{row['size']:>16s}{row['jobs']:6d}"
-                f"{row['seconds_per_image']:10.3f}{row['speedup']:10.2f}"
-            )
+        measured = measure(case, options.jobs, options.rounds, config)
+        if gpu or case == "critters":
+            baseline = measured[0]["seconds_per_image"]
+            device = "cuda" if gpu else "cpu"
+            measured.append(attention_row(case, device, options.rounds, config, baseline))
+        for row in measured:
+            show(row)
+        rows += measured
     if options.json:
-        write_text(options.json, json.dumps({"machine": platform.machine(), "rows": rows}, indent=2) + "\n")
+        found = {"machine": platform.machine(), "gpu": name, "rows": rows}
+        write_text(options.json, json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,9 @@
-"""Dense CRF (Krähenbühl and Koltun 2011) over segmentation probabilities, on all cores.
+"""Dense CRF (Krähenbühl and Koltun 2011) over segmentation probabilities: on all cores, or on a GPU.
+
+Two engines do the same mean field. "lattice" is pydensecrf, which filters on a lattice: quick on a processor.
+"attention" (`drs_lib.crf_attention`) computes the kernels as they are: quick on a GPU, about a hundred times
+slower than the other on a processor, and in need of nothing but PyTorch. The default is "attention" on a
+GPU, "lattice" elsewhere.
 
 This module imports no torch: its worker processes load it, and a worker needs only NumPy and pydensecrf.
 """
@@ -19,8 +24,9 @@ INSTALL_HINT = (
     "With pip: `pip install pydensecrf2` (it is compiled on your machine, about a minute, and needs a C++ "
     "compiler). With conda: `conda install -c conda-forge pydensecrf` (not built for Apple Silicon: there "
     "use pip inside the environment, with conda's cxx-compiler). Everything but the CRF columns works "
-    "without it."
+    "without it; so does engine='attention', slowly on a processor."
 )
+ENGINES = ("lattice", "attention")
 
 
 @dataclass(frozen=True)
@@ -70,66 +76,84 @@ def available():
     return True
 
 
-def dense_crf(probabilities, image, config=CRFConfig.LARGEFOV_VGG16):
+def pick_engine(engine=None, device=None):
+    """The engine to use: the one named, else "attention" for a GPU ("cuda", a torch.device), else "lattice".
+
+    Raises ValueError for a name that is none, RuntimeError where "lattice" is to run without pydensecrf.
+    """
+    if engine is None:
+        engine = "attention" if str(device or "cpu").startswith(("cuda", "mps")) else "lattice"
+    if engine not in ENGINES:
+        raise ValueError(
+            f"unknown engine {engine!r}; choose one of {', '.join(map(repr, ENGINES))}, or None."
+        )
+    if engine == "lattice":
+        _require()
+    return engine
+
+
+def dense_crf(probabilities, image, config=CRFConfig.LARGEFOV_VGG16, engine=None, device=None):
     """Mean-field inference in the fully connected CRF, from a network's probabilities and the image.
 
     Args:
         probabilities: (C, H, W) floats, a softmax over C labels, background included.
         image: (H, W, 3) uint8 RGB, the original image: not normalised, not mean-subtracted.
         config: kernels and number of iterations.
+        engine, device: see `pick_engine`; "attention" computes on the device, None being the processor.
 
     Returns:
         float32 array (C, H, W), the refined probabilities. The same input gives the same bytes.
 
     Raises:
-        ValueError: shapes or values that are not the above.
+        ValueError: shapes or values that are not the above, an unknown engine.
         RuntimeError: pydensecrf is missing.
     """
-    _require()
-    return _infer(*_checked(probabilities, image), config)
+    engine = pick_engine(engine, device)
+    return _refined(*_checked(probabilities, image), config, engine, device)
 
 
-def crf_over(items, config=CRFConfig.LARGEFOV_VGG16, jobs=None, progress=True):
+def crf_over(items, config=CRFConfig.LARGEFOV_VGG16, jobs=None, progress=True, engine=None, device=None):
     """Dense CRF over many images; a list of uint8 label maps (H, W), each the most probable of the C labels.
 
     Args:
         items: iterable of ``(probabilities, image)`` as `dense_crf` takes them. A generator is read in the
             calling thread, only a few images ahead, so that memory stays flat.
         jobs: number of processes; None: one per core, or a single one inside a worker process. One job starts
-            no process. The number changes nothing in the result.
+            no process. The number changes nothing in the result. "attention" starts none either.
         progress: show a progress bar.
+        engine, device: as for `dense_crf`.
 
     Raises:
         ValueError: as `dense_crf`, with the item's number, or for ``jobs``.
         RuntimeError: pydensecrf is missing.
     """
-    return list(iterate_crf(items, config, jobs, progress))
+    return list(iterate_crf(items, config, jobs, progress, engine, device))
 
 
-def iterate_crf(items, config=CRFConfig.LARGEFOV_VGG16, jobs=None, progress=True):
+def iterate_crf(items, config=CRFConfig.LARGEFOV_VGG16, jobs=None, progress=True, engine=None, device=None):
     """`crf_over` as a generator: label maps in the order of ``items``, each as soon as it is ready."""
-    _require()
+    engine = pick_engine(engine, device)
     jobs = _default_jobs() if jobs is None else jobs
     if not isinstance(jobs, int) or jobs < 1:
         raise ValueError(f"jobs must be a whole number, 1 or more, or None for all cores; got {jobs!r}.")
-    return _iterate(items, config, jobs, progress)
+    return _iterate(items, (config, engine, device), 1 if engine == "attention" else jobs, progress)
 
 
-def _iterate(items, config, jobs, progress):
+def _iterate(items, how, jobs, progress):
     from tqdm.auto import tqdm
 
     total = len(items) if hasattr(items, "__len__") else None
-    results = _serial(items, config) if jobs == 1 else _parallel(items, config, jobs)
+    results = _serial(items, how) if jobs == 1 else _parallel(items, how, jobs)
     with tqdm(results, total=total, desc="CRF", unit="image", disable=not progress) as bar:
         yield from bar
 
 
-def _serial(items, config):
+def _serial(items, how):
     for item in _checked_items(items):
-        yield _label_map(*item, config)
+        yield _label_map(*item, *how)
 
 
-def _parallel(items, config, jobs):
+def _parallel(items, how, jobs):
     # An executor rather than joblib.Parallel, which reads its input from other threads: a generator that runs
     # a network would lose torch's no_grad there, which belongs to a thread. One of its own: loky's reusable
     # executor is the one that joblib.Parallel takes for its own.
@@ -139,7 +163,7 @@ def _parallel(items, config, jobs):
     pending = deque()
     try:
         for item in _checked_items(items):
-            pending.append(executor.submit(_label_map, *item, config))
+            pending.append(executor.submit(_label_map, *item, *how))
             if len(pending) > 2 * jobs:
                 yield pending.popleft().result()
         while pending:
@@ -157,8 +181,16 @@ def _checked_items(items):
             raise ValueError(f"CRF item {index}: {error}") from error
 
 
-def _label_map(probabilities, image, config):
-    return _infer(probabilities, image, config).argmax(axis=0).astype(np.uint8)
+def _label_map(*arguments):
+    return _refined(*arguments).argmax(axis=0).astype(np.uint8)
+
+
+def _refined(probabilities, image, config, engine, device):
+    if engine == "lattice":
+        return _infer(probabilities, image, config)
+    from drs_lib.crf_attention import mean_field
+
+    return mean_field(probabilities, image, config, device or "cpu").cpu().numpy()
 
 
 def _infer(probabilities, image, config):

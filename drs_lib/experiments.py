@@ -180,9 +180,15 @@ def stored_table(number: int, pipeline: Pipeline) -> "pd.DataFrame":
 
 def _measures(numbers):
     measures = {number: ("miou", *_MEASURES[number]) for number in numbers}
-    if not crf.available():
+    if not crf.available() and not _gpu():
         measures = {number: tuple(m for m in names if m != "crf") for number, names in measures.items()}
     return measures
+
+
+def _gpu():
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _checked(numbers, seeds, jobs):

@@ -143,7 +143,7 @@ def test_workers_do_not_load_torch():
 
     loaded = "[name in __import__('sys').modules for name in ('drs_lib.crf', 'pydensecrf', 'torch')]"
     with ProcessPoolExecutor(max_workers=1) as executor:
-        executor.submit(crf._label_map, *scene(0), SMALL).result()
+        executor.submit(crf._label_map, *scene(0), SMALL, "lattice", None).result()
         found = tuple(executor.submit(eval, loaded).result())
     assert found == (True, True, False)
 
@@ -256,3 +256,60 @@ def test_the_crf_and_joblib_do_not_take_each_other_s_processes():
         found = crf.crf_over(items, jobs=2, progress=False)
         assert all(np.array_equal(labels, found[0]) for labels in found)
         assert Parallel(n_jobs=2)(delayed(abs)(i) for i in (-1, 2)) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CRFConfig(iterations=1, bilateral_weight=0),
+        CRFConfig(iterations=1, gaussian_weight=0, bilateral_sxy=10, bilateral_srgb=20),
+        SMALL,
+        CRFConfig.LARGEFOV_VGG16,
+        CRFConfig(iterations=0),
+    ],
+    ids=["smoothness", "appearance", "both", "largefov", "no_iteration"],
+)
+def test_attention_is_the_exact_mean_field(config):
+    probabilities, image = scene(labels=5)
+    found = dense_crf(probabilities, image, config, engine="attention")
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, exact_mean_field(probabilities, image, config), atol=2e-4)
+
+
+def test_attention_in_chunks_is_the_same(monkeypatch):
+    probabilities, image = scene(labels=9)
+    whole = dense_crf(probabilities, image, SMALL, engine="attention")
+    monkeypatch.setattr("drs_lib.crf_attention.MOST_PAIRS", 50 * image.shape[0] * image.shape[1])
+    np.testing.assert_allclose(dense_crf(probabilities, image, SMALL, engine="attention"), whole, atol=1e-5)
+
+
+@needs_pydensecrf
+def test_the_engines_agree_on_nearly_all_pixels():
+    same = []
+    for seed in range(4):
+        probabilities, image = scene(seed, labels=7, height=48, width=64)
+        lattice, attention = (dense_crf(probabilities, image, engine=engine) for engine in crf.ENGINES)
+        same.append((lattice.argmax(0) == attention.argmax(0)).mean())
+        assert np.abs(lattice - attention).mean() < 0.005
+    assert min(same) > 0.98 and np.mean(same) > 0.99
+
+
+def test_attention_needs_no_pydensecrf_and_no_processes(monkeypatch):
+    monkeypatch.setattr(crf, "available", lambda: False)
+    monkeypatch.setattr(crf, "_parallel", None)
+    items = [scene(seed) for seed in range(3)]
+    labels = crf_over(items, SMALL, jobs=4, progress=False, engine="attention")
+    for label, (probabilities, image) in zip(labels, items, strict=True):
+        expected = dense_crf(probabilities, image, SMALL, engine="attention").argmax(0)
+        np.testing.assert_array_equal(label, expected)
+    with pytest.raises(RuntimeError, match="engine='attention'"):
+        dense_crf(*items[0], SMALL)
+
+
+def test_the_engine_follows_the_device(monkeypatch):
+    monkeypatch.setattr(crf, "available", lambda: True)
+    chosen = [crf.pick_engine(device=device) for device in (None, "cpu", "cuda:1", "mps")]
+    assert chosen == ["lattice", "lattice", "attention", "attention"]
+    assert crf.pick_engine("lattice", "cuda") == "lattice"
+    with pytest.raises(ValueError, match="'lattice', 'attention'"):
+        crf.pick_engine("permutohedral")
