@@ -411,8 +411,10 @@ class Pipeline:
             self._report(stage.title)
             stage.make(writer)
             writer.note(device=str(self._device))
+            finished.append(stage)
 
-        return self.store.get_or_make(
+        finished = []
+        entry = self.store.get_or_make(
             stage.name,
             stage.config,
             stage.inputs,
@@ -420,6 +422,9 @@ class Pipeline:
             version=STAGE_VERSIONS[stage.name],
             not_before=not_before,
         )
+        if finished:
+            self._checkpoint(stage).remove()  # only now that the entry is published
+        return entry
 
     def _classify(self, configuration):
         recipe = self._classify_recipe(configuration)
@@ -638,7 +643,18 @@ class Pipeline:
             last = history[-1]
             self._report(f"{stage.title}, epoch {last['epoch']}, loss {last['loss']:.3f}")
 
-        return {"seed": self.seed, "device": self._device, "progress": self._progress, "on_epoch": on_epoch}
+        return {
+            "seed": self.seed,
+            "device": self._device,
+            "progress": self._progress,
+            "on_epoch": on_epoch,
+            "checkpoint": self._checkpoint(stage),
+        }
+
+    def _checkpoint(self, stage):
+        from drs_lib.checkpoint import Checkpoint
+
+        return Checkpoint(self.store.root / "checkpoints" / f"{stage.name}-{stage.key}.pt")
 
     @cached_property
     def _device(self):

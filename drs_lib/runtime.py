@@ -30,23 +30,39 @@ def seed_everything(seed, accelerators=True):
         torch.default_generator.manual_seed(int(seed))
 
 
+def random_states(accelerators=True):
+    """The states of all random generators, as plain values and tensors, for `restore_random_states`."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
+        "cpu": torch.get_rng_state(),
+        # A GPU that has not been used has no state worth keeping, and asking for it would start the GPU.
+        "cuda": torch.cuda.get_rng_state_all() if accelerators and torch.cuda.is_initialized() else None,
+        "mps": torch.mps.get_rng_state() if accelerators and torch.backends.mps.is_available() else None,
+    }
+
+
+def restore_random_states(states):
+    """Set all random generators to what `random_states` returned."""
+    random.setstate(states["python"])
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(states["cpu"])
+    if states["cuda"] is not None:
+        torch.cuda.set_rng_state_all(states["cuda"])
+    if states["mps"] is not None:
+        torch.mps.set_rng_state(states["mps"])
+
+
 @contextmanager
 def preserved_rng(accelerators=True):
     """Give the caller's random generators back as they were, whatever the block draws from them."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    # A GPU that has not been used has no state worth keeping, and asking for it would start the GPU.
-    cuda = torch.cuda.get_rng_state_all() if accelerators and torch.cuda.is_initialized() else None
-    mps = torch.mps.get_rng_state() if accelerators and torch.backends.mps.is_available() else None
+    states = random_states(accelerators)
     try:
         yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
-        if mps is not None:
-            torch.mps.set_rng_state(mps)
+        restore_random_states(states)
 
 
 @contextmanager

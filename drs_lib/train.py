@@ -133,6 +133,8 @@ def fit(
     title="training",
     progress=True,
     on_epoch=None,
+    checkpoint=None,
+    streams=(),
 ):
     """Train `model` in place for `steps` iterations of the optimiser; the loop of all three stages.
 
@@ -140,7 +142,9 @@ def fit(
     scalar. scheduler: stepped after each iteration. accumulate: batches per iteration. names: the images'
     ids, for messages. progress: True for a bar, False for none, or a function (title, step, steps, epoch,
     loss) that is called after every iteration and must not draw random numbers. on_epoch(history): called
-    after every epoch; random numbers it draws don't change the training.
+    after every epoch; random numbers it draws don't change the training. checkpoint: a
+    `drs_lib.checkpoint.Checkpoint`, from which the training goes on if it holds one, and which is written
+    after every epoch but the last; streams: the generators from which `batches` draws.
 
     Returns the history, a list of dict(epoch, loss, lr, seconds) in which `loss` is the epoch's mean and `lr`
     the first parameter group's rate at its end. Raises TrainingDiverged when the loss or a weight stops being
@@ -151,7 +155,11 @@ def fit(
     model.train()
     optimizer.zero_grad(set_to_none=True)
     history, step, seen = [], 0, 0
-    with _reporting(progress, title, steps) as report:
+    kept = dict(model=model, optimizer=optimizer, scheduler=scheduler)
+    found = None if checkpoint is None else checkpoint.restore(streams, **kept)
+    if found is not None:
+        history, step, seen = found["history"], found["step"], found["seen"]
+    with _reporting(progress, title, steps, step) as report:
         while step < steps:
             start, losses, seen_before = time.perf_counter(), [], seen
             rate = optimizer.param_groups[0]["lr"]
@@ -194,6 +202,8 @@ def fit(
             )
             if step == steps:
                 _check_weights(model, f"{title}: after the last iteration, {steps}")
+            elif checkpoint is not None:
+                checkpoint.save(dict(history=history, step=step, seen=seen), streams, **kept)
             if on_epoch is not None:
                 with preserved_rng():
                     on_epoch(history)
@@ -201,11 +211,12 @@ def fit(
 
 
 @contextmanager
-def _reporting(progress, title, steps):
+def _reporting(progress, title, steps, done=0):
     if callable(progress):
         yield lambda step, epoch, loss: progress(title, step, steps, epoch, loss)
         return
-    with tqdm(total=steps, desc=title, unit="step", disable=not progress, dynamic_ncols=True) as bar:
+    options = dict(initial=done, unit="step", disable=not progress, dynamic_ncols=True)
+    with tqdm(total=steps, desc=title, **options) as bar:
 
         def report(step, epoch, loss):
             bar.update()
@@ -421,12 +432,13 @@ def _expect_one_each(sequence, dataset, what):
         raise ValueError(f"{len(sequence)} {what} for {len(dataset)} images: expected one each")
 
 
-def train_classifier(recipe, dataset, seed=0, device=None, progress=True, on_epoch=None):
+def train_classifier(recipe, dataset, seed=0, device=None, progress=True, on_epoch=None, checkpoint=None):
     """Train a classifier with DRS on image-level labels; Figure 3 (a).
 
     recipe: ClassifyRecipe. dataset: see drs_lib.data; its masks can't be reached from here. device: None for
     the best there is. on_epoch(history): called after every epoch. The last epoch's weights are kept:
-    choosing an epoch by its masks' score would be supervision the method claims to do without.
+    choosing an epoch by its masks' score would be supervision the method claims to do without. checkpoint:
+    see `fit`.
 
     Returns (model in eval mode, history); see `fit` for the history. Raises TrainingDiverged.
     """
@@ -436,12 +448,13 @@ def train_classifier(recipe, dataset, seed=0, device=None, progress=True, on_epo
             recipe.backbone, data.num_classes, recipe.drs_layers, recipe.delta, weights=recipe.weights
         )
 
-    return _train(
-        ClassifyRecipe, recipe, dataset, build, classification_loss, None, seed, device, progress, on_epoch
-    )
+    options = dict(seed=seed, device=device, progress=progress, on_epoch=on_epoch, checkpoint=checkpoint)
+    return _train(ClassifyRecipe, recipe, dataset, build, classification_loss, **options)
 
 
-def train_refinement(recipe, dataset, targets, seed=0, device=None, progress=True, on_epoch=None):
+def train_refinement(
+    recipe, dataset, targets, seed=0, device=None, progress=True, on_epoch=None, checkpoint=None
+):
     """Train the refinement network on localization maps; Figure 3 (b).
 
     recipe: RefineRecipe. targets: a sequence with one float array (C, H, W) in [0, 1] for each image, read
@@ -454,10 +467,13 @@ def train_refinement(recipe, dataset, targets, seed=0, device=None, progress=Tru
 
     loss = functools.partial(refinement_loss, size=recipe.loss_size, label_mask=recipe.label_mask)
     extra = _TargetMaps(targets, dataset)
-    return _train(RefineRecipe, recipe, dataset, build, loss, extra, seed, device, progress, on_epoch)
+    options = dict(seed=seed, device=device, progress=progress, on_epoch=on_epoch, checkpoint=checkpoint)
+    return _train(RefineRecipe, recipe, dataset, build, loss, extra=extra, **options)
 
 
-def train_segmentation(recipe, dataset, labels, seed=0, device=None, progress=True, on_epoch=None):
+def train_segmentation(
+    recipe, dataset, labels, seed=0, device=None, progress=True, on_epoch=None, checkpoint=None
+):
     """Train a DeepLab on segmentation labels; Figure 3 (c).
 
     recipe: SegmentRecipe. labels: a sequence with one uint8 array (H, W) for each image: 0 background, 1..C
@@ -470,8 +486,8 @@ def train_segmentation(recipe, dataset, labels, seed=0, device=None, progress=Tr
         return networks.deeplab(recipe.kind, recipe.backbone, data.num_classes + 1, weights=recipe.weights)
 
     loss = functools.partial(segmentation_loss, size=recipe.loss_size)
-    extra = _LabelMaps(labels, dataset)
-    return _train(SegmentRecipe, recipe, dataset, build, loss, extra, seed, device, progress, on_epoch)
+    options = dict(seed=seed, device=device, progress=progress, on_epoch=on_epoch, checkpoint=checkpoint)
+    return _train(SegmentRecipe, recipe, dataset, build, loss, extra=_LabelMaps(labels, dataset), **options)
 
 
 def train_network(
@@ -486,6 +502,7 @@ def train_network(
     device=None,
     progress=True,
     on_epoch=None,
+    checkpoint=None,
     title="training",
 ):
     """Train the network that ``build(dataset)`` returns: what the three stages and pretraining share.
@@ -502,9 +519,10 @@ def train_network(
         model = build(dataset).to(device=device, memory_format=memory_format(device))
         optimizer = make_optimizer(model, recipe)
         factor = functools.partial(recipe.lr_factor, per_epoch=per_epoch, total=steps)
+        loader = _loader(dataset, recipe, extra, seed, device)
         history = fit(
             model,
-            _loader(dataset, recipe, extra, seed, device),
+            loader,
             loss,
             optimizer,
             torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
@@ -515,25 +533,17 @@ def train_network(
             title=title,
             progress=progress,
             on_epoch=on_epoch,
+            checkpoint=checkpoint,
+            streams=(loader.generator, loader.sampler.generator),
         )
     return model.eval(), history
 
 
-def _train(kind, recipe, dataset, build, loss, extra, seed, device, progress, on_epoch):
+def _train(kind, recipe, dataset, build, loss, **options):
     if not isinstance(recipe, kind):
         raise TypeError(f"recipe is a {_kind(recipe)}: expected a {kind.__name__}")
-    return train_network(
-        recipe,
-        dataset,
-        build,
-        loss,
-        extra=extra,
-        seed=seed,
-        device=device,
-        progress=progress,
-        on_epoch=on_epoch,
-        title=kind.__name__.removesuffix("Recipe").lower(),
-    )
+    title = kind.__name__.removesuffix("Recipe").lower()
+    return train_network(recipe, dataset, build, loss, title=title, **options)
 
 
 def predict_segmentation(model, dataset, *, batch_size=16, output="labels", progress=False):
@@ -559,9 +569,9 @@ def _predict(model, dataset, batch_size, output, progress):
 def evaluate_segmentation(model, dataset, crf=None, jobs=None, *, batch_size=16, progress=False):
     """Mean IoU of a segmentation network against the data set's masks.
 
-    crf: a CRFConfig to score the network's output after the dense CRF as well, on `jobs` processes.
-    Returns dict(miou, iou), see drs_lib.metrics.SegmentationScore; with crf also miou_crf and iou_crf. Raises
-    RuntimeError when a CRF is asked for and pydensecrf is missing.
+    crf: a CRFConfig to score the network's output after the dense CRF as well, on `jobs` processes, or on the
+    model's GPU. Returns dict(miou, iou), see drs_lib.metrics.SegmentationScore; with crf also miou_crf and
+    iou_crf. Raises RuntimeError when a CRF is asked for on a processor and pydensecrf is missing.
     """
     plain = SegmentationScore(dataset.num_classes + 1)
     if crf is None:
@@ -578,7 +588,8 @@ def evaluate_segmentation(model, dataset, crf=None, jobs=None, *, batch_size=16,
             yield probabilities, dataset[i][0].permute(1, 2, 0).numpy()
 
     refined = SegmentationScore(dataset.num_classes + 1)
-    for i, labels in enumerate(iterate_crf(items(), crf, jobs, progress=False)):
+    device = next(model.parameters()).device
+    for i, labels in enumerate(iterate_crf(items(), crf, jobs, progress=False, device=device)):
         refined.update(labels, dataset.mask(i))
     return {**plain.compute(), **{f"{key}_crf": value for key, value in refined.compute().items()}}
 

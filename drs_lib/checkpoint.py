@@ -1,0 +1,74 @@
+"""A training that was killed goes on after its last finished epoch, to the weights it would have had anyway.
+
+A checkpoint is one file: weights, optimiser, scheduler, history, and the states of all random streams, those
+of Python, NumPy and torch and those from which the order of the images is drawn. It is written beside its
+place and renamed, so that whenever the process is killed there is a whole one, or none.
+"""
+
+import copy
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from drs_lib.files import atomic_path
+from drs_lib.runtime import random_states, restore_random_states
+
+_log = logging.getLogger(__name__)
+
+
+class Checkpoint:
+    """The state of one training in the file ``path``; `drs_lib.train.fit` writes it after every epoch.
+
+    ``streams``: further torch generators whose states belong to the training, in a fixed order.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+
+    def save(self, progress, streams=(), **parts):
+        """progress: plain values (step, history, ...). parts: objects with ``state_dict``."""
+        state = {
+            "torch": str(torch.__version__),
+            "progress": progress,
+            "random": random_states(),
+            "streams": [stream.get_state() for stream in streams],
+            "parts": {name: part.state_dict() for name, part in parts.items()},
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(self.path) as temporary, open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def restore(self, streams=(), **parts):
+        """Puts a saved state into the same objects and returns its progress, or None if there is none.
+
+        A damaged file, or one of another torch, is set aside with a warning: the training begins anew.
+        """
+        if not self.path.exists():
+            return None
+        before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            if state["torch"] != str(torch.__version__):
+                raise ValueError(f"it was written by torch {state['torch']}, and this is {torch.__version__}")
+            if state["parts"].keys() != parts.keys() or len(state["streams"]) != len(streams):
+                raise ValueError("it is of another training")
+            for name, part in parts.items():
+                part.load_state_dict(state["parts"][name])
+        except Exception as error:  # unpickling a damaged file raises errors of almost any kind
+            for name, part in parts.items():  # some of it may have been loaded
+                part.load_state_dict(before[name])
+            aside = self.path.with_suffix(".unusable")
+            os.replace(self.path, aside)
+            _log.warning("The training begins anew: its checkpoint, now %s, can't be used: %s", aside, error)
+            return None
+        for stream, saved in zip(streams, state["streams"], strict=True):
+            stream.set_state(saved)
+        restore_random_states(state["random"])
+        return state["progress"]
+
+    def remove(self):
+        self.path.unlink(missing_ok=True)

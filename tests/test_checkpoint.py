@@ -1,0 +1,151 @@
+"""A training that is killed and started again ends with the weights of one that was not."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import TinyDataset
+from drs_lib.checkpoint import Checkpoint
+from drs_lib.recipes import ClassifyRecipe, RefineRecipe, SegmentRecipe
+from drs_lib.train import train_classifier, train_refinement, train_segmentation
+
+EPOCHS = 4
+DATA = TinyDataset(length=9, size=32)
+MAPS = [np.random.default_rng(i).random((3, 32, 32), np.float32) for i in range(9)]
+LABELS = [np.random.default_rng(i).integers(0, 4, (32, 32)).astype(np.uint8) for i in range(9)]
+SHORT = dict(epochs=EPOCHS, batch=4, weights=None, jitter=(0.2, 0.2, 0.2, 0.1))
+TRAININGS = {
+    "classify": lambda **options: train_classifier(
+        ClassifyRecipe.laptop().replace(**SHORT, optimizer="sgd", momentum=0.9), DATA, **options
+    ),
+    "refine": lambda **options: train_refinement(
+        RefineRecipe.laptop().replace(**SHORT), DATA, MAPS, **options
+    ),
+    # Its dropout draws random numbers on the device, and its batches are made in processes of their own.
+    "segment": lambda **options: train_segmentation(
+        SegmentRecipe.laptop().replace(**SHORT, workers=2), DATA, LABELS, **options
+    ),
+}
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_at(fatal):
+    """A progress function under which the training ends at that iteration, counted over all its starts."""
+
+    def progress(title, step, steps, epoch, loss):
+        if step == fatal:
+            raise Killed
+
+    return progress
+
+
+def assert_same(found, expected):
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor), name
+
+
+@pytest.fixture(scope="module", params=TRAININGS)
+def training(request):
+    train = TRAININGS[request.param]
+    return train, train(device="cpu", progress=False)
+
+
+@pytest.mark.parametrize("fatal", [1, 3, 4, 7])  # two iterations make an epoch
+def test_a_training_goes_on_where_it_was_killed(training, fatal, tmp_path):
+    train, (expected, history) = training
+    checkpoint = Checkpoint(tmp_path / "folder" / "state.pt")
+    with pytest.raises(Killed):
+        train(device="cpu", progress=killed_at(fatal), checkpoint=checkpoint)
+    # Random numbers that are drawn in between belong to somebody else.
+    random.random(), np.random.rand(3), torch.rand(3)
+    steps = []
+    model, found = train(device="cpu", checkpoint=checkpoint, progress=lambda *call: steps.append(call[1]))
+    assert steps == list(range(1 + (fatal - 1) // 2 * 2, 2 * EPOCHS + 1))
+    assert_same(model, expected)
+    for one, other in zip(found, history, strict=True):
+        assert one | {"seconds": 0} == other | {"seconds": 0}
+
+
+def test_killed_again_and_again(training, tmp_path):
+    train, (expected, _) = training
+    checkpoint = Checkpoint(tmp_path / "state.pt")
+    for fatal in (2, 4, 5, 8):
+        with pytest.raises(Killed):
+            train(device="cpu", progress=killed_at(fatal), checkpoint=checkpoint)
+    model, _ = train(device="cpu", progress=False, checkpoint=checkpoint)
+    assert_same(model, expected)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "another_torch", "another_network"])
+def test_what_cannot_be_used_is_set_aside(damage, tmp_path, caplog):
+    train = TRAININGS["refine"]
+    checkpoint = Checkpoint(tmp_path / "state.pt")
+    with pytest.raises(Killed):
+        train(device="cpu", progress=killed_at(6), checkpoint=checkpoint)
+    content = checkpoint.path.read_bytes()
+    if damage == "another_torch":
+        state = torch.load(checkpoint.path, weights_only=True)
+        torch.save(state | {"torch": "1.0"}, checkpoint.path)
+    elif damage == "another_network":
+        with pytest.raises(Killed):
+            TRAININGS["segment"](device="cpu", progress=killed_at(6), checkpoint=checkpoint)
+        checkpoint.path.with_suffix(".unusable").unlink()
+        caplog.clear()
+    else:
+        checkpoint.path.write_bytes(content[: len(content) // 2 if damage == "truncated" else 0])
+    steps = []
+    model, _ = train(device="cpu", checkpoint=checkpoint, progress=lambda *call: steps.append(call[1]))
+    assert steps[0] == 1 and "begins anew" in caplog.text
+    assert checkpoint.path.with_suffix(".unusable").exists()
+    assert_same(model, train(device="cpu", progress=False)[0])
+
+
+PROGRAM = """
+import sys
+from drs_lib.paper import Configuration
+from drs_lib.pipeline import Pipeline, get_budget
+budget = get_budget("ci")
+budget = budget.replace(classify=budget.classify.replace(epochs=8))
+line = Pipeline("critters", budget, store=sys.argv[1], device="cpu")
+print("ready", flush=True)
+line.classifier(Configuration())
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+def test_a_process_that_is_killed_at_random_moments_finishes_with_the_same_weights(tmp_path):
+    """By the pipeline and its store: killed twice, then left alone."""
+    rng = random.Random(0)
+
+    def start(store):
+        process = subprocess.Popen([sys.executable, "-c", PROGRAM, store], stdout=subprocess.PIPE)
+        assert process.stdout.readline() == b"ready\n"
+        return process
+
+    began = time.monotonic()
+    assert start(tmp_path / "whole").wait(timeout=120) == 0
+    lasts = time.monotonic() - began
+    kills = 0
+    for _ in range(2):
+        process = start(tmp_path / "killed")
+        try:
+            process.wait(timeout=rng.uniform(0.2, 0.6) * lasts)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills
+    assert start(tmp_path / "killed").wait(timeout=120) == 0
+    (whole,), (killed,) = (list((tmp_path / name).glob("classify/*/model.*")) for name in ("whole", "killed"))
+    assert whole.parent.name == killed.parent.name and whole.read_bytes() == killed.read_bytes()
+    assert not list((tmp_path / "killed" / "checkpoints").glob("*.pt"))
