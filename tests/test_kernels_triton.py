@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_kernels import maps, reference
 
+from drs_lib import kernels
 from drs_lib.drs import DRS, LearnableController, suppress
 
 pytest.importorskip("triton", reason="Triton comes with PyTorch for Linux")
@@ -126,6 +127,24 @@ def test_only_the_result_and_numbers_per_channel_are_saved():
         y = cuda.suppress(x, torch.full((2, 4), 0.5, device=DEVICE))
     large = [t for t in saved if t.numel() > 8]
     assert len(large) == 1 and large[0].data_ptr() == y.data_ptr()
+
+
+def test_the_check_before_use_can_say_no(monkeypatch, caplog):
+    cuda.check(DEVICE)
+    whole = cuda.gradients
+    monkeypatch.setattr(cuda, "gradients", lambda *args: (whole(*args)[0] * 1.01, whole(*args)[1]))
+    with pytest.raises(RuntimeError, match="not those of the plain one"):
+        cuda.check(DEVICE)
+
+
+@pytest.mark.parametrize("trouble", [RuntimeError("no such target"), ImportError("no triton")])
+def test_a_gpu_on_which_it_does_not_work_gets_the_plain_form(trouble, monkeypatch, caplog):
+    def fails():
+        raise trouble
+
+    monkeypatch.setattr(cuda, "check", fails)
+    assert kernels._gpu_module.__wrapped__() is None
+    assert "uncompiled" in caplog.text and str(trouble) in caplog.text
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")

@@ -53,12 +53,18 @@ def _cpu_module():
 @cache
 def _gpu_module():
     try:
-        return importlib.import_module(f"{__name__}.cuda")
-    except ImportError as error:
+        module = importlib.import_module(f"{__name__}.cuda")
+        module.check()
+    except Exception as error:
+        # Triton may be missing, or meet a GPU or a driver that it does not know, and then fails in many ways.
         logging.getLogger(__name__).warning(
-            "DRS runs uncompiled on this GPU: %s. PyTorch for Linux brings Triton, which compiles it.", error
+            "DRS runs uncompiled on this GPU, and slower: %s: %s. PyTorch for Linux brings the Triton that "
+            "compiles it.",
+            type(error).__name__,
+            error,
         )
         return None
+    return module
 
 
 def available() -> bool:

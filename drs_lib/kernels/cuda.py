@@ -301,3 +301,27 @@ def suppress(x, control):
 def suppress_by(x, controller):
     """See `drs_lib.kernels.autograd.suppress_by`."""
     return autograd.suppress_by(sys.modules[__name__], x, controller)
+
+
+def check(device="cuda"):
+    """Compares this form with the plain one on a small input; done once before it is used on a GPU.
+
+    Draws no random numbers. Raises RuntimeError where they differ, and whatever Triton raises.
+    """
+    from drs_lib.drs import suppress_plain
+
+    with torch.enable_grad(), torch.autocast(torch.device(device).type, enabled=False):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = torch.sin(torch.arange(2.0 * 3 * 9 * 7, device=device) ** 1.1).reshape(2, 3, 9, 7)
+            control = torch.linspace(0.3, 0.9, 6, device=device).reshape(2, 3)
+            results = []
+            for form in (suppress, suppress_plain):
+                inputs = [
+                    x.contiguous(memory_format=layout).requires_grad_(),
+                    control.clone().requires_grad_(),
+                ]
+                y = form(*inputs)
+                results.append((y, *torch.autograd.grad((y * y.detach().cos()).sum(), inputs)))
+            for found, expected in zip(*results, strict=True):
+                if not torch.allclose(found, expected, rtol=1e-4, atol=1e-5):
+                    raise RuntimeError("the compiled form's results are not those of the plain one")

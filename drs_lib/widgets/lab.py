@@ -29,7 +29,7 @@ from drs_lib.widgets import pictures
 _log = logging.getLogger(__name__)
 
 # Seconds. A queue of changes counts as one while they follow each other this closely, for at most this long.
-QUIET, LONGEST_WAIT = 0.004, 0.05
+QUIET, LONGEST_WAIT = 0.004, 0.15
 # A drawing that takes longer than SLOW waits until nothing has changed for SETTLED.
 SLOW, SETTLED = 0.15, 0.35
 
