@@ -13,6 +13,7 @@ The data set's pixel masks are out of reach for all three (`drs_lib.data.without
 import functools
 import math
 import time
+import traceback
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ from drs_lib.runtime import autocast, evaluating, memory_format, pick_device, pr
 
 __all__ = [
     "ClassifyRecipe",
+    "OutOfMemory",
     "RefineRecipe",
     "SegmentRecipe",
     "TrainingDiverged",
@@ -53,6 +55,10 @@ IGNORED = 255
 
 class TrainingDiverged(RuntimeError):
     """The loss or the weights are no longer finite; nothing of the training is returned."""
+
+
+class OutOfMemory(RuntimeError):
+    """A batch does not fit into the device's memory; the message says what does."""
 
 
 def classification_loss(model, batch):
@@ -148,7 +154,7 @@ def fit(
 
     Returns the history, a list of dict(epoch, loss, lr, seconds) in which `loss` is the epoch's mean and `lr`
     the first parameter group's rate at its end. Raises TrainingDiverged when the loss or a weight stops being
-    finite.
+    finite, OutOfMemory when the device can't hold a batch.
     """
     device = next(model.parameters()).device
     layout = memory_format(device)
@@ -169,7 +175,7 @@ def fit(
                     *(None if part is None else part.to(device, non_blocking=True) for part in batch)
                 )
                 batch = batch._replace(images=normalize(batch.images).contiguous(memory_format=layout))
-                with autocast(device, precision):
+                with _memory_advice(model, loss, batch, precision, title), autocast(device, precision):
                     value = loss(model, batch)
                 losses.append(value.item())
                 if not math.isfinite(losses[-1]):
@@ -178,7 +184,8 @@ def fit(
                         f"{step + 1} of {steps}, at learning rate {_rates(optimizer)}, on the images "
                         f"{_ids(indices, names)}. {_REMEDY}"
                     )
-                (value / accumulate).backward()
+                with _memory_advice(model, loss, batch, precision, title):
+                    (value / accumulate).backward()
                 seen += 1
                 if seen % accumulate:
                     continue
@@ -208,6 +215,50 @@ def fit(
                 with preserved_rng():
                     on_epoch(history)
     return history
+
+
+@contextmanager
+def _memory_advice(model, loss, batch, precision, title):
+    """Turns torch's error into one that names the batch, the images' size, and, having tried, what fits."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        traceback.clear_frames(error.__traceback__)  # or they would keep what did not fit
+        count, _, height, width = batch.images.shape
+        fits = next((n for n in _halves(count) if _fits(model, loss, batch, precision, n)), None)
+        advice = (
+            f"A batch of {fits} fits: recipe.replace(batch={fits}, accumulate=...) with accumulate "
+            f"{math.ceil(count / fits)} times as large takes the same steps"
+            if fits
+            else "Not even one such image fits: choose a smaller crop (or resize)"
+        )
+        raise OutOfMemory(
+            f"{title}: a batch of {count} images of {height}x{width} does not fit into the memory of "
+            f"{batch.images.device}. {advice}. precision='bfloat16' takes about half the memory, and "
+            "whatever else uses the device takes its share."
+        ) from error
+
+
+def _halves(count):
+    while count > 1:
+        count //= 2
+        yield count
+
+
+def _fits(model, loss, batch, precision, count):
+    part = Batch(*(None if values is None else values[:count] for values in batch))
+    model.zero_grad(set_to_none=True)
+    try:
+        with autocast(batch.images.device, precision):
+            value = loss(model, part)
+        value.backward()
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+        if batch.images.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return True
 
 
 @contextmanager

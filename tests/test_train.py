@@ -448,6 +448,41 @@ def test_a_diverging_training_says_where_and_stops(squares):
     assert message.count("square-") == 8 and "recipe.replace(lr=...)" in message
 
 
+@pytest.mark.parametrize("during", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("room", "advice"), [(3, "A batch of 2 fits"), (1, "A batch of 1 fits"), (0, "smaller")]
+)
+def test_out_of_memory_says_what_fits(squares, monkeypatch, during, room, advice):
+    whole = train.classification_loss
+
+    class Greedy(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, loss, count):
+            ctx.count = count
+            if during == "forward" and count > room:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            if ctx.count > room:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return g, None
+
+    monkeypatch.setattr(
+        train,
+        "classification_loss",
+        lambda model, batch: Greedy.apply(whole(model, batch), len(batch.images)),
+    )
+    with pytest.raises(train.OutOfMemory) as caught:
+        classify(squares, CLASSIFY)
+    message = str(caught.value)
+    size = "x".join(map(str, squares[0][0].shape[-2:]))
+    assert f"a batch of {CLASSIFY.batch} images of {size}" in message and advice in message
+    if room == 3:
+        assert f"accumulate {CLASSIFY.batch // 2} times as large" in message
+
+
 def test_weights_that_end_as_nan_are_noticed_though_the_last_loss_was_finite():
     model = nn.Conv2d(3, 1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
