@@ -1,0 +1,85 @@
+"""The archive for VOC's evaluation server: what is in it, read back by its own reader and by plain tools."""
+
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from drs_lib.data.submission import read_submission, write_submission
+from drs_lib.data.voc import voc_palette
+
+
+def segmentations(count=3):
+    rng = np.random.default_rng(0)
+    return {f"2008_{k:06d}": rng.integers(0, 21, (20 + k, 31)).astype(np.uint8) for k in range(count)}
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    path, labels = tmp_path / "results.tgz", segmentations()
+    assert write_submission(path, labels.items()) == 3
+    found = read_submission(path)
+    assert found.keys() == labels.keys()
+    for name, expected in labels.items():
+        assert found[name].dtype == np.uint8
+        np.testing.assert_array_equal(found[name], expected)
+
+
+def test_the_server_finds_indexed_pngs_in_voc_s_colours(tmp_path):
+    path, labels = tmp_path / "results.tgz", segmentations()
+    write_submission(path, ((name, values.astype(np.int64)) for name, values in labels.items()))
+    with tarfile.open(path) as archive:
+        archive.extractall(tmp_path, filter="data")
+    folder = tmp_path / "results" / "VOC2012" / "Segmentation" / "comp6_test_cls"
+    assert sorted(file.stem for file in folder.iterdir()) == sorted(labels)
+    with Image.open(folder / "2008_000001.png") as image:
+        assert image.mode == "P" and image.size == (31, 21)
+        palette = np.array(image.getpalette()).reshape(-1, 3)
+        np.testing.assert_array_equal(palette[:21], voc_palette()[:21])
+
+
+def test_the_validation_set_has_a_folder_of_its_own(tmp_path):
+    write_submission(tmp_path / "v.tgz", segmentations(1).items(), split="val")
+    with tarfile.open(tmp_path / "v.tgz") as archive:
+        (name,) = archive.getnames()
+    assert name == "results/VOC2012/Segmentation/comp6_val_cls/2008_000000.png"
+    assert list(read_submission(tmp_path / "v.tgz")) == ["2008_000000"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (np.full((4, 4), 255, np.uint8), "holds 255 to 255.*network's prediction"),
+        (np.full((4, 4), -1), "holds -1 to -1"),
+        (np.zeros((4, 4)), "float64"),
+        (np.zeros((1, 4, 4), np.uint8), r"\(1, 4, 4\)"),
+        (np.zeros((0, 4), np.uint8), r"\(0, 4\)"),
+    ],
+)
+def test_what_the_server_would_not_take_is_refused_and_nothing_is_left(bad, message, tmp_path):
+    good = segmentations(1)
+    with pytest.raises(ValueError, match=f"2009_000001.*{message}"):
+        write_submission(tmp_path / "results.tgz", [*good.items(), ("2009_000001", bad)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_and_twice_the_same_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no segmentation"):
+        write_submission(tmp_path / "results.tgz", [])
+    one = ("2008_000000", np.zeros((4, 4), np.uint8))
+    with pytest.raises(ValueError, match="2008_000000 comes twice"):
+        write_submission(tmp_path / "results.tgz", [one, one])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_archive_is_not_taken_for_one(tmp_path):
+    (tmp_path / "note.txt").write_text("hello")
+    with tarfile.open(tmp_path / "other.tgz", "w:gz") as archive:
+        archive.add(tmp_path / "note.txt", "results/note.txt")
+    with pytest.raises(ValueError, match="results/note.txt"):
+        read_submission(tmp_path / "other.tgz")
+    Image.new("RGB", (4, 4)).save(tmp_path / "rgb.png")
+    with tarfile.open(tmp_path / "rgb.tgz", "w:gz") as archive:
+        archive.add(tmp_path / "rgb.png", "results/VOC2012/Segmentation/comp6_test_cls/a.png")
+    with pytest.raises(ValueError, match="mode RGB"):
+        read_submission(tmp_path / "rgb.tgz")
