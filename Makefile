@@ -32,7 +32,7 @@ JUPYTER = DRS_STORE="$(or $(DRS_STORE),$(CURDIR)/runs)" JUPYTER_CONFIG_PATH="$(C
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
-	@echo "Settings of make course: DATA=critters|voc VOC_ROOT=folder BUDGET=ci|laptop|paper SEEDS=\"0 1 2\" JOBS=n TABLES=\"1 2\""
+	@echo "Settings of make course: DATA=critters|voc VOC_ROOT=folder BUDGET=ci|laptop|paper|release SEEDS=\"0 1 2\" JOBS=n TABLES=\"1 2\""
 
 course: $(READY) ## run Tables 1-4, print them beside the paper's, write results/ (tables and figures)
 	$(PY) -m drs_lib course $(COURSE_ARGS)

@@ -16,7 +16,7 @@ from drs_lib.experiments import (
 )
 from drs_lib.files import write_text
 from drs_lib.paper import table_rows
-from drs_lib.pipeline import Pipeline
+from drs_lib.pipeline import BUDGETS, Pipeline
 from drs_lib.store import RunStore
 
 
@@ -32,9 +32,7 @@ def _parser():
     for command in (course, reference):
         command.add_argument("--data", choices=("critters", "voc"), default="critters")
         command.add_argument("--voc-root", metavar="DIR", help="the folder VOC 2012 is in")
-        command.add_argument(
-            "--budget", choices=("ci", "laptop", "paper"), help="default: laptop for critters, paper for voc"
-        )
+        command.add_argument("--budget", choices=BUDGETS, help="default: laptop for critters, paper for voc")
         command.add_argument("--seeds", type=_seed, nargs="+", default=[0], metavar="N")
         command.add_argument(
             "--tables", type=int, nargs="+", choices=TABLES, default=list(TABLES), metavar="N"

@@ -96,7 +96,7 @@ def run_tables(
 
     Args:
         data: "critters", "voc" (with ``voc_root``) or a `Splits` of your own.
-        budget: "ci", "laptop", "paper" or a `Budget`; None: "laptop" on Critters, "paper" on VOC.
+        budget: a name, see `get_budget`, or a `Budget`; None: "laptop" on Critters, "paper" on VOC.
         seeds: each row is trained once with each.
         store: see `RunStore`.
         jobs: processes; None: what a surrounding ``joblib.parallel_config`` says, else one per physical core,
@@ -303,7 +303,7 @@ def _processes(requested, jobs, budget):
         at_once = cores
         if device.type != "cpu":
             # A paper-sized training fills a GPU, a Critters one leaves most of it idle.
-            at_once = min(cores, len(devices) * (1 if budget.name == "paper" else 4))
+            at_once = min(cores, len(devices) * (1 if budget.name in ("paper", "release") else 4))
     return requested or cores, min(at_once, jobs), devices
 
 

@@ -111,12 +111,47 @@ def test_budgets():
     assert (paper.aspp.kind, paper.aspp.backbone) == ("aspp", "resnet101")
     for name, data, match in (
         ("big", "critters", "'ci' or 'laptop'"),
+        ("release", "critters", "no budget 'release'"),
         ("laptop", "voc", "no budget 'laptop'"),
     ):
         with pytest.raises(ValueError, match=match):
             get_budget(name, data)
     with pytest.raises(ValueError, match="unknown data"):
         get_budget(None, "coco")
+
+
+def test_the_release_s_choices_and_no_others():
+    paper, release = (get_budget(name, "voc") for name in ("paper", "release"))
+
+    def differences(one, other):
+        return {k: (v, other[k]) for k, v in one.items() if v != other[k]}
+
+    def fields(recipe):
+        return recipe.to_dict()
+
+    assert differences(fields(paper.classify), fields(release.classify)) == {
+        "nesterov": (False, True),
+        "lr_multipliers": ([1, 1, 1, 1], [1, 2, 10, 20]),
+        "batch": (5, 10),
+        "resize": (None, 384),
+        "crop": (321, 320),
+    }
+    assert differences(fields(paper.refine), fields(release.refine)) == {
+        "epochs": (15, 30),
+        "milestones": ([5, 10], [10, 20]),
+        "resize": (None, 320),
+        "crop": (321, None),
+        "loss_size": ("map", "image"),
+    }
+    for network in ("largefov", "largefov_resnet", "aspp"):
+        assert paper.segment(network) == release.segment(network)
+    same = ("alpha", "beta", "conflict", "scales", "resize", "refined_alpha", "renormalize")
+    assert all(getattr(paper, name) == getattr(release, name) for name in same)
+    assert (release.rule, release.target) == ("release", "largest")
+    # What both sources have, or only the release states.
+    assert release.scales == (256, 320, 384) and release.resize == 320
+    assert release.classify.jitter == (0.3, 0.3, 0.3, 0.1) and release.classify.milestones == (5, 10)
+    assert (release.refine.optimizer, release.refine.lr, release.refine.label_mask) == ("adam", 1e-4, False)
 
 
 def test_tables_share_stages(finished):

@@ -42,7 +42,7 @@ def write_submission(path, segmentations, split="test"):
 
 
 def read_submission(path):
-    """The label maps of such an archive: {image id: uint8 (H, W)}. Raises ValueError for any other content."""
+    """The label maps of such an archive: {image id: uint8 (H, W)}. Raises ValueError for other content."""
     found = {}
     with tarfile.open(path, "r:gz") as archive:
         for entry in archive:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from drs_lib.pipeline import BUDGETS
 from drs_lib.plots.charts import table1_curve
 from drs_lib.plots.grids import figure1, figure4, figure5, figure6, show_samples
 from drs_lib.plots.layout import save_figure
@@ -143,7 +144,7 @@ def main(arguments=None):
     parser.add_argument("--store", metavar="DIR", help="the run store; default: $DRS_STORE, else ./runs")
     parser.add_argument("--data", choices=("critters", "voc"), default="critters")
     parser.add_argument("--voc-root", metavar="DIR", help="the folder VOC 2012 is in")
-    parser.add_argument("--budget", choices=("ci", "laptop", "paper"), help="default: laptop; paper for voc")
+    parser.add_argument("--budget", choices=BUDGETS, help="default: laptop; paper for voc")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0], metavar="N", help="the networks shown are the first's"
     )
