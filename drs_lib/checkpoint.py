@@ -28,19 +28,27 @@ class Checkpoint:
         self.path = Path(path)
 
     def save(self, progress, streams=(), **parts):
-        """progress: plain values (step, history, ...). parts: objects with ``state_dict``."""
+        """progress: plain values (step, history, ...). parts: objects with ``state_dict``.
+
+        Where the file can't be written there is a warning: the training itself needs no checkpoint.
+        """
         state = {
-            "torch": str(torch.__version__),
+            "made_by": _surroundings(),
             "progress": progress,
             "random": random_states(),
             "streams": [stream.get_state() for stream in streams],
             "parts": {name: part.state_dict() for name, part in parts.items()},
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(self.path) as temporary, open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            for left in self.path.parent.glob(f".{self.path.name}.*"):  # by a process that was killed here
+                left.unlink(missing_ok=True)
+            with atomic_path(self.path) as temporary, open(temporary, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+            _log.warning("No checkpoint could be written to %s: %s", self.path, error)
 
     def restore(self, streams=(), **parts):
         """Puts a saved state into the same objects and returns its progress, or None if there is none.
@@ -49,26 +57,37 @@ class Checkpoint:
         """
         if not self.path.exists():
             return None
+        random, drawn = random_states(), [stream.get_state() for stream in streams]
         before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
-            if state["torch"] != str(torch.__version__):
-                raise ValueError(f"it was written by torch {state['torch']}, and this is {torch.__version__}")
+            if state["made_by"] != _surroundings():
+                raise ValueError(f"it was written by {state['made_by']}, and this is {_surroundings()}")
             if state["parts"].keys() != parts.keys() or len(state["streams"]) != len(streams):
                 raise ValueError("it is of another training")
             for name, part in parts.items():
                 part.load_state_dict(state["parts"][name])
+            for stream, saved in zip(streams, state["streams"], strict=True):
+                stream.set_state(saved)
+            restore_random_states(state["random"])
         except Exception as error:  # unpickling a damaged file raises errors of almost any kind
             for name, part in parts.items():  # some of it may have been loaded
                 part.load_state_dict(before[name])
+            for stream, state in zip(streams, drawn, strict=True):
+                stream.set_state(state)
+            restore_random_states(random)
             aside = self.path.with_suffix(".unusable")
             os.replace(self.path, aside)
             _log.warning("The training begins anew: its checkpoint, now %s, can't be used: %s", aside, error)
             return None
-        for stream, saved in zip(streams, state["streams"], strict=True):
-            stream.set_state(saved)
-        restore_random_states(state["random"])
         return state["progress"]
 
     def remove(self):
         self.path.unlink(missing_ok=True)
+
+
+def _surroundings():
+    """What the states of a checkpoint belong to, in words."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
+    mps = ", mps" if torch.backends.mps.is_available() else ""
+    return f"torch {torch.__version__}, {gpus} GPUs{mps}"

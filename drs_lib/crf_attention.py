@@ -61,7 +61,8 @@ class _Smoothness:
         radius = len(self.taps) // 2
         for _ in range(2):
             rows = values.reshape(-1, 1, values.shape[-1])
-            filtered = conv1d(pad(rows, (radius, radius)), self.taps[None, None])
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                filtered = conv1d(pad(rows, (radius, radius)), self.taps[None, None])
             values = filtered.reshape(values.shape).transpose(1, 2)
         return values
 

@@ -24,7 +24,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from drs_lib.crf import CRFConfig
+from drs_lib.crf import CRFConfig, pick_engine
 from drs_lib.paper import Configuration
 from drs_lib.recipes import ClassifyRecipe, RefineRecipe, SegmentRecipe
 from drs_lib.store import Entry, EntryWriter, RunStore
@@ -408,7 +408,7 @@ class Pipeline:
         return list(found.values())
 
     def has(self, name: str, configuration: Configuration) -> bool:
-        """Whether this configuration's stage of that name is in the store; makes nothing."""
+        """Whether this configuration's stage of that name is in the store, unverified; makes nothing."""
         stage = self.stage(name, configuration)
         made = self.store.made_at(stage.name, stage.key)
         return made is not None and (self.not_before is None or made >= self.not_before)
@@ -417,10 +417,14 @@ class Pipeline:
         """The stage's entry, made if it is not in the store. overwrite: made again, from the stored stages
         that it reads."""
         not_before = time.time() if overwrite else self.not_before
+        if overwrite:
+            self._checkpoint(stage).remove()
         made = self.store.made_at(stage.name, stage.key)
         if made is None or (not_before is not None and made < not_before):
             for parent in stage.parents:
                 self.get(parent)
+
+        finished = []
 
         def make(writer):
             self._stop_if_orphaned()
@@ -429,7 +433,6 @@ class Pipeline:
             writer.note(device=str(self._device))
             finished.append(stage)
 
-        finished = []
         entry = self.store.get_or_make(
             stage.name,
             stage.config,
@@ -605,6 +608,7 @@ class Pipeline:
         def make(writer):
             result = self._segmentation_result(configuration, crf=crf, jobs=self.crf_jobs)
             scores = {key: result[f"{key}_crf"] for key in ("miou", "iou")}
+            writer.note(engine=pick_engine(device=self._device))
             writer.json("scores.json", _segmentation_scores(scores, self.data.val))
 
         parents = {"segment": self._segment(configuration)}

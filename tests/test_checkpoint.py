@@ -95,7 +95,7 @@ def test_what_cannot_be_used_is_set_aside(damage, tmp_path, caplog):
     content = checkpoint.path.read_bytes()
     if damage == "another_torch":
         state = torch.load(checkpoint.path, weights_only=True)
-        torch.save(state | {"torch": "1.0"}, checkpoint.path)
+        torch.save(state | {"made_by": "torch 1.0, 0 GPUs"}, checkpoint.path)
     elif damage == "another_network":
         with pytest.raises(Killed):
             TRAININGS["segment"](device="cpu", progress=killed_at(6), checkpoint=checkpoint)

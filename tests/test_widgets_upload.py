@@ -374,7 +374,7 @@ def test_a_voc_classifier_of_the_store_is_used_and_one_that_is_damaged_is_said(l
     recipe = get_budget("paper", "voc").classify.replace(drs_layers=(), backbone="mini")  # for speed
     config = recipe.to_dict()
     config.pop("weights")
-    inputs = {"data": "voc", "weights": "torchvision vgg16 pretrained"}
+    inputs = {"data": "voc-trainaug-10582-0", "weights": "torchvision vgg16 pretrained"}
     model = classifier("mini", 20, ())
     entry = store.get_or_make(
         "classify", config, inputs, lambda writer: writer.weights("model.safetensors", model),

@@ -10,8 +10,10 @@ compared, so that the backward pass, which looks at the result alone, sees exact
 With ``TRITON_INTERPRET=1`` set before the import, everything here runs on the CPU, slowly: for tests.
 """
 
+import math
 import sys
 from contextlib import nullcontext
+from itertools import product
 
 import torch
 import triton
@@ -304,16 +306,18 @@ def suppress_by(x, controller):
 
 
 def check(device="cuda"):
-    """Compares this form with the plain one on a small input; done once before it is used on a GPU.
+    """Compares `suppress` with the plain form on two float32 inputs, one whole in a tile and one cut into
+    parts, in both memory formats; done once before this form is used on a GPU.
 
     Draws no random numbers. Raises RuntimeError where they differ, and whatever Triton raises.
     """
     from drs_lib.drs import suppress_plain
 
     with torch.enable_grad(), torch.autocast(torch.device(device).type, enabled=False):
-        for layout in (torch.contiguous_format, torch.channels_last):
-            x = torch.sin(torch.arange(2.0 * 3 * 9 * 7, device=device) ** 1.1).reshape(2, 3, 9, 7)
-            control = torch.linspace(0.3, 0.9, 6, device=device).reshape(2, 3)
+        layouts = (torch.contiguous_format, torch.channels_last)
+        for shape, layout in product(((2, 3, 9, 7), (1, 2, 130, 131)), layouts):
+            x = torch.sin(torch.arange(float(math.prod(shape)), device=device) ** 1.1).reshape(shape)
+            control = torch.linspace(0.3, 0.9, shape[0] * shape[1], device=device).reshape(shape[:2])
             results = []
             for form in (suppress, suppress_plain):
                 inputs = [

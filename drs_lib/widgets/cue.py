@@ -19,6 +19,7 @@ from drs_lib.widgets.scenes import scene
 # Of a labelled pixel's probability, what its own label gets: the share in use where CRFs clean up labels.
 CONFIDENCE = 0.7
 CUE_COLORS = {"object": "#E69F00", "background": "#404040", "both": "#CC79A7", "neither": "#C8C8C8"}
+BOTH = ("become background", "become object", "are ignored")
 CRF_SLIDERS = {
     "gaussian_sxy": ("smoothness: width (px)", 0.5, 10.0, 0.5),
     "gaussian_weight": ("smoothness: weight", 0.0, 10.0, 0.5),
@@ -42,9 +43,9 @@ class CueLab(Lab):
 
     title = "Cue lab"
     about = (
-        "A pixel is an object where its map is above α and background where its saliency is below β. Cues: "
-        "orange object, dark background, pink both, grey neither, which is ignored. Against the mask: blue "
-        "right, orange wrong, grey ignored."
+        "A pixel has the object cue where a class's map is above α, the background cue where its saliency is "
+        "below β. Cues: orange object, dark background, pink both, grey neither, which is ignored. Against "
+        "the mask: blue right, orange wrong, grey ignored."
     )
 
     def __init__(self, line, image=0, images=100):
@@ -68,11 +69,9 @@ class CueLab(Lab):
             "maps": picker("maps", list(self._networks)),
             "image": slider("image", image, 0, count - 1, 1, "300px"),
             "alpha": slider("threshold α", budget.alpha, 0.0, 0.95, 0.01, "300px"),
-            "beta": slider("threshold β", budget.beta, 0.0, 1.0, 0.01, "300px"),
+            "beta": slider("threshold β", budget.beta, 0.0, 0.4, 0.01, "300px"),
             "rule": picker("rule", [("the paper's", "paper"), ("the release's", "release")], budget.rule),
-            "conflict": picker(
-                "both cues", [(f"become {name}", name) for name in CONFLICTS], budget.conflict
-            ),
+            "conflict": picker("both cues", list(zip(BOTH, CONFLICTS, strict=True)), budget.conflict),
             "crf": switch("dense CRF", disabled=not available()),
             **{
                 name: slider(text, getattr(self._crf, name), low, high, step, "300px", shown=False)
@@ -134,7 +133,7 @@ class CueLab(Lab):
             [
                 [
                     ("mask", overlay_labels(what.picture, what.mask, classes)),
-                    ("largest map", overlay(what.picture, largest)),
+                    ("largest of the maps", overlay(what.picture, largest)),
                     ("saliency", _grey(saliency)),
                 ],
                 [
@@ -144,7 +143,7 @@ class CueLab(Lab):
                 ],
             ]
         )
-        return View(picture, self._numbers(label, what), self._note(state))
+        return View(picture, self._numbers(label, what), self._note(state, label))
 
     def _after_crf(self, label, what, state):
         config = replace(self._crf, **{name: state[name] for name in CRF_SLIDERS})
@@ -157,21 +156,20 @@ class CueLab(Lab):
     def _numbers(self, label, what):
         """The confusion matrix of this image, its labels as columns, in percent of the mask's pixels."""
         names = {BACKGROUND: "background"} | {index + 1: name for name, index in what.classes}
-        scored = ~what.open
+        scored = ~what.unlabelled
         counts = confusion(label[scored], what.mask[scored], [*names, IGNORED])
         claimed = counts[:-1, :-1].copy()
         claimed[:, 0] += counts[:-1, -1]  # as in the course's tables: ignored counts as background
         iou = iou_per_class(claimed)
-        rows = [["truth, % of it labelled", *names.values(), "ignored", "IoU"]]
+        rows = [["truth → label, %", *names.values(), "ignored", "IoU"]]
         for row, name in enumerate(names.values()):
             total = counts[row].sum()
             shares = counts[row] / total if total else np.full(len(counts), np.nan)
             rows.append([name, *map(float, shares), float(iou[row])])
-        rows.append(["ignored, % of all", float((label == IGNORED).mean())])
         return rows
 
-    def _note(self, state):
-        texts = []
+    def _note(self, state, label):
+        texts = [f"{100 * (label == IGNORED).mean():.1f} % of the image is ignored."]
         if state["rule"] == "release":
             texts.append(f"The release calls background what has saliency of {RELEASE_SALIENCY}/255 or less.")
         if state["crf"]:
@@ -232,5 +230,5 @@ def _verdict(what, label):
     colors[~right] = pictures.rgb(pictures.WRONG)
     colors[label == IGNORED] = (200, 200, 200)
     result = 0.35 * what.picture + 0.65 * colors
-    result[what.open] = what.picture[what.open]
+    result[what.unlabelled] = what.picture[what.unlabelled]
     return np.round(result).astype(np.uint8)

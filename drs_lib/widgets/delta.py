@@ -10,7 +10,7 @@ from drs_lib.widgets.scenes import cue_scores, offer_classes, scene, score_table
 
 INFERENCE, TRAINED = "at inference", "trained"
 BY_HAND = "by hand"
-OPEN = (1.0,) * 6  # a ReLU in every layer: CAM
+CAM_CONTROLS = (1.0,) * 6  # a ReLU in every layer: CAM
 
 
 class DeltaLab(Lab):
@@ -30,7 +30,7 @@ class DeltaLab(Lab):
     about = (
         "The localization map of one class without DRS (CAM) and with it. Smaller δ suppresses more, δ = 1 "
         "is CAM. Difference: orange where DRS is higher, violet where it is lower. Object cue, map > α: blue "
-        "right, orange wrong, yellow missed."
+        "right, orange wrong, yellow missed. Each map is divided by its own maximum."
     )
 
     def __init__(self, line, image=0, delta=0.55):
@@ -58,7 +58,7 @@ class DeltaLab(Lab):
                 style={"description_width": "initial"},
                 layout={"width": "330px", "display": "none"},
             ),
-            "learnable": switch("learnable controller", disabled=True),
+            "learnable": switch("learnable controller", disabled=not self._learnable, shown=False),
             "per_layer": switch("one δ per layer"),
             "preset": picker("DRS in", [BY_HAND, *networks.layer_presets()], shown=False),
             **{
@@ -99,7 +99,9 @@ class DeltaLab(Lab):
         if name.startswith("layer"):
             at["preset"].value = BY_HAND
         trained, each = at["mode"].value == TRAINED, at["per_layer"].value
-        at["learnable"].disabled = not (trained and self._learnable)
+        at["learnable"].disabled = not self._learnable
+        at["delta"].disabled = each and at["preset"].value == BY_HAND
+        show(at["learnable"], trained)
         show(at["delta"], not trained)
         show(at["trained"], trained and not at["learnable"].value)
         show(at["per_layer"], not trained)
@@ -127,7 +129,7 @@ class DeltaLab(Lab):
             return _deltas(state)
         if state["learnable"] and self._learnable:
             return networks.LEARNABLE
-        return OPEN if not state["trained"] else Configuration(delta=state["trained"])
+        return CAM_CONTROLS if not state["trained"] else Configuration(delta=state["trained"])
 
     def view(self, state):
         index, label, alpha = state["image"], state["label"], state["alpha"]
@@ -135,10 +137,11 @@ class DeltaLab(Lab):
         note = self._note(state)
         if label is None:
             return View(pictures.sheet([[("image: it shows none of the classes", what.picture)]]), [], note)
-        cam, drs = (self._map(source, index, label) for source in (OPEN, self._source(state)))
+        cam, drs = (self._map(source, index, label) for source in (CAM_CONTROLS, self._source(state)))
         on_object = what.on_object(label)
         cues = [
-            pictures.compared_cue(what.picture, values > alpha, on_object, what.open) for values in (cam, drs)
+            pictures.compared_cue(what.picture, values > alpha, on_object, what.unlabelled)
+            for values in (cam, drs)
         ]
         picture = pictures.sheet(
             [
@@ -165,7 +168,7 @@ class DeltaLab(Lab):
                 "The plain classifier, trained without DRS; the cap is put on while it looks at this image. "
                 "Whether a network learns from the cap is the other mode's question."
             )
-        if self._source(state) is OPEN:
+        if self._source(state) is CAM_CONTROLS:
             return (
                 "The run store has no classifier of Table 1 yet, so the right-hand map is CAM's. Run "
                 "notebook 03, or make course, and then this cell again."

@@ -9,14 +9,16 @@ import torch
 from drs_lib.data.voc import VOC_CLASSES
 from drs_lib.networks import classifier
 from drs_lib.paper import ALL_LAYERS
+from drs_lib.pipeline import STAGE_VERSIONS
 from drs_lib.plots import overlay
 from drs_lib.widgets import networks, pictures
 from drs_lib.widgets.lab import Lab, Recent, View, picker, slider
-from drs_lib.widgets.upload import MOST_BYTES, ImageRefused, read_image
+from drs_lib.widgets.upload import FORMATS, MOST_BYTES, ImageRefused, read_image
 
 DRAWN, OWN = "drawn", "own"
 PLAIN, DRS = "CAM (plain classifier)", "DRS (learnable)"
-MAPS = 3  # shown at most
+LONGEST = 500  # pixels: the longer side of VOC's images, to which a photograph is reduced
+MAPS = 2  # shown at most
 VOC_SIDE = 320  # the release's size of the images from which maps are made
 
 
@@ -33,7 +35,10 @@ class ImageLab(Lab):
     """
 
     title = "Your own image"
-    about = "What a classifier sees in an image, and the localization map of each class that it predicts."
+    about = (
+        "What a classifier sees in an image, and the localization maps of the classes to which it gives 50 % "
+        f"or more, {MAPS} at most; of the likeliest class where it gives none that much."
+    )
 
     def __init__(self, line, image=0):
         super().__init__(line)
@@ -41,9 +46,9 @@ class ImageLab(Lab):
         self._own = _of_line(line)
         self._voc = self._own if line.data.name == "voc" else _voc_classifiers(line.store)
         self._image = Recent(lambda index: val[index][0].permute(1, 2, 0).contiguous().numpy(), 8)
-        self._uploaded, self._refused, self._uploads = None, "", 0
+        self._uploaded, self._refused = None, ""
         self.upload = ipywidgets.FileUpload(
-            accept="image/*",
+            accept=",".join(f"image/{kind.lower()}" for kind in FORMATS),
             multiple=False,
             description=f"Upload an image (up to {MOST_BYTES // 1_000_000} MB)",
             tooltip="JPEG, PNG, WEBP, GIF or BMP; it stays on the machine that runs this page",
@@ -58,10 +63,6 @@ class ImageLab(Lab):
         at = self.controls
         self._build([at["source"], at["image"], self.upload, at["network"]])
 
-    @property
-    def state(self):
-        return super().state | {"upload": self._uploads}
-
     def _on_upload(self, change):
         if not change["new"]:
             return
@@ -74,13 +75,13 @@ class ImageLab(Lab):
     def receive(self, content: bytes, name: str = "upload") -> None:
         """What the upload button does with a file: shows it, or says why not and leaves the picture."""
         with self._lock:
-            self._uploads += 1
             try:
-                side = VOC_SIDE * 3 // 2 if self._voc else self._image(0).shape[1]
+                side = LONGEST if self._voc else self._image(0).shape[1]
                 self._uploaded, self._refused = read_image(content, side), ""
                 self.controls["source"].value = OWN
             except ImageRefused as refusal:
                 self._refused = f"{name}: {refusal}"
+            self.drawn = None  # the controls may be as they were, and what is shown is new all the same
             self.request()
 
     def adjust(self, name):
@@ -120,7 +121,7 @@ class ImageLab(Lab):
         numbers = [["class", "probability, %"]]
         numbers += [[models.classes[c], float(probabilities[c])] for c in order[:6]]
         return View(
-            pictures.sheet([panels], columns=MAPS + 1, side=190),
+            pictures.sheet([panels], columns=MAPS + 1),
             numbers, self._note(own, probabilities.max() >= 0.5), self._refused,
         )  # fmt: skip
 
@@ -151,7 +152,7 @@ class _Models(NamedTuple):
 def _of_line(line):
     models = {PLAIN: Recent(lambda: line.classifier(networks.PLAIN), 1)}
     if line.has("classify", networks.LEARNABLE):
-        models[DRS] = Recent(lambda: line.classifier(networks.LEARNABLE), 1)
+        models[DRS] = Recent(lambda: networks.stored_classifier(line, networks.LEARNABLE), 1)
     return _Models(models, line.data.val.classes, line.budget.resize)
 
 
@@ -160,7 +161,9 @@ def _voc_classifiers(store):
     found = {}
     for meta in store.metas("classify"):
         config = meta["config"]
-        if meta["inputs"]["weights"].startswith("torchvision vgg16") and config["delta"] is None:
+        inputs = meta["inputs"]
+        voc = inputs["data"].startswith("voc-") and inputs["weights"].startswith("torchvision vgg16")
+        if voc and meta["version"] == STAGE_VERSIONS["classify"] and config["delta"] is None:
             name = {(): PLAIN, ALL_LAYERS: DRS}.get(tuple(config["drs_layers"]))
             if name:
                 found[name] = Recent(_loader(store, meta), 1)

@@ -50,6 +50,7 @@ STYLE = """<style>
 .drs-lab.jupyter-widgets-disconnected .jupyter-widgets-disconnected::before {display: none}
 .drs-lab .drs-alert {background: #fff3cd; color: #4d3800; border-radius: 4px; padding: 4px 8px}
 .drs-lab :focus-visible {outline: 2px solid #0072B2; outline-offset: 2px}
+.drs-lab .widget-readout:focus-visible {outline-offset: -2px}
 </style>"""
 LOST = (
     '<div class="drs-alert" role="alert">The kernel that drew this lab is gone, so its controls do nothing. '
@@ -133,7 +134,10 @@ class Lab:
         return {name: round(v, 9) if isinstance(v, float) else v for name, v in values.items()}
 
     def set(self, **values) -> "Lab":
-        """Sets controls by name and draws at once. Raises KeyError for a control that isn't there."""
+        """Sets controls by name and draws at once.
+
+        Raises KeyError for a control that isn't there, TraitError for a value that it does not take.
+        """
         unknown = set(values) - set(self.controls)
         if unknown:
             raise KeyError(f"no control {unknown.pop()!r}; there are {', '.join(self.controls)}.")
@@ -220,7 +224,7 @@ class Lab:
     @property
     def slow(self) -> bool:
         """Whether a drawing takes longer than a moment; a single one, such as the first, does not count."""
-        return min(self._took, default=0) > SLOW
+        return len(self._took) == 2 and min(self._took) > SLOW
 
     @property
     def _quiet(self):
@@ -287,7 +291,8 @@ class Lab:
                 self.draw()
             numbers = [[_cell(cell) for cell in row] for row in self.shown.numbers]
             note = self.shown.alert or self.shown.note
-            return pictures.snapshot(self.title, self._described(), self.shown.picture, numbers, note)
+            texts = (self.title, self._described(), self.about)
+            return pictures.snapshot(*texts, self.shown.picture, numbers, note)
 
     def _described(self):
         try:
@@ -297,7 +302,8 @@ class Lab:
 
     def close(self) -> None:
         """Removes the lab from the page and from memory."""
-        self._stop_waiting()
+        with self._lock:
+            self._stop_waiting()
         for widget in (*_all(self.widget), self.widget):
             for part in (getattr(widget, "style", None), widget.layout, widget):
                 if part is not None:
@@ -396,8 +402,7 @@ def picker(description, options, value=None, shown=True, **more):
     )
 
 
-def switch(description, value=False, **options):
+def switch(description, value=False, shown=True, **options):
     """A check box with its label beside it."""
-    return ipywidgets.Checkbox(
-        value=value, description=description, indent=False, layout={"width": "auto"}, **options
-    )
+    layout = {"width": "auto", "display": None if shown else "none"}
+    return ipywidgets.Checkbox(value=value, description=description, indent=False, layout=layout, **options)

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from drs_lib.paper import ALL_LAYERS
 from drs_lib.plots import layer_mean, overlay
 from drs_lib.widgets import networks, pictures
 from drs_lib.widgets.lab import Lab, Recent, View, picker, slider, switch
@@ -26,7 +27,7 @@ class LayerLab(Lab):
     title = "Layer lab"
     about = (
         "Mean features of the six layers, each scaled to its own range, and the localization map: above "
-        "without DRS, below with DRS in the layers that are ticked."
+        "without DRS, below with DRS in the layers that are ticked. Each map is divided by its own maximum."
     )
 
     def __init__(self, line, image=0, layers=(5, 6), delta=0.55):
@@ -112,10 +113,14 @@ class LayerLab(Lab):
             name: cue_scores(values, what, label, alpha)
             for name, values in (("no DRS", without[0]), ("DRS", drs[0]))
         }
-        note = f"Scores of the object cue, map > {alpha:g}. {self._row(tuple(ticked))}"
-        return View(np.concatenate([big, small]), score_table(scores), note)
+        change = float(np.abs(drs[0] - without[0]).mean())
+        rows = [*score_table(scores), ["mean change of the map", "", change]]
+        note = f"Scores of the object cue, map > {alpha:g}. {self._row(state['network'], tuple(ticked))}"
+        return View(np.concatenate([big, small]), rows, note)
 
-    def _row(self, ticked):
+    def _row(self, network, ticked):
+        if network == LEARNED and ticked == ALL_LAYERS:
+            return "This is the network of Table 2's row 1-6, as it was trained."
         if ticked in networks.layer_presets().values():
             return "A row of Table 2, where a network is trained for it; here DRS is only plugged in or out."
         return "No row of Table 2 has these layers."

@@ -94,7 +94,7 @@ def layer_features(model, image, resize=None):
 def before_activations(model, image, resize=None):
     """What reaches every activation of a plain classifier: {"layer 5, second": float32 (K, h, w)}.
 
-    These are the X of Algorithm 1, before ReLU, at each place where a DRS module can stand.
+    Their ReLU is the X of Algorithm 1, at each place where a DRS module can stand.
     """
     found = {}
     with _listening(model, found), evaluating(model):

@@ -195,7 +195,7 @@ def jpeg(picture):
     return buffer.getvalue()
 
 
-def snapshot(title, description, picture, numbers, note=""):
+def snapshot(title, description, about, picture, numbers, note=""):
     """A lab as one PNG for readers without a kernel: title, the state in words, the picture, the numbers.
 
     numbers: rows of text, the first one the heading. Bytes, in 256 colours.
@@ -203,7 +203,9 @@ def snapshot(title, description, picture, numbers, note=""):
     width = max(picture.shape[1], 480)
     canvas = np.full((picture.shape[0] + GAP, width, 3), 255, np.uint8)
     canvas[GAP:, : picture.shape[1]] = picture
-    rows = [_written(title, width, 17, 26), _written(description, width, 13, 20), canvas]
+    rows = [_written(title, width, 17, 26), _written(description, width, 13, 20)]
+    rows += [_written(line, width, 13, 20) for line in textwrap.wrap(about, width // 8)]
+    rows.append(canvas)
     if numbers:
         rows.append(_columns(numbers, width))
     if note:

@@ -27,7 +27,7 @@ class Scene(NamedTuple):
         return self.mask == label + 1
 
     @property
-    def open(self):
+    def unlabelled(self):
         """bool (H, W): the pixels about which the mask says nothing."""
         return self.mask == IGNORED
 
