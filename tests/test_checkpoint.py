@@ -13,6 +13,8 @@ import torch
 
 from conftest import TinyDataset
 from drs_lib.checkpoint import Checkpoint
+from drs_lib.paper import Configuration
+from drs_lib.pipeline import Pipeline, get_budget
 from drs_lib.recipes import ClassifyRecipe, RefineRecipe, SegmentRecipe
 from drs_lib.train import train_classifier, train_refinement, train_segmentation
 
@@ -149,3 +151,44 @@ def test_a_process_that_is_killed_at_random_moments_finishes_with_the_same_weigh
     (whole,), (killed,) = (list((tmp_path / name).glob("classify/*/model.*")) for name in ("whole", "killed"))
     assert whole.parent.name == killed.parent.name and whole.read_bytes() == killed.read_bytes()
     assert not list((tmp_path / "killed" / "checkpoints").glob("*.pt"))
+
+
+def test_an_overwritten_training_begins_anew(tmp_path):
+    budget = get_budget("ci")
+    budget = budget.replace(classify=budget.classify.replace(epochs=2))
+    configuration = Configuration(drs_layers=())
+    per_epoch = budget.train_images // budget.classify.batch
+
+    def kill(title, step, steps, epoch, loss):
+        if step == per_epoch + 1:
+            raise Killed
+
+    def steps_of(**options):
+        steps = []
+        line = Pipeline("critters", budget, store=tmp_path, progress=lambda *call: steps.append(call[1]))
+        line.classifier(configuration, **options)
+        return steps
+
+    with pytest.raises(Killed):
+        Pipeline("critters", budget, store=tmp_path, progress=kill).classifier(configuration)
+    assert list((tmp_path / "checkpoints").glob("*.pt"))
+    assert steps_of(overwrite=True) == list(range(1, 2 * per_epoch + 1))
+    assert not list((tmp_path / "checkpoints").glob("*.pt"))
+    assert steps_of() == []
+
+
+def test_a_checkpoint_that_cannot_be_written_does_not_end_the_training(tmp_path, caplog):
+    (tmp_path / "file").write_text("in the way")
+    checkpoint = Checkpoint(tmp_path / "file" / "state.pt")
+    model, _ = TRAININGS["classify"](device="cpu", progress=False, checkpoint=checkpoint)
+    assert caplog.text.count("No checkpoint could be written") == EPOCHS - 1
+    assert_same(model, TRAININGS["classify"](device="cpu", progress=False)[0])
+
+
+def test_what_a_killed_save_left_behind_goes_with_the_next(tmp_path):
+    checkpoint = Checkpoint(tmp_path / "state.pt")
+    (tmp_path / ".state.pt.0123").write_bytes(b"half")
+    (tmp_path / ".other.pt.0123").write_bytes(b"another training's")
+    checkpoint.save({"step": 1})
+    assert {path.name for path in tmp_path.iterdir()} == {"state.pt", ".other.pt.0123"}
+    assert checkpoint.restore() == {"step": 1}
