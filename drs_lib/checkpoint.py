@@ -21,7 +21,8 @@ _log = logging.getLogger(__name__)
 class Checkpoint:
     """The state of one training in the file ``path``; `drs_lib.train.fit` writes it after every epoch.
 
-    ``streams``: further torch generators whose states belong to the training, in a fixed order.
+    For both methods, ``streams`` are further torch generators whose states belong to the training, in a fixed
+    order.
     """
 
     def __init__(self, path):

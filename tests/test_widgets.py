@@ -35,7 +35,7 @@ from drs_lib.widgets import CueLab, DeltaLab, FeatureMapLab, ImageLab, LayerLab,
 from drs_lib.widgets import cue as cue_module
 from drs_lib.widgets import delta as delta_module
 from drs_lib.widgets import lab as lab_module
-from drs_lib.widgets.lab import Lab, Recent, View, slider, table
+from drs_lib.widgets.lab import Lab, View, recent, slider, table
 
 ROOT = Path(__file__).parents[1]
 PLAIN, LEARNABLE, REFINED = Configuration(drs_layers=()), Configuration(), Configuration(refine=True)
@@ -977,14 +977,16 @@ def test_two_thousand_moves_leave_nothing_behind(make, line):
     # The caches were full before. These were a hundred drawings: a picture is 1.3 MB, a JPEG 50 kB.
     assert more_objects < 1500 and more_memory < 2_500_000
     for lab in labs:
-        for cache in (value for value in vars(lab).values() if isinstance(value, Recent)):
-            assert len(cache._kept) <= cache.size
+        caches = [value for value in vars(lab).values() if hasattr(value, "cache_info")]
+        assert caches
+        for found in (cache.cache_info() for cache in caches):
+            assert found.maxsize and found.currsize <= found.maxsize
 
 
 def test_recent_keeps_the_last_few():
     made = []
-    recent = Recent(lambda *key: made.append(key) or key, 2)
-    assert [recent(k)[0] for k in (1, 2, 1, 3, 1, 2)] == [1, 2, 1, 3, 1, 2]
+    kept = recent(lambda *key: made.append(key) or key, 2)
+    assert [kept(k)[0] for k in (1, 2, 1, 3, 1, 2)] == [1, 2, 1, 3, 1, 2]
     assert made == [(1,), (2,), (3,), (2,)]
 
 

@@ -4,6 +4,8 @@ Images are uint8, as a data set gives them (3, H, W) or as a picture (H, W, 3); 
 label maps are uint8 (H, W), 0 background, 1..C classes, 255 ignored. Each may be a tensor or an array.
 """
 
+from functools import lru_cache
+
 import matplotlib
 import numpy as np
 import torch
@@ -170,9 +172,14 @@ def check_same_size(picture, values, what):
         )
 
 
-def colored(values):
-    lut = (255 * matplotlib.colormaps[MAP_COLORS](np.arange(256))[:, :3]).round().astype(np.uint8)
-    return lut[(255 * values).round().astype(np.uint8)]
+def colored(values, name=MAP_COLORS):
+    """Values (H, W) in [0, 1] in the colours of a matplotlib map, uint8 (H, W, 3)."""
+    return _table(name)[(255 * values).round().astype(np.uint8)]
+
+
+@lru_cache
+def _table(name):
+    return (255 * matplotlib.colormaps[name](np.arange(256))[:, :3]).round().astype(np.uint8)
 
 
 def blend(picture, colors, strength):

@@ -13,7 +13,7 @@ from drs_lib.metrics import iou_per_class
 from drs_lib.paper import Configuration
 from drs_lib.plots import overlay, overlay_labels
 from drs_lib.widgets import networks, pictures
-from drs_lib.widgets.lab import Lab, Recent, View, picker, slider, switch
+from drs_lib.widgets.lab import Lab, View, picker, recent, show, slider, switch
 from drs_lib.widgets.scenes import scene
 
 # Of a labelled pixel's probability, what its own label gets: the share in use where CRFs clean up labels.
@@ -58,8 +58,8 @@ class CueLab(Lab):
             self._networks["CAM"] = (line.classifier(networks.PLAIN), "classifier")
         if line.has("refine", refined):
             self._networks["DRS†, refined"] = (line.refinement_network(refined), "refined")
-        self._scene = Recent(lambda index: scene(train, index), 8)
-        self._maps = Recent(self._make_maps, 8)
+        self._scene = recent(lambda index: scene(train, index), 8)
+        self._maps = recent(self._make_maps, 8)
         self._crf = budget.crf("largefov")
         count = min(max(images, image + 1), len(train))
         if line.data.name == "critters":
@@ -107,12 +107,12 @@ class CueLab(Lab):
         release = at["rule"].value == "release"
         at["beta"].disabled = at["conflict"].disabled = release
         for control in CRF_SLIDERS:
-            at[control].layout.display = None if at["crf"].value else "none"
+            show(at[control], at["crf"].value)
 
     def describe(self, state):
         paper = state["rule"] == "paper"
         rule = (
-            f"β = {state['beta']:.2f}, both cues become {state['conflict']}"
+            f"β = {state['beta']:.2f}, both cues {dict(zip(CONFLICTS, BOTH, strict=True))[state['conflict']]}"
             if paper
             else "the release's rule"
         )

@@ -5,7 +5,7 @@ import ipywidgets
 from drs_lib.paper import ALL_LAYERS, Configuration
 from drs_lib.plots import overlay
 from drs_lib.widgets import networks, pictures
-from drs_lib.widgets.lab import Lab, Recent, View, picker, show, slider, switch
+from drs_lib.widgets.lab import Lab, View, picker, recent, show, slider, switch
 from drs_lib.widgets.scenes import cue_scores, offer_classes, scene, score_table
 
 INFERENCE, TRAINED = "at inference", "trained"
@@ -40,9 +40,9 @@ class DeltaLab(Lab):
         self._deltas = networks.trained_deltas(line)
         self._learnable = line.has("classify", networks.LEARNABLE)
         mini = budget.classify.backbone == "mini"
-        self._trained = Recent(lambda what: networks.stored_classifier(line, what), 12 if mini else 1)
-        self._scene = Recent(lambda index: scene(val, index), 8)
-        self._map = Recent(self._make_map, 16)
+        self._trained = recent(lambda what: networks.stored_classifier(line, what), 12 if mini else 1)
+        self._scene = recent(lambda index: scene(val, index), 8)
+        self._map = recent(self._make_map, 16)
         nearest = {"value": min(self._deltas, key=lambda stored: abs(stored - delta))} if self._deltas else {}
         modes = [("suppress at inference: plain classifier", INFERENCE)]
         modes.append(("trained with DRS: Table 1's classifiers", TRAINED))
@@ -99,7 +99,6 @@ class DeltaLab(Lab):
         if name.startswith("layer"):
             at["preset"].value = BY_HAND
         trained, each = at["mode"].value == TRAINED, at["per_layer"].value
-        at["learnable"].disabled = not self._learnable
         at["delta"].disabled = each and at["preset"].value == BY_HAND
         show(at["learnable"], trained)
         show(at["delta"], not trained)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from drs_lib.widgets import networks, pictures
-from drs_lib.widgets.lab import Lab, Recent, View, picker, slider
+from drs_lib.widgets.lab import Lab, View, picker, recent, slider
 from drs_lib.widgets.scenes import scene
 
 
@@ -27,8 +27,8 @@ class FeatureMapLab(Lab):
         super().__init__(line)
         val = line.data.val
         self._model = line.classifier(networks.PLAIN)
-        self._scene = Recent(lambda index: scene(val, index), 8)
-        self._features = Recent(self._make_features, 8)
+        self._scene = recent(lambda index: scene(val, index), 8)
+        self._features = recent(self._make_features, 8)
         features = self._features(image)
         place = place or list(features)[-1]
         if place not in features:

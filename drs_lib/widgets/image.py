@@ -12,7 +12,7 @@ from drs_lib.paper import ALL_LAYERS
 from drs_lib.pipeline import STAGE_VERSIONS
 from drs_lib.plots import overlay
 from drs_lib.widgets import networks, pictures
-from drs_lib.widgets.lab import Lab, Recent, View, picker, slider
+from drs_lib.widgets.lab import Lab, View, picker, recent, slider
 from drs_lib.widgets.upload import FORMATS, MOST_BYTES, ImageRefused, read_image
 
 DRAWN, OWN = "drawn", "own"
@@ -45,7 +45,7 @@ class ImageLab(Lab):
         val = line.data.val
         self._own = _of_line(line)
         self._voc = self._own if line.data.name == "voc" else _voc_classifiers(line.store)
-        self._image = Recent(lambda index: val[index][0].permute(1, 2, 0).contiguous().numpy(), 8)
+        self._image = recent(lambda index: val[index][0].permute(1, 2, 0).contiguous().numpy(), 8)
         self._uploaded, self._refused = None, ""
         self.upload = ipywidgets.FileUpload(
             accept=",".join(f"image/{kind.lower()}" for kind in FORMATS),
@@ -150,9 +150,9 @@ class _Models(NamedTuple):
 
 
 def _of_line(line):
-    models = {PLAIN: Recent(lambda: line.classifier(networks.PLAIN), 1)}
+    models = {PLAIN: recent(lambda: line.classifier(networks.PLAIN), 1)}
     if line.has("classify", networks.LEARNABLE):
-        models[DRS] = Recent(lambda: networks.stored_classifier(line, networks.LEARNABLE), 1)
+        models[DRS] = recent(lambda: networks.stored_classifier(line, networks.LEARNABLE), 1)
     return _Models(models, line.data.val.classes, line.budget.resize)
 
 
@@ -166,7 +166,7 @@ def _voc_classifiers(store):
         if voc and meta["version"] == STAGE_VERSIONS["classify"] and config["delta"] is None:
             name = {(): PLAIN, ALL_LAYERS: DRS}.get(tuple(config["drs_layers"]))
             if name:
-                found[name] = Recent(_loader(store, meta), 1)
+                found[name] = recent(_loader(store, meta), 1)
     return _Models(found, VOC_CLASSES, VOC_SIDE) if found else None
 
 

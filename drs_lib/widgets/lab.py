@@ -17,7 +17,8 @@ import html
 import logging
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import ipywidgets
@@ -78,20 +79,9 @@ class View(NamedTuple):
     alert: str = ""
 
 
-class Recent:
-    """The last few results of a function by its arguments."""
-
-    def __init__(self, function, size):
-        self.function, self.size, self._kept = function, size, OrderedDict()
-
-    def __call__(self, *key):
-        if key in self._kept:
-            self._kept.move_to_end(key)
-        else:
-            self._kept[key] = self.function(*key)
-            while len(self._kept) > self.size:
-                self._kept.popitem(last=False)
-        return self._kept[key]
+def recent(function, size):
+    """The function, which remembers its last ``size`` results by its arguments."""
+    return lru_cache(maxsize=size)(function)
 
 
 class Lab:
@@ -165,7 +155,6 @@ class Lab:
         self.numbers = ipywidgets.HTML()
         self.numbers.add_class("drs-numbers")
         self.note = ipywidgets.HTML()
-        self.note.add_class("drs-note")
         self.busy = ipywidgets.HTML()
         lost = ipywidgets.HTML(LOST)
         lost.add_class("drs-lost")
@@ -178,7 +167,7 @@ class Lab:
             [
                 title,
                 lost,
-                ipywidgets.HTML(f'<div class="drs-note">{html.escape(self.about)}</div>'),
+                ipywidgets.HTML(html.escape(self.about)),
                 *(_row(group) for group in groups[:-1]),
                 _row([*groups[-1], self.busy]),
                 _row([picture, side], top=True),

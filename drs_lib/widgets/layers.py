@@ -5,7 +5,7 @@ import numpy as np
 from drs_lib.paper import ALL_LAYERS
 from drs_lib.plots import layer_mean, overlay
 from drs_lib.widgets import networks, pictures
-from drs_lib.widgets.lab import Lab, Recent, View, picker, slider, switch
+from drs_lib.widgets.lab import Lab, View, picker, recent, slider, switch
 from drs_lib.widgets.scenes import cue_scores, offer_classes, scene, score_table
 
 PLAIN, LEARNED = "plain", "learnable"
@@ -38,8 +38,8 @@ class LayerLab(Lab):
         if line.has("classify", networks.LEARNABLE):
             self._dials[LEARNED] = networks.Dial(line.classifier(networks.LEARNABLE))
             networks_on_offer.append(("trained with learnable DRS", LEARNED))
-        self._scene = Recent(lambda index: scene(val, index), 8)
-        self._without = Recent(lambda *key: self._look(*key, (1.0,) * 6), 8)
+        self._scene = recent(lambda index: scene(val, index), 8)
+        self._without = recent(lambda *key: self._look(*key, (1.0,) * 6), 8)
         self.controls = {
             "network": picker("classifier", networks_on_offer),
             "image": slider("image", image, 0, len(val) - 1, 1, "300px"),

@@ -13,7 +13,8 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from drs_lib.plots import MAP_COLORS, outline
+from drs_lib.plots import outline
+from drs_lib.plots.colors import colored
 
 SIDE = 256  # pixels: the longer side of a panel, twice a Critters image
 GAP, LINE = 6, 21  # a page may show the sheet at three quarters of its size
@@ -31,19 +32,13 @@ def rgb(color):
 
 def difference(values):
     """A signed map (H, W) in [-1, 1] in colours: white where nothing changed. Returns uint8 (H, W, 3)."""
-    index = np.round((np.asarray(values, np.float32).clip(-1, 1) + 1) * 127.5).astype(np.uint8)
-    return _table(DIFFERENCES)[index]
+    return colored((np.asarray(values, np.float32).clip(-1, 1) + 1) / 2, DIFFERENCES)
 
 
 def heat(values, top=1.0):
     """A map (H, W) from 0 to ``top`` in `drs_lib.plots.MAP_COLORS`. Returns uint8 (H, W, 3)."""
     share = np.asarray(values, np.float32) / top if top > 0 else np.zeros_like(values)
-    return _table(MAP_COLORS)[np.round(255 * share.clip(0, 1)).astype(np.uint8)]
-
-
-@lru_cache
-def _table(name):
-    return np.round(255 * matplotlib.colormaps[name](np.linspace(0, 1, 256))[:, :3]).astype(np.uint8)
+    return colored(share.clip(0, 1))
 
 
 def compared_cue(image, cue, on_object, ignored, strength=0.7):
