@@ -72,6 +72,14 @@ def pseudo_labels(maps, saliency, alpha=0.2, beta=PAPER_BETA, rule="paper", conf
     return labels
 
 
+def of_classes(labels, classes):
+    """Labels from the maps of some classes alone, 1..n, as labels of all: `classes`, counted from 0, tells
+    which the maps were, in order. 0 and 255 stay."""
+    values = torch.arange(256, dtype=torch.uint8)
+    values[1 : len(classes) + 1] = torch.tensor(classes, dtype=torch.uint8) + 1
+    return values.to(labels.device, non_blocking=True)[labels.int()]
+
+
 def _release_rule(maps, score, label, saliency, alpha):
     limit = RELEASE_SALIENCY if saliency.dtype == torch.uint8 else RELEASE_SALIENCY / 255
     salient = saliency > limit

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import interpolate
 
-from drs_lib.runtime import evaluating, memory_format
+from drs_lib.runtime import autocast, evaluating, memory_format
 
 EPSILON = 1e-5
 RELEASE_SCALES = (256, 320, 384)
@@ -64,7 +64,25 @@ def keep_largest_class(maps):
     return torch.zeros_like(maps).scatter_(-3, index, largest)
 
 
-def iterate_maps(
+def iterate_maps(model, dataset, **options):
+    """Maps of a whole data set, one image at a time, in order, each at the image's own size.
+
+    The arguments and errors are those of `iterate_present_maps`.
+
+    Yields:
+        ``(index, labels, maps)``: labels (C,), maps float32 (C, H, W) in [0, 1], both on the CPU.
+    """
+    found = iterate_present_maps(model, dataset, **options)
+    return ((index, labels, _of_all_classes(labels, present.cpu())) for index, labels, present in found)
+
+
+def _of_all_classes(labels, present):
+    maps = present.new_zeros(len(labels), *present.shape[-2:])
+    maps[labels > 0] = present[: int((labels > 0).sum())]
+    return maps
+
+
+def iterate_present_maps(
     model,
     dataset,
     *,
@@ -76,9 +94,10 @@ def iterate_maps(
     renormalize=False,
     indices=None,
     workers=0,
+    precision="float32",
     progress=False,
 ):
-    """Maps of a whole data set, one image at a time, in order, each at the image's own size.
+    """`iterate_maps` without the maps that are 0, which are most of VOC's 20, and left on the model's device.
 
     Args:
         model: classifier or refinement network; it is moved to ``device`` (None: it stays where it is).
@@ -93,9 +112,11 @@ def iterate_maps(
         renormalize: as for `refined_maps`.
         indices: images to take, in this order; None: all.
         workers: processes that read images (`torch.utils.data.DataLoader`).
+        precision: of the network, see `drs_lib.runtime.autocast`; the maps are float32 in any case.
 
     Yields:
-        ``(index, labels, maps)``: labels (C,), maps float32 (C, H, W) in [0, 1], both on the CPU.
+        ``(index, labels, maps)``: labels (C,) on the CPU; maps float32 (n, H, W) in [0, 1] of the n classes
+        with a label, in order, on the model's device. An image without a label has one map of zeros.
 
     Raises:
         ValueError: an unknown ``kind``, scales or a ``resize`` that are no sizes, ``renormalize`` with a
@@ -111,17 +132,21 @@ def iterate_maps(
     _check_scales(scales)
     if resize is not None and not (isinstance(resize, int) and resize > 0):
         raise ValueError(f"resize is the side of a square in pixels; got {resize!r}.")
+    context = autocast("cpu" if device is None else device, precision)  # refuses an unknown precision now
+    del context
     if device is not None:
         model.to(device)
     indices = range(len(dataset)) if indices is None else indices
-    return _iterate(model, dataset, batch_size, scales, resize, kind, renormalize, indices, workers, progress)
+    network = (model, kind, scales, precision)
+    return _iterate(network, dataset, batch_size, resize, renormalize, indices, workers, progress)
 
 
-def _iterate(model, dataset, batch_size, scales, resize, kind, renormalize, indices, workers, progress):
+def _iterate(network, dataset, batch_size, resize, renormalize, indices, workers, progress):
     from tqdm.auto import tqdm
 
     from drs_lib.data import normalize
 
+    model, kind, scales, precision = network
     device = _device(model)
     loader = torch.utils.data.DataLoader(
         _Inputs(dataset, resize),
@@ -137,15 +162,17 @@ def _iterate(model, dataset, batch_size, scales, resize, kind, renormalize, indi
             results = {}
             for places, members, images, labels, sizes in groups:
                 images = normalize(images.to(device, non_blocking=True))
-                outputs = _network_outputs(model, kind, images, scales)
+                outputs = _network_outputs(model, kind, images, scales, precision)
+                present = _present(labels, *outputs[0].shape[:2])
                 sizes = [tuple(size) for size in sizes]  # older torch pins a tuple into a list
                 for size in dict.fromkeys(sizes):
                     rows = [row for row, own in enumerate(sizes) if own == size]
                     chosen = [output[rows] for output in outputs] if len(rows) < len(sizes) else outputs
-                    maps = _assemble(chosen, labels[rows], size, kind, renormalize).cpu()
-                    results.update(
-                        (places[row], (members[row], labels[row], maps[k])) for k, row in enumerate(rows)
-                    )
+                    maps = _assemble_present(chosen, present[rows], size, kind, renormalize)
+                    counts = present[rows].sum(1).tolist()
+                    for row, own in zip(rows, maps.split(counts), strict=True):
+                        own = own if len(own) else maps.new_zeros(1, *size)
+                        results[places[row]] = members[row], labels[row], own
             for place in range(len(results)):
                 yield results[place]
             bar.update(len(results))
@@ -194,7 +221,7 @@ def _maps(model, kind, images, labels, scales, size, renormalize=False):
     return _assemble(outputs, labels, size, kind, renormalize)
 
 
-def _network_outputs(model, kind, images, scales):
+def _network_outputs(model, kind, images, scales, precision="float32"):
     """The network's maps (N, C, h, w), one per scale, before any upsampling."""
     if kind == "classifier" and not hasattr(model, "class_maps"):
         raise ValueError(
@@ -207,7 +234,9 @@ def _network_outputs(model, kind, images, scales):
             at_scale = images
             if side is not None and images.shape[-2:] != (side, side):
                 at_scale = interpolate(images, (side, side), mode="bilinear", align_corners=False)
-            output = forward(at_scale.contiguous(memory_format=memory_format(images.device)))
+            at_scale = at_scale.contiguous(memory_format=memory_format(images.device))
+            with autocast(images.device, precision):
+                output = forward(at_scale)
             if output.ndim != 4:
                 raise ValueError(
                     f"{type(model).__name__} gives shape {tuple(output.shape)}, not maps (N, C, h, w); "
@@ -217,20 +246,30 @@ def _network_outputs(model, kind, images, scales):
     return outputs
 
 
-@torch.no_grad()
 def _assemble(outputs, labels, size, kind, renormalize):
-    """Upsample each scale, turn it into maps in [0, 1], and keep the largest value over the scales."""
+    """Maps (N, C, H, W) of all classes, 0 for those that an image's labels don't name."""
     images, classes = outputs[0].shape[:2]
-    present = _present(labels, images, classes).to(outputs[0].device)
-    size = tuple(size)
+    present = _present(labels, images, classes)
     maps = outputs[0].new_zeros(images, classes, *size)
-    # Only maps that will be kept are upsampled: one or two of VOC's 20. One image of many channels, because a
-    # batch of one-channel images would take a slower kernel.
+    if present.any():
+        maps[present.to(maps.device)] = _assemble_present(outputs, present, tuple(size), kind, renormalize)
+    return maps
+
+
+@torch.no_grad()
+def _assemble_present(outputs, present, size, kind, renormalize):
+    """Upsample each scale, turn it into maps in [0, 1], and keep the largest value over the scales.
+
+    present: bool (N, C), on the CPU. Returns the maps where it is true, (n, H, W): only those are upsampled,
+    one or two of VOC's 20.
+    """
+    where = present.flatten().nonzero().flatten().to(outputs[0].device, non_blocking=True)
+    if not len(where):
+        return outputs[0].new_zeros(0, *size)
     chosen = None
     for output in outputs:
-        output = output[present][None]
-        if not output.numel():
-            return maps
+        # One image of many channels, because a batch of one-channel images would take a slower kernel.
+        output = output.flatten(0, 1).index_select(0, where)[None]
         if not torch.isfinite(output).all():
             raise ValueError(
                 "the network gives NaN or infinity: it has diverged, or its weights are damaged. Train it "
@@ -241,8 +280,7 @@ def _assemble(outputs, labels, size, kind, renormalize):
         if kind == "classifier" or renormalize:
             upsampled.div_(upsampled.amax(dim=(1, 2), keepdim=True) + EPSILON)
         chosen = upsampled if chosen is None else torch.maximum(chosen, upsampled)
-    maps[present] = chosen
-    return maps
+    return chosen
 
 
 def _present(labels, images, classes):

@@ -18,9 +18,11 @@ import multiprocessing
 import os
 import time
 import zipfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,8 @@ STAGE_VERSIONS = {
     "evaluate": 1,
     "evaluate_crf": 1,
 }
+# Pictures that may wait for their compression, or for their turn to be written.
+PNGS_AHEAD = 32
 BUDGETS = ("ci", "laptop", "paper", "release")
 # Rough work in each stage, for the order of the jobs and the progress bar.
 STAGE_COST = {"classify": 10, "refine": 10, "segment": 10, "evaluate_crf": 5}
@@ -369,17 +373,28 @@ class Pipeline:
         `drs_lib.localization.iterate_maps`."""
         from drs_lib.localization import iterate_maps
 
+        return self._iterate(iterate_maps, configuration, dataset, indices)
+
+    def _iterate(self, iterate, configuration, dataset=None, indices=None):
         model = (self.refinement_network if configuration.refine else self.classifier)(configuration)
         recipe = self.budget.refine if configuration.refine else self.budget.classify
         with self._threads(recipe):
-            yield from iterate_maps(
+            yield from iterate(
                 model,
                 self._weak_train if dataset is None else dataset,
                 kind="refined" if configuration.refine else "classifier",
                 workers=recipe.workers,
+                precision=recipe.precision,
                 indices=indices,
                 **self._map_config(configuration),
             )
+
+    def _present_maps(self, configuration):
+        """(index, its classes, their maps (n, H, W) on the device; for no class one map of zeros)."""
+        from drs_lib.localization import iterate_present_maps
+
+        for index, labels, maps in self._iterate(iterate_present_maps, configuration):
+            yield index, labels.nonzero().flatten().tolist(), maps
 
     def labels(self, configuration: Configuration) -> Sequence:
         """The pseudo labels of the training images: a sequence of uint8 (H, W)."""
@@ -500,16 +515,18 @@ class Pipeline:
             from drs_lib.localization import keep_largest_class
 
             classes = []
-            with writer.open("maps.zip") as file, zipfile.ZipFile(file, "w") as archive:
-                for index, labels, maps in self.maps(plain):
-                    present = labels.nonzero().flatten()
-                    classes.append(present.tolist())
-                    # An image without any class is kept as one map of zeros, which remembers its size.
+
+            def pictures():
+                for index, present, maps in self._present_maps(plain):
+                    classes.append(present)
+                    # An image without any class is kept as its one map of zeros, which remembers its size.
                     if self.budget.target == "largest":
                         maps = keep_largest_class(maps)
-                    stack = maps[present] if len(present) else maps[:1] * 0
-                    pixels = (stack * 255).round().byte().flatten(0, 1).numpy()
-                    _write_png(archive, self.data.train.names[index], pixels)
+                    pixels = (maps * 255).round().byte().flatten(0, 1).cpu().numpy()
+                    yield self.data.train.names[index], pixels
+
+            with writer.open("maps.zip") as file:
+                write_pngs(file, pictures())
             writer.json("classes.json", classes)
 
         config = self._map_config(plain) | {"target": self.budget.target}
@@ -543,13 +560,17 @@ class Pipeline:
         }
 
         def make(writer):
-            from drs_lib.labels import pseudo_labels
+            from drs_lib.labels import of_classes, pseudo_labels
 
             weak = self._weak_train
-            with writer.open("labels.zip") as file, zipfile.ZipFile(file, "w") as archive:
-                for index, _, maps in self.maps(configuration):
+
+            def pictures():
+                for index, classes, maps in self._present_maps(configuration):
                     labels = pseudo_labels(maps[None], weak.saliency(index)[None], **rule)
-                    _write_png(archive, weak.names[index], labels[0].cpu().numpy(), indexed=True)
+                    yield weak.names[index], of_classes(labels, classes)[0].cpu().numpy()
+
+            with writer.open("labels.zip") as file:
+                write_pngs(file, pictures(), indexed=True)
 
         config, source = self._map_config(configuration) | rule, self._map_source(configuration)
         return self._derived("labels", configuration, config, source, make, data=self.data.train.fingerprint)
@@ -761,15 +782,39 @@ class TargetMaps(LabelArchive):
     def __getitem__(self, index):
         import numpy as np
 
-        present = self.classes[index]
-        stack = super().__getitem__(index)
-        stack = stack.reshape(max(len(present), 1), -1, stack.shape[1])
+        present, stack = self.stack(index)
         maps = np.zeros((self.num_classes, *stack.shape[1:]), np.float32)
-        maps[present] = stack[: len(present)] * np.float32(1 / 255)
+        maps[present] = stack * np.float32(1 / 255)
         return maps
 
+    def stack(self, index):
+        """(classes, their maps as uint8 (n, H, W)); for no class, a map of zeros of the first."""
+        classes, stack = self.classes[index] or [0], super().__getitem__(index)
+        return classes, stack.reshape(len(classes), -1, stack.shape[1])
 
-def _write_png(archive, name, pixels, indexed=False):
+
+def write_pngs(file, pictures, indexed=False):
+    """A zip file of PNGs, from (name, uint8 (H, W)) in order; indexed: in VOC's colours.
+
+    Compressed by a pool of threads, a few pictures ahead of the one that is being written.
+    """
+    encode = partial(_png, indexed=indexed)
+    with zipfile.ZipFile(file, "w") as archive, ThreadPoolExecutor() as pool:
+        waiting = deque()
+        for name, pixels in pictures:
+            waiting.append((name, pool.submit(encode, pixels)))
+            if len(waiting) > PNGS_AHEAD:
+                _store(archive, *waiting.popleft())
+        while waiting:
+            _store(archive, *waiting.popleft())
+
+
+def _store(archive, name, png):
+    # A fixed date, so that the same labels are the same file.
+    archive.writestr(zipfile.ZipInfo(f"{name}.png", (1980, 1, 1, 0, 0, 0)), png.result())
+
+
+def _png(pixels, indexed):
     from PIL import Image
 
     image = Image.fromarray(pixels)
@@ -778,8 +823,7 @@ def _write_png(archive, name, pixels, indexed=False):
     buffer = io.BytesIO()
     # The fastest setting: it costs a few per cent in size, and training waits for these files.
     image.save(buffer, format="PNG", compress_level=1)
-    # A fixed date, so that the same labels are the same file.
-    archive.writestr(zipfile.ZipInfo(f"{name}.png", (1980, 1, 1, 0, 0, 0)), buffer.getvalue())
+    return buffer.getvalue()
 
 
 @lru_cache

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "step", "poly", "onecycle")
 PRECISIONS = ("float32", "bfloat16")
+IMAGES = ("auto", "files", "memory", "device")
+COMPILE = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 PARAMETER_GROUPS = ("pretrained weights", "pretrained biases", "new weights", "new biases")
 
 
@@ -64,9 +66,15 @@ class Recipe:
 
     precision: str = "float32"
     threads: int | None = None  # None: as many as torch has; see drs_lib.runtime.threads
-    # Processes that read and augment images. Changes no result, and so is no part of equality and of
-    # to_dict().
+    # How it is computed. These change no result but for rounding, and so are no part of equality and of
+    # to_dict(), as the device is none.
+    # Where images are read from, see drs_lib.batches: "files", decoded once and kept in "memory" or on the
+    # "device", or "auto": the device if it is a GPU, else files.
+    images: str = field(default="auto", compare=False)
+    # Processes that read and augment images from files, or make localization maps' inputs.
     workers: int = field(default=4, compare=False)
+    # torch.compile's mode ("default", "reduce-overhead", ...) for the training step, or None.
+    compile: str | None = field(default=None, compare=False)
 
     def __post_init__(self):
         for name in ("lr", "momentum", "weight_decay", "gamma", "power", "warmup"):
@@ -87,6 +95,8 @@ class Recipe:
         self._choice("optimizer", OPTIMIZERS)
         self._choice("schedule", SCHEDULES)
         self._choice("precision", PRECISIONS)
+        self._choice("images", IMAGES)
+        self._choice("compile", COMPILE)
         for name in ("nesterov", "bias_decay", "flip"):
             self._expect(isinstance(getattr(self, name), bool), name, "True or False")
         self._expect(self.lr > 0, "lr", "above 0")
@@ -185,7 +195,7 @@ class Recipe:
             raise ValueError(f"{type(self).__name__}: {name} is {getattr(self, name)!r}: expected {expected}")
 
     def _choice(self, name, choices):
-        self._expect(getattr(self, name) in choices, name, "one of " + ", ".join(choices))
+        self._expect(getattr(self, name) in choices, name, "one of " + ", ".join(map(str, choices)))
 
     def _number(self, name, value):
         if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):

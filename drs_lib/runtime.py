@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 import numpy as np
 import torch
 
+from drs_lib import distributed
 from drs_lib.recipes import PRECISIONS
 
 
@@ -98,12 +99,15 @@ def threads(n=None):
 def pick_device(name=None):
     """The device to compute on: `name`, else the environment variable DRS_DEVICE, else the best there is.
 
-    The best is cuda, then mps, then cpu. Returns a torch.device. Raises ValueError for a name torch doesn't
-    know, RuntimeError for a device this machine doesn't have.
+    The best is cuda, then mps, then cpu. Among several processes each has its own GPU. Returns a
+    torch.device. Raises ValueError for a name torch doesn't know, RuntimeError for a device this machine
+    doesn't have.
     """
     origin = "device"
     if name is None and os.environ.get("DRS_DEVICE"):
         name, origin = os.environ["DRS_DEVICE"], "the environment variable DRS_DEVICE"
+    if distributed.world_size() > 1 and name in (None, "cpu"):
+        return distributed.device()
     if name is None:
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -135,6 +139,21 @@ def autocast(device, precision="float32"):
 def memory_format(device):
     """Channels-last where convolutions are faster for it (CPU, CUDA), contiguous elsewhere (MPS)."""
     return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
+
+
+@contextmanager
+def tuned(device):
+    """Let cuDNN time its algorithms inside the block and keep the fastest: for inputs of one size.
+
+    Not under `deterministic`, nor on other devices.
+    """
+    former = torch.backends.cudnn.benchmark
+    if torch.device(device).type == "cuda" and not torch.are_deterministic_algorithms_enabled():
+        torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = former
 
 
 @contextmanager

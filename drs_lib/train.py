@@ -14,23 +14,30 @@ import functools
 import math
 import time
 import traceback
-from contextlib import contextmanager
-from typing import NamedTuple
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
-from drs_lib import networks
+from drs_lib import distributed, networks
+from drs_lib.batches import IGNORED, Batch, LabelMaps, TargetMaps, make_batches, resize_maps
 from drs_lib.crf import iterate_crf
 from drs_lib.data import normalize, without_masks
-from drs_lib.data.transforms import training_transform
 from drs_lib.drs import LearnableController
 from drs_lib.metrics import SegmentationScore, exact_match_accuracy
 from drs_lib.recipes import PARAMETER_GROUPS, ClassifyRecipe, RefineRecipe, SegmentRecipe
-from drs_lib.runtime import autocast, evaluating, memory_format, pick_device, preserved_rng, seeded, threads
+from drs_lib.runtime import (
+    autocast,
+    evaluating,
+    memory_format,
+    pick_device,
+    preserved_rng,
+    seeded,
+    threads,
+    tuned,
+)
 
 __all__ = [
     "ClassifyRecipe",
@@ -50,7 +57,8 @@ __all__ = [
     "train_segmentation",
 ]
 
-IGNORED = 255
+# Iterations after which a GPU is asked for the losses; asking after each would make it wait every time.
+LOSSES_FETCHED_EVERY = 20
 
 
 class TrainingDiverged(RuntimeError):
@@ -63,7 +71,8 @@ class OutOfMemory(RuntimeError):
 
 def classification_loss(model, batch):
     """Binary cross-entropy of P = sigmoid(GAP(F)) against the labels, averaged over images and classes."""
-    return F.binary_cross_entropy_with_logits(model(batch.images).float(), batch.labels)
+    loss = F.binary_cross_entropy_with_logits(model(batch.images).float(), batch.labels)
+    return distributed.share(loss, len(batch.images))
 
 
 def refinement_loss(model, batch, size="map", label_mask=False):
@@ -75,13 +84,14 @@ def refinement_loss(model, batch, size="map", label_mask=False):
     """
     refined, target = model(batch.images).float(), batch.extra
     if size == "map":
-        target = _resize_maps(target, refined.shape[-2:])
+        target = resize_maps(target, refined.shape[-2:])
     else:
-        refined = _resize_maps(refined, target.shape[-2:])
+        refined = resize_maps(refined, target.shape[-2:])
     if not label_mask:
-        return F.mse_loss(refined, target)
+        return distributed.share(F.mse_loss(refined, target), len(refined))
     error = (refined - target).square().mean((2, 3)) * batch.labels
-    return error.sum() / batch.labels.sum().clamp(min=1)
+    present = batch.labels.sum()
+    return distributed.share(error.sum() / present.clamp(min=1), present)
 
 
 def segmentation_loss(model, batch, size="logits"):
@@ -102,27 +112,15 @@ def _cross_entropy(logits, labels, size):
         labels = F.interpolate(labels[:, None].float(), logits.shape[-2:], mode="nearest-exact")[:, 0]
     labels = labels.long()
     # A batch of crops may hold no labelled pixel at all, and the mean over none of them is NaN.
-    labelled = (labels != IGNORED).sum().clamp(min=1)
-    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / labelled
-
-
-def _resize_maps(maps, size):
-    return F.interpolate(maps, tuple(size), mode="bilinear", align_corners=True)
+    labelled = (labels != IGNORED).sum()
+    loss = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / labelled.clamp(min=1)
+    return distributed.share(loss, labelled)
 
 
 def _resize_logits(logits, size):
     # Without aligned corners, a logit stands for a cell of the image, the same cell from which the nearest
     # label is taken.
     return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
-
-
-class Batch(NamedTuple):
-    """Indices (N,) into the data set, images (N, 3, H, W), labels (N, C), and what the stage adds or None."""
-
-    indices: torch.Tensor
-    images: torch.Tensor
-    labels: torch.Tensor
-    extra: torch.Tensor | None
 
 
 def fit(
@@ -141,6 +139,7 @@ def fit(
     on_epoch=None,
     checkpoint=None,
     streams=(),
+    compile=None,
 ):
     """Train `model` in place for `steps` iterations of the optimiser; the loop of all three stages.
 
@@ -150,7 +149,9 @@ def fit(
     loss) that is called after every iteration and must not draw random numbers. on_epoch(history): called
     after every epoch; random numbers it draws don't change the training. checkpoint: a
     `drs_lib.checkpoint.Checkpoint`, from which the training goes on if it holds one, and which is written
-    after every epoch but the last; streams: the generators from which `batches` draws.
+    after every epoch but the last; streams: the generators from which `batches` draws. compile: a mode of
+    torch.compile for the loss, or None. With several processes (see `drs_lib.distributed`), `batches` are
+    this process's parts, and the loss is the mean over all parts.
 
     Returns the history, a list of dict(epoch, loss, lr, seconds) in which `loss` is the epoch's mean and `lr`
     the first parameter group's rate at its end. Raises TrainingDiverged when the loss or a weight stops being
@@ -160,14 +161,19 @@ def fit(
     layout = memory_format(device)
     model.train()
     optimizer.zero_grad(set_to_none=True)
+    objective, local = distributed.objective(model, loss if compile is None else _compiled(loss, compile))
     history, step, seen = [], 0, 0
     kept = dict(model=model, optimizer=optimizer, scheduler=scheduler)
     found = None if checkpoint is None else checkpoint.restore(streams, **kept)
+    _expect_agreement(found is not None, checkpoint)
     if found is not None:
         history, step, seen = found["history"], found["step"], found["seen"]
+    seed = torch.initial_seed()
     with _reporting(progress, title, steps, step) as report:
         while step < steps:
-            start, losses, seen_before = time.perf_counter(), [], seen
+            start, seen_before = time.perf_counter(), seen
+            distributed.reseed(len(history), seed)
+            losses = _Losses(device, title, len(history) + 1, steps, names)
             rate = optimizer.param_groups[0]["lr"]
             for batch in batches:
                 indices = batch.indices
@@ -175,46 +181,88 @@ def fit(
                     *(None if part is None else part.to(device, non_blocking=True) for part in batch)
                 )
                 batch = batch._replace(images=normalize(batch.images).contiguous(memory_format=layout))
-                with _memory_advice(model, loss, batch, precision, title), autocast(device, precision):
-                    value = loss(model, batch)
-                losses.append(value.item())
-                if not math.isfinite(losses[-1]):
-                    raise TrainingDiverged(
-                        f"{title}: the loss is {losses[-1]} in epoch {len(history) + 1}, iteration "
-                        f"{step + 1} of {steps}, at learning rate {_rates(optimizer)}, on the images "
-                        f"{_ids(indices, names)}. {_REMEDY}"
-                    )
-                with _memory_advice(model, loss, batch, precision, title):
-                    (value / accumulate).backward()
                 seen += 1
-                if seen % accumulate:
+                last = seen % accumulate == 0
+                with nullcontext() if last else local():
+                    with _memory_advice(model, loss, batch, precision, title), autocast(device, precision):
+                        value = objective(batch)
+                    losses.add(value, step + 1, _rates(optimizer), indices)
+                    with _memory_advice(model, loss, batch, precision, title):
+                        (value / accumulate).backward()
+                if not last:
                     continue
                 rate = optimizer.param_groups[0]["lr"]
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 scheduler.step()
                 step += 1
-                report(step, len(history) + 1, losses[-1])
+                report(step, len(history) + 1, losses.known[-1] if losses.known else math.nan)
                 if step == steps:
                     break
             if seen == seen_before:
                 raise ValueError(f"{title}: no batch came out of the data; is the data set empty?")
+            losses.fetch()
             history.append(
                 dict(
                     epoch=len(history) + 1,
-                    loss=float(np.mean(losses)),
+                    loss=float(np.mean(losses.known)),
                     lr=rate,
                     seconds=time.perf_counter() - start,
                 )
             )
             if step == steps:
                 _check_weights(model, f"{title}: after the last iteration, {steps}")
-            elif checkpoint is not None:
+            elif checkpoint is not None and distributed.rank() == 0:
                 checkpoint.save(dict(history=history, step=step, seen=seen), streams, **kept)
             if on_epoch is not None:
                 with preserved_rng():
                     on_epoch(history)
     return history
+
+
+def _compiled(loss, mode):
+    def step(model, batch):
+        # With CUDA graphs the next step overwrites what this one returns.
+        return loss(model, batch).clone()
+
+    return torch.compile(step, mode=mode)
+
+
+def _expect_agreement(found, checkpoint):
+    if len(set(distributed.gather(found))) > 1:
+        raise RuntimeError(
+            f"only some of the processes see the checkpoint {checkpoint.path}: the run store must be on a "
+            "file system that all machines share"
+        )
+
+
+class _Losses:
+    """The losses of an epoch, averaged over all processes; `known` are those that were fetched so far."""
+
+    def __init__(self, device, title, epoch, steps, names):
+        self.title, self.epoch, self.steps, self.names = title, epoch, steps, names
+        self.every = 1 if device.type == "cpu" else LOSSES_FETCHED_EVERY
+        self.known, self.waiting = [], []
+
+    def add(self, loss, *where):
+        self.waiting.append((loss.detach(), *where))
+        if len(self.waiting) == self.every:
+            self.fetch()
+
+    def fetch(self):
+        """Raises TrainingDiverged at the first that is not finite."""
+        if not self.waiting:
+            return
+        values = distributed.average(torch.stack([loss for loss, *_ in self.waiting])).tolist()
+        for value, (_, step, rates, indices) in zip(values, self.waiting, strict=True):
+            if not math.isfinite(value):
+                raise TrainingDiverged(
+                    f"{self.title}: the loss is {value} in epoch {self.epoch}, iteration {step} of "
+                    f"{self.steps}, at learning rate {rates}, on the images {_ids(indices, self.names)}. "
+                    f"{_REMEDY}"
+                )
+        self.known += values
+        self.waiting = []
 
 
 @contextmanager
@@ -225,6 +273,12 @@ def _memory_advice(model, loss, batch, precision, title):
     except torch.OutOfMemoryError as error:
         traceback.clear_frames(error.__traceback__)  # or they would keep what did not fit
         count, _, height, width = batch.images.shape
+        if distributed.world_size() > 1:  # the others wait, and nothing can be tried alone
+            raise OutOfMemory(
+                f"{title}: {count} images of {height}x{width}, this process's part of a batch, do not fit "
+                f"into the memory of {batch.images.device}. Start more processes, or take a smaller batch "
+                "with recipe.replace(batch=..., accumulate=...)."
+            ) from error
         fits = next((n for n in _halves(count) if _fits(model, loss, batch, precision, n)), None)
         advice = (
             f"A batch of {fits} fits: recipe.replace(batch={fits}, accumulate=...) with accumulate "
@@ -359,137 +413,12 @@ def make_optimizer(model, recipe):
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer](groups, lr=recipe.lr)
 
 
-class _Order(Sampler):
-    """Which images make up which batch, epoch after epoch, and the seed of each batch's augmentation.
-
-    With a seed of its own, a batch looks the same whichever process makes it.
-    """
-
-    def __init__(self, images, per_epoch, batch, accumulate, seed):
-        self.images, self.batch, self.used = images, batch, per_epoch * batch * accumulate
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __iter__(self):
-        order = torch.randperm(self.images, generator=self.generator)[: self.used]
-        for indices in order.split(self.batch):
-            yield int(torch.randint(2**32, (), generator=self.generator)), indices
-
-    def __len__(self):
-        return math.ceil(min(self.images, self.used) / self.batch)
-
-
-class _Samples(Dataset):
-    """Reads, checks, augments and stacks the images of a batch, with what `extra(i, image)` adds to each."""
-
-    def __init__(self, dataset, transform, extra=None):
-        self.dataset, self.transform, self.extra = dataset, transform, extra
-
-    def __getitem__(self, key):
-        seed, indices = key
-        images, labels, extras = [], [], []
-        with seeded(seed, accelerators=False):
-            for i in indices.tolist():
-                image, label = self.dataset[i]
-                if self.extra is None:
-                    (image,) = self.transform(image)
-                else:
-                    image, extra = self.transform(image, self.extra(i, image))
-                    extras.append(extra)
-                images.append(image)
-                labels.append(label)
-        if any(image.shape != images[0].shape for image in images):
-            sizes = sorted({f"{image.shape[-2]}x{image.shape[-1]}" for image in images})
-            raise ValueError(
-                f"the images of one batch have different sizes ({', '.join(sizes)}) after augmentation: set "
-                "the recipe's crop or resize"
-            )
-        return Batch(
-            indices, torch.stack(images), torch.stack(labels), torch.stack(extras) if extras else None
-        )
-
-
-def _loader(dataset, recipe, extra, seed, device):
-    per_epoch, _ = recipe.steps(len(dataset))
-    transform = training_transform(
-        crop=recipe.crop, resize=recipe.resize, scale=recipe.scale, flip=recipe.flip, jitter=recipe.jitter
-    )
-    return DataLoader(
-        _Samples(dataset, transform, extra),
-        batch_size=None,
-        sampler=_Order(len(dataset), per_epoch, recipe.batch, recipe.accumulate, seed),
-        num_workers=recipe.workers,
-        persistent_workers=recipe.workers > 0,
-        pin_memory=device.type == "cuda",
-        # The loader draws a number of its own each epoch; it must not come out of the network's stream.
-        generator=torch.Generator().manual_seed(seed),
-    )
-
-
-class _TargetMaps:
-    """Target localization maps by index, checked, as float32 (C, H, W) at the image's size."""
-
-    def __init__(self, targets, dataset):
-        _expect_one_each(targets, dataset, "targets")
-        self.targets, self.names, self.classes = targets, dataset.names, dataset.num_classes
-
-    def __call__(self, i, image):
-        maps = _tensor(self.targets[i])
-        if maps.ndim != 3 or len(maps) != self.classes or not maps.is_floating_point():
-            raise ValueError(
-                f"the target maps of {self.names[i]} are {maps.dtype} {tuple(maps.shape)}: expected floating "
-                f"point ({self.classes}, H, W) in [0, 1]"
-            )
-        maps = maps.float()
-        low, high = (float(value) for value in torch.aminmax(maps))
-        if not (low >= 0 and high <= 1):
-            raise ValueError(
-                f"the target maps of {self.names[i]} go from {low:g} to {high:g}: expected [0, 1]"
-            )
-        if maps.shape[-2:] != image.shape[-2:]:
-            maps = _resize_maps(maps[None], image.shape[-2:])[0]
-        return maps
-
-
-class _LabelMaps:
-    """Segmentation labels by index, checked, as uint8 (H, W)."""
-
-    def __init__(self, labels, dataset):
-        _expect_one_each(labels, dataset, "labels")
-        self.labels, self.names, self.classes = labels, dataset.names, dataset.num_classes
-
-    def __call__(self, i, image):
-        labels = _tensor(self.labels[i])
-        if labels.dtype != torch.uint8 or labels.shape != image.shape[-2:]:
-            raise ValueError(
-                f"the segmentation labels of {self.names[i]} are {labels.dtype} {tuple(labels.shape)}: "
-                f"expected uint8 {tuple(image.shape[-2:])}, the image's size"
-            )
-        wrong = labels[(labels > self.classes) & (labels != IGNORED)]
-        if len(wrong):
-            raise ValueError(
-                f"the segmentation labels of {self.names[i]} hold the value {int(wrong.max())}: expected 0 "
-                f"for background, 1 to {self.classes} for the classes, {IGNORED} for ignored pixels"
-            )
-        return labels
-
-
-def _tensor(values):
-    # An array is copied: it may be read-only, a memory map for one, and torch has no read-only tensors.
-    return values if isinstance(values, torch.Tensor) else torch.from_numpy(np.array(values))
-
-
-def _expect_one_each(sequence, dataset, what):
-    if len(sequence) != len(dataset):
-        raise ValueError(f"{len(sequence)} {what} for {len(dataset)} images: expected one each")
-
-
-def train_classifier(recipe, dataset, seed=0, device=None, progress=True, on_epoch=None, checkpoint=None):
+def train_classifier(recipe, dataset, seed=0, device=None, progress=True, **options):
     """Train a classifier with DRS on image-level labels; Figure 3 (a).
 
     recipe: ClassifyRecipe. dataset: see drs_lib.data; its masks can't be reached from here. device: None for
-    the best there is. on_epoch(history): called after every epoch. The last epoch's weights are kept:
-    choosing an epoch by its masks' score would be supervision the method claims to do without. checkpoint:
-    see `fit`.
+    the best there is. options: further ones of `train_network`. The last epoch's weights are kept: choosing
+    an epoch by its masks' score would be supervision the method claims to do without.
 
     Returns (model in eval mode, history); see `fit` for the history. Raises TrainingDiverged.
     """
@@ -499,13 +428,11 @@ def train_classifier(recipe, dataset, seed=0, device=None, progress=True, on_epo
             recipe.backbone, data.num_classes, recipe.drs_layers, recipe.delta, weights=recipe.weights
         )
 
-    options = dict(seed=seed, device=device, progress=progress, on_epoch=on_epoch, checkpoint=checkpoint)
+    options |= dict(seed=seed, device=device, progress=progress)
     return _train(ClassifyRecipe, recipe, dataset, build, classification_loss, **options)
 
 
-def train_refinement(
-    recipe, dataset, targets, seed=0, device=None, progress=True, on_epoch=None, checkpoint=None
-):
+def train_refinement(recipe, dataset, targets, seed=0, device=None, progress=True, **options):
     """Train the refinement network on localization maps; Figure 3 (b).
 
     recipe: RefineRecipe. targets: a sequence with one float array (C, H, W) in [0, 1] for each image, read
@@ -517,14 +444,11 @@ def train_refinement(
         return networks.refinement_network(recipe.backbone, data.num_classes, weights=recipe.weights)
 
     loss = functools.partial(refinement_loss, size=recipe.loss_size, label_mask=recipe.label_mask)
-    extra = _TargetMaps(targets, dataset)
-    options = dict(seed=seed, device=device, progress=progress, on_epoch=on_epoch, checkpoint=checkpoint)
-    return _train(RefineRecipe, recipe, dataset, build, loss, extra=extra, **options)
+    options |= dict(seed=seed, device=device, progress=progress, extra=TargetMaps(targets, dataset))
+    return _train(RefineRecipe, recipe, dataset, build, loss, **options)
 
 
-def train_segmentation(
-    recipe, dataset, labels, seed=0, device=None, progress=True, on_epoch=None, checkpoint=None
-):
+def train_segmentation(recipe, dataset, labels, seed=0, device=None, progress=True, **options):
     """Train a DeepLab on segmentation labels; Figure 3 (c).
 
     recipe: SegmentRecipe. labels: a sequence with one uint8 array (H, W) for each image: 0 background, 1..C
@@ -537,8 +461,8 @@ def train_segmentation(
         return networks.deeplab(recipe.kind, recipe.backbone, data.num_classes + 1, weights=recipe.weights)
 
     loss = functools.partial(segmentation_loss, size=recipe.loss_size)
-    options = dict(seed=seed, device=device, progress=progress, on_epoch=on_epoch, checkpoint=checkpoint)
-    return _train(SegmentRecipe, recipe, dataset, build, loss, extra=_LabelMaps(labels, dataset), **options)
+    options |= dict(seed=seed, device=device, progress=progress, extra=LabelMaps(labels, dataset))
+    return _train(SegmentRecipe, recipe, dataset, build, loss, **options)
 
 
 def train_network(
@@ -554,26 +478,30 @@ def train_network(
     progress=True,
     on_epoch=None,
     checkpoint=None,
+    image_cache=None,
     title="training",
 ):
     """Train the network that ``build(dataset)`` returns: what the three stages and pretraining share.
 
     loss(model, batch): a scalar, see `fit`. labels: what becomes ``batch.extra``, a sequence with one uint8
-    array (H, W) for each image. The rest as in `train_classifier`.
+    array (H, W) for each image. on_epoch(history): called after every epoch. checkpoint: see `fit`.
+    image_cache: a folder for decoded images, where the recipe keeps them in memory (``recipe.images``). The
+    rest as in `train_classifier`.
     """
     dataset = without_masks(dataset)
     if labels is not None:
-        extra = _LabelMaps(labels, dataset)
+        extra = LabelMaps(labels, dataset)
     device = pick_device(device)
     per_epoch, steps = recipe.steps(len(dataset))
-    with seeded(seed), threads(recipe.threads):
-        model = build(dataset).to(device=device, memory_format=memory_format(device))
+    with seeded(seed), threads(recipe.threads), tuned(device):
+        model = distributed.synchronised_norms(build(dataset))
+        model = model.to(device=device, memory_format=memory_format(device))
         optimizer = make_optimizer(model, recipe)
         factor = functools.partial(recipe.lr_factor, per_epoch=per_epoch, total=steps)
-        loader = _loader(dataset, recipe, extra, seed, device)
+        batches, streams = make_batches(dataset, recipe, extra, seed, device, image_cache)
         history = fit(
             model,
-            loader,
+            batches,
             loss,
             optimizer,
             torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
@@ -585,7 +513,8 @@ def train_network(
             progress=progress,
             on_epoch=on_epoch,
             checkpoint=checkpoint,
-            streams=(loader.generator, loader.sampler.generator),
+            streams=streams,
+            compile=recipe.compile,
         )
     return model.eval(), history
 

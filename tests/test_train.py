@@ -124,7 +124,7 @@ def test_refinement_loss_at_the_maps_size_in_the_image_and_over_present_classes(
     rng = np.random.default_rng(0)
     n, small = rng.normal(size=(2, 3, 5, 5)).astype(np.float32), rng.random((2, 3, 5, 5), np.float32)
     labels = torch.tensor([[1.0, 0, 0], [1, 0, 1]])
-    upsampled = train._resize_maps(torch.from_numpy(small), (33, 33))
+    upsampled = train.resize_maps(torch.from_numpy(small), (33, 33))
     batch = batch_of(labels, upsampled)
     # 33 = 8 x 4 + 1: with aligned corners the small map's nodes are pixels of the upsampled one.
     assert np.allclose(upsampled[..., ::8, ::8], small, atol=1e-6)
@@ -132,7 +132,7 @@ def test_refinement_loss_at_the_maps_size_in_the_image_and_over_present_classes(
         ((n - small) ** 2).mean(), rel=1e-4
     )
 
-    large = train._resize_maps(torch.from_numpy(n), (33, 33)).numpy()
+    large = train.resize_maps(torch.from_numpy(n), (33, 33)).numpy()
     expected = ((large - upsampled.numpy()) ** 2).mean()
     assert train.refinement_loss(Outputs(n), batch, size="image").item() == pytest.approx(expected, rel=1e-5)
 
@@ -267,7 +267,7 @@ def test_neither_a_callback_nor_the_reading_processes_change_the_weights(squares
 
 
 def test_augmentation_differs_from_epoch_to_epoch_and_every_image_is_shown(squares):
-    loader = train._loader(without_masks(squares), CLASSIFY, None, 0, torch.device("cpu"))
+    loader = train.make_batches(without_masks(squares), CLASSIFY, None, 0, torch.device("cpu"))[0]
     epochs = []
     for _ in range(2):
         batches = list(loader)
@@ -289,7 +289,7 @@ def test_augmentation_differs_from_epoch_to_epoch_and_every_image_is_shown(squar
 )
 def test_batches_of_an_epoch(images, batch, accumulate, expected):
     recipe = CLASSIFY.replace(batch=batch, accumulate=accumulate)
-    loader = train._loader(without_masks(Squares(images)), recipe, None, 0, torch.device("cpu"))
+    loader = train.make_batches(without_masks(Squares(images)), recipe, None, 0, torch.device("cpu"))[0]
     assert [len(b.indices) for b in loader] == expected
     assert len(loader) == len(expected)
 
@@ -332,7 +332,7 @@ def test_two_accumulated_batches_are_one_of_twice_the_size(squares):
         recipe = CLASSIFY.replace(batch=batch, accumulate=accumulate, flip=False)
         train.fit(
             net,
-            train._loader(without_masks(squares), recipe, None, 0, torch.device("cpu")),
+            train.make_batches(without_masks(squares), recipe, None, 0, torch.device("cpu"))[0],
             train.classification_loss,
             optimizer,
             scheduler,
@@ -347,8 +347,8 @@ def test_two_accumulated_batches_are_one_of_twice_the_size(squares):
 
 def test_targets_and_labels_are_augmented_with_their_image(squares):
     data = without_masks(squares)
-    for extra in (train._LabelMaps(squares.masks, data), train._TargetMaps(squares.maps(), data)):
-        loader = train._loader(data, SEGMENT.replace(batch=24), extra, 0, torch.device("cpu"))
+    for extra in (train.LabelMaps(squares.masks, data), train.TargetMaps(squares.maps(), data)):
+        loader = train.make_batches(data, SEGMENT.replace(batch=24), extra, 0, torch.device("cpu"))[0]
         batch = next(iter(loader))
         for image, target in zip(batch.images, batch.extra, strict=True):
             assert torch.equal(image.amax(0) > 100, target > 0 if target.ndim == 2 else target.amax(0) > 0)
@@ -551,13 +551,13 @@ def test_target_maps_may_be_small_half_precision_and_read_only(squares):
 
 def test_no_stage_can_reach_a_mask(squares, monkeypatch):
     reached = []
-    loader = train._loader
+    make_batches = train.make_batches
 
     def spy(dataset, *args):
         reached.append(dataset)
-        return loader(dataset, *args)
+        return make_batches(dataset, *args)
 
-    monkeypatch.setattr(train, "_loader", spy)
+    monkeypatch.setattr(train, "make_batches", spy)
     classify(squares)
     train.train_refinement(REFINE, squares, squares.maps(), progress=False)
     train.train_segmentation(

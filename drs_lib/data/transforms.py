@@ -79,13 +79,13 @@ class _TrainingTransform:
 
     def __call__(self, image, *extras):
         items = self._checked(image, extras)
-        numbers, jitter = self._drawn()
+        numbers, jitter = self.draw()
         image, *extras = self._placed(items, *numbers)
         if jitter is not None:
             image = self.jitter.transform(image, jitter)
         return (image, *extras)
 
-    def batch(self, images, *targets):
+    def batch(self, images, *targets, draws=None):
         """``images, *targets = transform.batch(images, *targets)``: what calling the transform on one image
         after the other gives, from the same random numbers.
 
@@ -93,6 +93,7 @@ class _TrainingTransform:
             images: sequence of N uint8 images (3, H, W) of any sizes, all on one device, where the work is
                 done.
             targets: sequences of N targets, on any device.
+            draws: the random numbers of each image, from `draw`; None: drawn now.
 
         Returns:
             The images in one tensor, uint8 (N, 3, h, w), and a list for each of ``targets``. On a CPU all of
@@ -111,8 +112,8 @@ class _TrainingTransform:
                     f"targets for {', '.join(str(len(target)) for target in targets) or 'none'}"
                 )
         samples = [self._checked(image, extras) for image, *extras in zip(images, *targets, strict=True)]
-        drawn = [self._drawn() for _ in samples]
-        placed = [self._placed(items, *numbers) for items, (numbers, _) in zip(samples, drawn, strict=True)]
+        draws = [self.draw() for _ in samples] if draws is None else draws
+        placed = [self._placed(items, *numbers) for items, (numbers, _) in zip(samples, draws, strict=True)]
         images, *targets = (list(items) for items in zip(*placed, strict=True))
         if any(image.shape != images[0].shape for image in images):
             sizes = sorted({f"{image.shape[-2]}x{image.shape[-1]}" for image in images})
@@ -121,7 +122,7 @@ class _TrainingTransform:
                 "the recipe's crop or resize"
             )
         if self.jitter is not None:
-            jitters = [jitter for _, jitter in drawn]
+            jitters = [jitter for _, jitter in draws]
             if images[0].device.type != "cpu":
                 return (_jittered(torch.stack(images), jitters), *targets)
             images = [self.jitter.transform(*each) for each in zip(images, jitters, strict=True)]
@@ -147,7 +148,7 @@ class _TrainingTransform:
                 )
         return items
 
-    def _drawn(self):
+    def draw(self):
         """All random numbers of one sample: four in [0, 1), and ColorJitter's parameters or None."""
         numbers = torch.rand(4).tolist()
         return numbers, None if self.jitter is None else self.jitter.make_params([])
