@@ -7,6 +7,9 @@ Every data set is map-style and answers to the same names::
     ds.mask(i)       uint8 array (H, W), 0 background, 1..C classes, 255 ignored: for scoring only
     ds.names, ds.classes, ds.num_classes, ds.fingerprint, len(ds)
 
+`drs_lib.data.decoded.decoded` gives the same with the images in memory, ``ds.packed``, and the sizes that
+they had, ``ds.sizes``.
+
 The public names are resolved on first use, so that importing the package loads neither torch nor torchvision.
 """
 
@@ -19,6 +22,8 @@ _HOME_OF = {
     "voc_palette": "voc",
     "save_indexed_png": "voc",
     "export_voc": "export",
+    "Packed": "decoded",
+    "pack": "decoded",
     "normalize": "transforms",
     "training_transform": "transforms",
     "IMAGENET_MEAN": "transforms",
@@ -37,11 +42,14 @@ class _WithoutMasks:
     wrapped data set, and through it a mask, is not one attribute away."""
 
     _ANSWERS = frozenset(
-        {"names", "classes", "num_classes", "fingerprint", "split", "saliency", "mask"}
+        {"names", "classes", "num_classes", "fingerprint", "split", "saliency", "mask", "packed", "sizes"}
         | {"__class__", "__doc__", "__reduce__", "__reduce_ex__", "__dir__", "__module__"}
     )
 
-    __slots__ = ("_dataset", "_labels", "names", "classes", "num_classes", "fingerprint", "split")
+    __slots__ = (
+        *("_dataset", "_labels", "names", "classes", "num_classes", "fingerprint", "split"),
+        *("packed", "sizes"),  # of decoded images only: neither leads back to the data set
+    )
 
     def __init__(self, dataset, labels):
         put = object.__setattr__
@@ -50,6 +58,9 @@ class _WithoutMasks:
         for name in ("names", "classes", "num_classes", "fingerprint"):
             put(self, name, getattr(dataset, name))
         put(self, "split", getattr(dataset, "split", None))
+        for name in ("packed", "sizes"):
+            if hasattr(dataset, name):
+                put(self, name, getattr(dataset, name))
 
     def __getattribute__(self, name):
         if name in _WithoutMasks._ANSWERS:
