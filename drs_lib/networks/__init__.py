@@ -37,12 +37,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from drs_lib.drs import DRS
-from drs_lib.networks.weights import body_state_dict, load_body_state_dict, load_weights
+from drs_lib.networks.weights import CAFFE_STYLE, body_state_dict, load_body_state_dict, load_weights
 
 __all__ = [
     "ASPP",
     "Classifier",
     "DeepLab",
+    "DilatedResNet",
     "Network",
     "RefinementNetwork",
     "body_state_dict",
@@ -197,6 +198,44 @@ class ResidualBlock(nn.Module):
         return F.relu(self.convs(x) + self.shortcut(x))
 
 
+class DilatedResNet(nn.Sequential):
+    """torchvision's ResNet up to its last block, at output stride 8 instead of 32.
+
+    At every fourth position it computes what the undilated ResNet would: layers 3 and 4 keep the resolution,
+    and a 3x3 convolution is dilated as much as its input is finer than in the original. How much that is in
+    the first block of these layers depends on where the original halves the resolution. torchvision's does so
+    in that block's 3x3 convolution, which therefore has dilation 1 in layer 3 and 2 in layer 4, half of what
+    the blocks after it have. ResNets made with Caffe, the paper's DeepLab-v2 among them, do so in the first
+    1x1: they have 2 and 4 throughout, and a stride of 2 in the first 1x1 of layer 2.
+
+    `caffe_style` (False) says which, and can be set. Weights of the one give something else in the other:
+    state dicts of a Caffe-style body therefore have an entry more, and loading a state dict sets the style.
+    """
+
+    @property
+    def caffe_style(self):
+        # A slice of the body has the same class and fewer layers.
+        return "layer2" in self._modules and self.layer2[0].conv1.stride == (2, 2)
+
+    @caffe_style.setter
+    def caffe_style(self, value):
+        halving = self.layer2[0]
+        halving.conv1.stride, halving.conv2.stride = ((2, 2), (1, 1)) if value else ((1, 1), (2, 2))
+        for block, dilation in ((self.layer3[0], 2), (self.layer4[0], 4)):
+            dilation = dilation if value else dilation // 2
+            block.conv2.dilation = block.conv2.padding = (dilation, dilation)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.caffe_style:
+            destination[prefix + CAFFE_STYLE] = torch.ones((), dtype=torch.uint8, device="cpu")
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        if prefix + "layer2.0.conv1.weight" in state_dict:
+            self.caffe_style = bool(state_dict.pop(prefix + CAFFE_STYLE, False))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
 class ASPP(nn.ModuleList):
     """Atrous spatial pyramid pooling of DeepLab-v2: the sum of 3x3 convolutions with different dilations."""
 
@@ -249,7 +288,8 @@ def deeplab(kind, backbone, num_classes, weights=None):
 
     On resnet101 batch normalisation is frozen, statistics and affine parameters alike, so it needs weights to
     be of use: "pretrained" (ImageNet), "coco" (torchvision's DeepLab-v3 body, trained on COCO's images of the
-    VOC classes *with pixel masks*) or a file: see `load_weights`. On mini and mini_resnet it is trained.
+    VOC classes *with pixel masks*) or a file, deeplabv1_resnet101-coco.pth for one: see `load_weights`. On
+    mini and mini_resnet it is trained.
     Raises ValueError for a combination that does not exist, and lists those that do.
     """
     _require("kind", kind, ("largefov", "aspp"), "a DeepLab")
@@ -362,7 +402,7 @@ def _resnet101_layers(ceil_mode):
     )
     resnet.maxpool.ceil_mode = ceil_mode
     layers = [(name, module) for name, module in resnet.named_children() if name not in ("avgpool", "fc")]
-    return nn.Sequential(OrderedDict(layers)), resnet.fc.in_features
+    return DilatedResNet(OrderedDict(layers)), resnet.fc.in_features
 
 
 def _segmentation_body(backbone, ceil_mode):

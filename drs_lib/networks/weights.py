@@ -6,6 +6,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from urllib.error import URLError
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -23,12 +24,28 @@ _DOWNLOADS = {
 }
 _SHIPPED = Path(__file__).parents[1] / "weights"
 
+# The name under which the state dict of a body keeps that it is Caffe-style, see `DilatedResNet`.
+CAFFE_STYLE = "caffe_style"
+# The mean that a Caffe-style network's images are freed of, RGB on the 0..255 scale.
+CAFFE_MEAN = (122.675, 116.669, 104.008)
+_CAFFE_STEM = "layer1.conv1.conv.weight"
+_CAFFE_NAMES = {
+    ("reduce", "conv"): "conv1",
+    ("reduce", "bn"): "bn1",
+    ("conv3x3", "conv"): "conv2",
+    ("conv3x3", "bn"): "bn2",
+    ("increase", "conv"): "conv3",
+    ("increase", "bn"): "bn3",
+    ("shortcut", "conv"): "downsample.0",
+    ("shortcut", "bn"): "downsample.1",
+}
+
 
 def body_state_dict(network):
     """The pretrained layers of a network as {name: tensor}, without DRS controllers.
 
     This is what weights/<backbone>.safetensors holds. The tensors are on the CPU and contiguous, as
-    `safetensors.torch.save_file` wants them.
+    `safetensors.torch.save_file` wants them. That of a Caffe-style body says so, see `DilatedResNet`.
     """
     controllers = tuple(f"layers.{n}." for n, m in network.body.named_modules() if isinstance(m, DRS))
     state = network.body.state_dict(prefix="layers.")
@@ -55,12 +72,19 @@ def load_weights(network, weights):
     None: leave it as it is. "pretrained": ImageNet weights through torchvision for vgg16 and resnet101
     (downloaded once), the shipped weights for mini and mini_resnet. "coco" (resnet101): the body of
     torchvision's DeepLab-v3.
-    A path (.safetensors, or a .pth with a state dict): recognised by its names as all of this network
-    (`state_dict`), its body (`body_state_dict`), torchvision's file for the backbone, or a checkpoint of the
-    authors' release (vgg16's classifier and refinement network).
+    A path (.safetensors, or a .pth with a state dict, by itself or as "model" or "state_dict" of a dict):
+    recognised by its names as all of this network (`state_dict`), its body (`body_state_dict`), torchvision's
+    file for the backbone, or one of the files that the authors' release comes with:
 
-    Raises FileNotFoundError if there is no such file, ValueError if it does not fit, and RuntimeError if the
-    download fails.
+    - DRS_learnable.pth and Refine_DRS_learnable.pth: vgg16's classifier and refinement network. They began as
+      torchvision's VGG-16 and take RGB images normalised with ImageNet's mean and standard deviation, as ours
+      do.
+    - deeplabv1_resnet101-coco.pth: initial weights of the ResNet-101, trained on COCO *with pixel masks* and
+      converted from Caffe. The network becomes Caffe-style, see `DilatedResNet`; the file's own head is left
+      out. Other DeepLabs converted by the same code (github.com/kazuto1011/deeplab-pytorch) are read alike.
+
+    Raises FileNotFoundError if there is no such file, ValueError if it does not fit or holds Python objects,
+    and RuntimeError if the download fails.
     """
     if weights is None:
         return network
@@ -72,6 +96,7 @@ def load_weights(network, weights):
         state = _read(source)
     if "layer1_conv1.weight" in state:
         state = _from_release(state)
+    state = _from_caffe(network, state, source)
     if any(name.startswith("head.") for name in state):
         _check_fit(network.state_dict(), state, f"{type(network).__name__} on {network.backbone!r}", source)
         network.load_state_dict(state)
@@ -117,6 +142,62 @@ def _from_release(state):
     return renamed
 
 
+def _from_caffe(network, state, source):
+    """Rename what deeplab-pytorch calls a Caffe model's entries, and make it take our images; other state
+    dicts come back unchanged."""
+    first = next((name for name in state if name.endswith(_CAFFE_STEM)), None)
+    if first is None:
+        return state
+    if network.backbone != "resnet101":
+        raise ValueError(
+            f"{source} holds a ResNet-101 converted from Caffe and does not fit the backbone "
+            f"{network.backbone!r}: it is for deeplab(kind, 'resnet101', ...)"
+        )
+    prefix = first.removesuffix(_CAFFE_STEM)  # "base." or "scale.", of a network over several scales
+    block_entry = re.compile(r"layer([2-5])\.block(\d+)\.(\w+)\.(conv|bn)\.(\w+)")
+    renamed = {f"layers.{CAFFE_STYLE}": torch.ones((), dtype=torch.uint8)}
+    for name, tensor in state.items():
+        name = name.removeprefix(prefix)
+        if name.startswith(("fc.", "aspp.")) or name.endswith(".num_batches_tracked"):
+            continue
+        if (match := block_entry.fullmatch(name)) and match.group(3, 4) in _CAFFE_NAMES:
+            layer, block, entry = int(match[1]) - 1, int(match[2]) - 1, match[5]
+            name = f"layers.layer{layer}.{block}.{_CAFFE_NAMES[match.group(3, 4)]}.{entry}"
+        elif name.startswith("layer1.conv1."):
+            name = name.replace("layer1.conv1.conv", "layers.conv1").replace("layer1.conv1.bn", "layers.bn1")
+        renamed[name] = tensor
+    _check_fit(body_state_dict(network), renamed, f"the body of {network.backbone!r}", source)
+    stem = ("layers.conv1.weight", "layers.bn1.weight", "layers.bn1.running_mean")
+    renamed.update(zip(stem, _for_normalised_rgb(*(renamed[name] for name in stem)), strict=True))
+    return renamed
+
+
+def _for_normalised_rgb(weight, scale, running_mean):
+    """A Caffe-style network's first convolution (O, 3, k, k), with its batch norm's scale and mean, for our
+    images.
+
+    It was trained on v = 255 (x std + mean) - caffe_mean with reversed channels, where x is what ours take.
+    Its convolution of v is that of x with the weights reversed and times 255 std, plus the constant that the
+    weights make of 255 mean - caffe_mean. Batch norm subtracts the constant with its mean, and takes the
+    factor 255 std too, but for the little by which std differs between the channels: the weights keep their
+    size and thus learn as fast as in the original. Where the window leaves the image both are padded with
+    zeros, theirs with the colour caffe_mean and ours with ImageNet's mean, one grey level apart at most: only
+    there does the result differ.
+    """
+    from drs_lib.data import IMAGENET_MEAN, IMAGENET_STD
+
+    weight = weight.double().flip(1)
+    mean, std, caffe = (weight.new_tensor(values) for values in (IMAGENET_MEAN, IMAGENET_STD, CAFFE_MEAN))
+    constant = torch.einsum("ocij,c->o", weight, 255 * mean - caffe)
+    factor = 255 * std.mean()
+    weight = weight * (std / std.mean())[:, None, None]
+    return (
+        weight.float(),
+        (scale.double() * factor).float(),
+        ((running_mean.double() - constant) / factor).float(),
+    )
+
+
 def _download(weights):
     try:
         return weights.get_state_dict(check_hash=True, progress=True, map_location="cpu")
@@ -138,8 +219,16 @@ def _read(path):
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(_numpy_numbers()):
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+        if found := re.search(r"GLOBAL (\S+) was not an allowed global", str(error)):
+            raise ValueError(
+                f"{path} cannot be read: besides tensors it holds a Python object ({found[1]}), and loading "
+                "one can run any code. If you trust where the file is from, save its tensors alone: state = "
+                "torch.load(path, weights_only=False); torch.save(state['model'], 'tensors.pth'), with the "
+                "key under which the state dict is; then pass that file"
+            ) from error
         raise ValueError(f"{path} cannot be read as a dictionary of tensors: {error}") from error
     for wrapper in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
@@ -151,7 +240,17 @@ def _read(path):
     return state
 
 
+def _numpy_numbers():
+    # The release's checkpoints keep the score of their epoch, a NumPy number, beside the model.
+    number, _ = np.float64(0).__reduce__()
+    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")  # before and since NumPy 2
+    kinds = [type(np.dtype(kind)) for kind in (np.float32, np.float64, np.int64)]
+    return [*((number, name) for name in names), np.dtype, *kinds]
+
+
 def _check_fit(expected, state, what, source):
+    style = f"layers.{CAFFE_STYLE}"  # either style fits the other's network, which follows its weights
+    expected, state = ({k: v for k, v in entries.items() if k != style} for entries in (expected, state))
     problems = {
         "missing": [k for k in expected if k not in state],
         "unexpected": [k for k in state if k not in expected],

@@ -1,0 +1,412 @@
+"""Files of weights made elsewhere: the authors' release's, and the Caffe-style ResNet-101 it starts from."""
+
+import argparse
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+from torchvision.models.resnet import Bottleneck
+
+from drs_lib import networks
+from drs_lib.data import IMAGENET_MEAN, normalize
+from drs_lib.networks import body_state_dict, classifier, deeplab, load_body_state_dict, refinement_network
+
+MARKER = "layers.caffe_style"
+# RGB on the 0..255 scale; the networks themselves take BGR.
+CAFFE_MEAN = torch.tensor([122.675, 116.669, 104.008])
+THIN_BLOCKS = (2, 2, 2, 2)
+THIN_VGG16 = ((4, 2), (8, 2), (16, 3), (32, 3), (32, 3), (32, 3))
+
+
+def seeded(build, *args, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return build(*args, **kwargs)
+
+
+@pytest.fixture
+def thin_resnet101(monkeypatch):
+    """ResNet-101 with two blocks in each layer and an eighth of the width inside of them."""
+
+    def build(**options):
+        return torchvision.models.ResNet(Bottleneck, list(THIN_BLOCKS), width_per_group=8, **options)
+
+    monkeypatch.setattr(torchvision.models, "resnet101", build)
+
+
+@pytest.fixture
+def thin_vgg16(monkeypatch):
+    monkeypatch.setattr(networks, "VGG16", THIN_VGG16)
+
+
+# The Caffe-style ResNet-101. What follows redoes it from the file's names.
+
+
+def caffe_shapes(blocks=THIN_BLOCKS, width=8):
+    """{name in the file: shape} of the body."""
+    shapes = {"layer1.conv1.conv.weight": (64, 3, 7, 7), "layer1.conv1.bn": 64}
+    inputs = 64
+    for number, depth in enumerate(blocks, 2):
+        inner, outputs = width * 2 ** (number - 2), 256 * 2 ** (number - 2)
+        for block in range(1, depth + 1):
+            name = f"layer{number}.block{block}"
+            shapes[f"{name}.reduce.conv.weight"] = (inner, inputs, 1, 1)
+            shapes[f"{name}.conv3x3.conv.weight"] = (inner, inner, 3, 3)
+            shapes[f"{name}.increase.conv.weight"] = (outputs, inner, 1, 1)
+            shapes |= {
+                f"{name}.reduce.bn": inner,
+                f"{name}.conv3x3.bn": inner,
+                f"{name}.increase.bn": outputs,
+            }
+            if block == 1:
+                shapes[f"{name}.shortcut.conv.weight"] = (outputs, inputs, 1, 1)
+                shapes[f"{name}.shortcut.bn"] = outputs
+            inputs = outputs
+    entries = ("weight", "bias", "running_mean", "running_var")
+    norms = {f"{k}.{e}": (v,) for k, v in shapes.items() if k.endswith("bn") for e in entries}
+    return {k: v for k, v in shapes.items() if not k.endswith("bn")} | norms
+
+
+def caffe_state(seed=0, **options):
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, shape in caffe_shapes(**options).items():
+        values = torch.randn(shape, generator=generator)
+        if len(shape) == 4:
+            values *= (2 / values[0].numel()) ** 0.5 / (60 if shape[1] == 3 else 1)
+        elif name.endswith(("bn.weight", "running_var")):
+            values = 1 + 0.3 * values.tanh()
+        state[name] = values
+    return state
+
+
+def caffe_image(rgb):
+    """uint8 RGB (N, 3, H, W) as the file's network takes it: BGR minus its mean."""
+    return (rgb.double() - CAFFE_MEAN[:, None, None]).flip(1)
+
+
+def caffe_unit(state, name, x, **options):
+    x = F.conv2d(x, state[f"{name}.conv.weight"].double(), **options)
+    mean, var, weight, bias = (
+        state[f"{name}.bn.{k}"].double() for k in ("running_mean", "running_var", "weight", "bias")
+    )
+    return F.batch_norm(x, mean, var, weight, bias, eps=1e-5)
+
+
+def caffe_features(state, image, *, padded_by=None, dilated=True):
+    """The body's output (N, 2048, h, w) in float64; padded_by: RGB colour around the image, None for its own,
+    the mean."""
+    if padded_by is None:
+        x = F.pad(image, (3, 3, 3, 3))
+    else:
+        colour = (padded_by.double() - CAFFE_MEAN).flip(0)[:, None, None]
+        x = F.pad(image - colour, (3, 3, 3, 3)) + colour
+    x = F.max_pool2d(caffe_unit(state, "layer1.conv1", x, stride=2).relu(), 3, 2, 1, ceil_mode=True)
+    strides, dilations = ((1, 2, 1, 1), (1, 1, 2, 4)) if dilated else ((1, 2, 2, 2), (1, 1, 1, 1))
+    for number, stride, dilation in zip((2, 3, 4, 5), strides, dilations, strict=True):
+        block = 1
+        while f"layer{number}.block{block}.reduce.conv.weight" in state:
+            name, step = f"layer{number}.block{block}", stride if block == 1 else 1
+            y = caffe_unit(state, f"{name}.reduce", x, stride=step).relu()
+            y = caffe_unit(state, f"{name}.conv3x3", y, padding=dilation, dilation=dilation).relu()
+            y = caffe_unit(state, f"{name}.increase", y)
+            x = caffe_unit(state, f"{name}.shortcut", x, stride=step) if block == 1 else x
+            x = (x + y).relu()
+            block += 1
+    return x
+
+
+def photos(height, width, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (2, 3, height, width), generator=generator, dtype=torch.uint8)
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """A small deeplabv1_resnet101-coco.pth, head and counters included, and its body's entries."""
+    state = caffe_state()
+    tracked = {
+        k.replace("running_mean", "num_batches_tracked"): torch.tensor(0) for k in state if "mean" in k
+    }
+    head = {"fc.weight": torch.randn(91, 2048, 1, 1), "fc.bias": torch.zeros(91)}
+    path = tmp_path / "deeplabv1_resnet101-coco.pth"
+    torch.save(state | tracked | head, path)
+    return path, state
+
+
+def build(path=None, kind="aspp", num_classes=4):
+    return seeded(deeplab, kind, "resnet101", num_classes, weights=path).eval()
+
+
+def features(network, images):
+    with torch.no_grad():
+        return network.double().layers(normalize(images).double())
+
+
+@pytest.mark.parametrize("kind, size", [("aspp", (65, 49)), ("aspp", (64, 50)), ("largefov", (65, 49))])
+def test_a_caffe_style_resnet_computes_what_its_weights_were_trained_for(kind, size, coco, thin_resnet101):
+    path, state = coco
+    images = photos(*size)
+    mean = 255 * torch.tensor(IMAGENET_MEAN)
+    expected = caffe_features(state, caffe_image(images), padded_by=mean)
+    ours = features(build(path, kind), images)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_only_the_padding_s_colour_differs_and_only_at_the_border(coco, thin_resnet101):
+    path, state = coco
+    images = photos(64, 64)
+    stem = caffe_unit(state, "layer1.conv1", caffe_image(images), stride=2, padding=3)
+    with torch.no_grad():
+        ours = build(path).double().layers[:2](normalize(images).double())
+    # The windows of positions 2 to 29 of 32 lie within 64 pixels.
+    inside = (..., slice(2, 30), slice(2, 30))
+    torch.testing.assert_close(ours[inside], stem[inside], rtol=1e-5, atol=1e-5)
+    assert (255 * torch.tensor(IMAGENET_MEAN) - CAFFE_MEAN).abs().max() < 1.0001
+    scale = state["layer1.conv1.bn.weight"] / (state["layer1.conv1.bn.running_var"] + 1e-5).sqrt()
+    level = state["layer1.conv1.conv.weight"].abs().sum((1, 2, 3)) * scale
+    difference = (ours - stem).abs().amax((0, 2, 3))
+    assert (difference > 1e-3).any() and (difference <= 1.001 * level).all()
+
+
+def test_the_first_convolution_learns_as_fast_as_the_original(coco, thin_resnet101):
+    path, state = coco
+    images, network = photos(64, 64), build(path)
+    theirs = {"layer1.conv1.conv.weight": state["layer1.conv1.conv.weight"].double().requires_grad_()}
+    stem = caffe_unit(state | theirs, "layer1.conv1", caffe_image(images), stride=2, padding=3)
+    (expected,) = torch.autograd.grad(stem.relu().square().mean(), theirs.values())
+    network.double().layers[:2](normalize(images).double()).relu().square().mean().backward()
+    found = network.layers.conv1.weight.grad.flip(1)
+    assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("style", ["caffe", "torchvision"])
+def test_dilation_computes_the_undilated_network_on_a_finer_grid(style, coco, thin_resnet101):
+    path, state = coco
+    images = photos(97, 65)
+    if style == "caffe":
+        mean = 255 * torch.tensor(IMAGENET_MEAN)
+        expected = caffe_features(state, caffe_image(images), padded_by=mean, dilated=False)
+        network = build(path)
+    else:
+        undilated = seeded(torchvision.models.resnet101, seed=1).double().eval()
+        network = build()
+        theirs = {k: v for k, v in undilated.state_dict().items() if not k.startswith("fc.")}
+        load_body_state_dict(network, {f"layers.{k}": v for k, v in theirs.items() if "num_batches" not in k})
+        with torch.no_grad():
+            expected = nn.Sequential(*list(undilated.children())[:-2])(normalize(images).double())
+    torch.testing.assert_close(features(network, images)[..., ::4, ::4], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_style_travels_with_the_weights(coco, thin_resnet101, tmp_path):
+    path, _ = coco
+    source, images = build(path), photos(40, 40)
+    expected = features(source, images)
+    state = source.float().state_dict()
+    assert state[MARKER] == 1 and not any(name.endswith(MARKER) for name in dict(source.named_buffers()))
+    # As the pipeline reads a stored network, and as a training goes on from a checkpoint.
+    save_file(state, tmp_path / "model.safetensors")
+    again = build()
+    again.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert torch.equal(features(again, images), expected)
+    assert torch.equal(features(build(tmp_path / "model.safetensors"), images), expected)
+    assert torch.equal(features(copy.deepcopy(source), images), expected)
+    torch.save(body_state_dict(source.float()), tmp_path / "body.pth")
+    assert torch.equal(features(build(tmp_path / "body.pth", "aspp", 7), images), expected)
+    wrapped = build()
+    wrapped = nn.DataParallel(wrapped)
+    wrapped.load_state_dict({f"module.{name}": tensor for name, tensor in state.items()})
+    assert torch.equal(features(wrapped.module, images), expected)
+
+
+def test_other_weights_bring_the_other_style_back(coco, thin_resnet101, tmp_path):
+    path, _ = coco
+    plain, images = build(), photos(40, 40)
+    expected = features(plain, images)
+    plain.float()
+    assert MARKER not in plain.state_dict() and not plain.layers.caffe_style
+    network = build(path)
+    assert network.layers.caffe_style and network.body.caffe_style
+    network.load_state_dict(plain.state_dict())
+    assert not network.layers.caffe_style and torch.equal(features(network, images), expected)
+    save_file(body_state_dict(plain), tmp_path / "body.safetensors")
+    network = networks.load_weights(build(path), tmp_path / "body.safetensors")
+    assert torch.equal(features(network, images), expected)
+    # Part of a state dict, without the body, leaves the style alone.
+    network = build(path)
+    head = {name: tensor for name, tensor in plain.state_dict().items() if name.startswith("head.")}
+    network.load_state_dict(head, strict=False)
+    assert network.layers.caffe_style
+
+
+def test_a_style_without_its_layers_is_an_unexpected_entry(thin_resnet101):
+    with pytest.raises(RuntimeError, match=f"Unexpected key.*{MARKER}"):
+        classifier("mini", 3).load_state_dict(
+            classifier("mini", 3).state_dict() | {MARKER: torch.ones((), dtype=torch.uint8)}
+        )
+
+
+@pytest.mark.parametrize("prefix", ["module.", "base.", "scale.", "module.base."])
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
+def test_prefixes_wrappers_heads_and_number_types(prefix, zipped, coco, thin_resnet101, tmp_path):
+    path, state = coco
+    expected = body_state_dict(build(path))
+    state = {k: v.double() if "running" in k else v for k, v in state.items()}
+    state |= {f"aspp.c{i}.weight": torch.zeros(21, 2048, 3, 3) for i in range(4)}
+    state = {prefix + name: tensor for name, tensor in state.items()}
+    other = tmp_path / "other.pth"
+    torch.save({"state_dict": state, "iteration": 5}, other, _use_new_zipfile_serialization=zipped)
+    found = body_state_dict(build(other))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_the_real_file_s_names_and_shapes_fit_the_real_network(monkeypatch):
+    shapes = caffe_shapes(blocks=(3, 4, 23, 3), width=64) | {"fc.weight": (91, 2048, 1, 1), "fc.bias": (91,)}
+    assert len(shapes) == 5 * 104 + 2
+    state = {name: torch.zeros(1).expand(shape) for name, shape in shapes.items()}
+    monkeypatch.setattr(networks.weights, "_read", lambda path: state)
+    layers = deeplab("largefov", "resnet101", 21, weights="deeplabv1_resnet101-coco.pth").layers
+    windows = {n: m for n, m in layers.named_modules() if isinstance(m, (nn.Conv2d, nn.MaxPool2d))}
+    halving = {name for name, module in windows.items() if module.stride in (2, (2, 2))}
+    assert halving == {"conv1", "maxpool", "layer2.0.conv1", "layer2.0.downsample.0"}
+    for layer, dilation in ((layers.layer1, 1), (layers.layer2, 1), (layers.layer3, 2), (layers.layer4, 4)):
+        assert {block.conv2.dilation for block in layer} == {(dilation, dilation)}
+        assert {block.conv2.padding for block in layer} == {(dilation, dilation)}
+
+
+def test_a_caffe_file_in_the_wrong_place_is_refused(coco, thin_resnet101, thin_vgg16, tmp_path):
+    path, state = coco
+    for wrong in (
+        lambda: deeplab("largefov", "vgg16", 4, weights=path),
+        lambda: classifier("vgg16", 4, weights=path),
+        lambda: deeplab("aspp", "mini_resnet", 4, weights=path),
+    ):
+        with pytest.raises(
+            ValueError, match=r"coco.pth holds a ResNet-101 .* backbone '.*': it is for deeplab"
+        ):
+            wrong()
+    del state["layer1.conv1.bn.running_mean"]
+    state["layer3.block1.reduce.conv.weight"] = torch.zeros(1)
+    state["layer5.block9.reduce.conv.weight"] = torch.zeros(1)
+    torch.save(state, tmp_path / "broken.pth")
+    network = build()
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(ValueError) as error:
+        networks.load_weights(network, tmp_path / "broken.pth")
+    message = str(error.value)
+    assert "broken.pth does not fit the body of 'resnet101'" in message
+    assert "1 missing: layers.bn1.running_mean;" in message
+    assert "1 unexpected: layers.layer4.8.conv1.weight;" in message
+    assert "1 mis-shaped: layers.layer2.0.conv1.weight (1,) instead of (16, 256, 1, 1)" in message
+    after = network.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[k], v) for k, v in before.items())
+
+
+# The release's own checkpoints.
+
+
+def release_state(controllers):
+    """A checkpoint's model by the names of the release; controllers: DRS_learnable.pth's, or none."""
+    generator = torch.Generator().manual_seed(0)
+    state, inputs, number = {}, 3, 0
+    for layer, (channels, depth) in enumerate(THIN_VGG16, 1):
+        block = "extra" if layer == 6 else f"layer{layer}"
+        for j in range(1, depth + 1):
+            weight = torch.randn(channels, inputs, 3, 3, generator=generator) * (2 / (9 * inputs)) ** 0.5
+            names = [f"{block}_conv{j}"] + [f"features.{number}"] * (layer < 6)
+            for name in names:
+                state |= {f"{name}.weight": weight, f"{name}.bias": torch.full((channels,), 0.01)}
+            if controllers:
+                state[f"{block}_relu{j}.fc.0.weight"] = torch.randn(channels, channels, generator=generator)
+            inputs, number = channels, number + 2
+        number += 1
+    assert "features.28.weight" in state and "features.30.weight" not in state
+    state["extra_conv4.weight"] = torch.randn(3, inputs, 1, 1, generator=generator)
+    state["extra_conv4.bias"] = torch.randn(3, generator=generator)
+    return state
+
+
+def release_output(state, x):
+    for layer, (_, depth) in enumerate(THIN_VGG16, 1):
+        block, dilation = ("extra" if layer == 6 else f"layer{layer}"), 2 if layer == 5 else 1
+        for j in range(1, depth + 1):
+            name = f"{block}_conv{j}"
+            x = F.conv2d(x, state[f"{name}.weight"], state[f"{name}.bias"], 1, dilation, dilation).relu()
+            if (control := state.get(f"{block}_relu{j}.fc.0.weight")) is not None:
+                control = (x.mean((2, 3)) @ control.T).sigmoid()[..., None, None]
+                x = torch.minimum(x, x.amax((2, 3), keepdim=True) * control)
+        if layer < 4:
+            x = F.max_pool2d(x, 2)
+        elif layer == 4:
+            x = F.max_pool2d(x, 3, 1, 1)
+    return F.conv2d(x, state["extra_conv4.weight"], state["extra_conv4.bias"])
+
+
+@pytest.mark.parametrize("name", ["DRS_learnable.pth", "Refine_DRS_learnable.pth", "DRS with delta"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_the_release_s_checkpoints_compute_the_same_here(name, prefix, thin_vgg16, tmp_path):
+    state = release_state(controllers=name == "DRS_learnable.pth")
+    optimizer = torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=0.1, momentum=0.9)
+    # Kept with the weights: the optimiser, counters, and the score that chose the epoch, a NumPy number.
+    checkpoint = {"model": {prefix + k: v for k, v in state.items()}, "optimizer": optimizer.state_dict()}
+    torch.save(checkpoint | {"epoch": 12, "iter": 9000, "miou": np.float64(0.6)}, tmp_path / "best.pth")
+    x = torch.randn(2, 3, 40, 40, generator=torch.Generator().manual_seed(1))
+    if name.startswith("Refine"):
+        network = refinement_network("vgg16", 3, weights=tmp_path / "best.pth")
+        score = network
+    elif name == "DRS_learnable.pth":
+        network = classifier("vgg16", 3, weights=tmp_path / "best.pth")
+        score = network.class_maps
+    else:
+        network = classifier("vgg16", 3, drs_layers=(), weights=tmp_path / "best.pth")
+        score = network.class_maps
+    network.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(score(x), release_output(state, x))
+
+
+def test_a_score_that_an_older_numpy_wrote_does_no_harm(thin_vgg16, tmp_path):
+    state, path = release_state(controllers=True), tmp_path / "best.pth"
+    checkpoint = {"model": state, "miou": np.float64(0.6)}
+    torch.save(checkpoint, path, _use_new_zipfile_serialization=False)
+    pickled = path.read_bytes()
+    for module in (b"numpy._core.multiarray", b"numpy.core.multiarray"):
+        written = pickled.replace(b"numpy._core.multiarray", module).replace(b"numpy.core.multiarray", module)
+        assert module in written
+        path.write_bytes(written)
+        network = classifier("vgg16", 3, weights=path)
+        assert torch.equal(network.layers[5].conv3.weight, state["extra_conv3.weight"])
+
+
+def test_a_release_checkpoint_of_the_other_network_is_refused(thin_vgg16, tmp_path):
+    torch.save({"model": release_state(controllers=True)}, tmp_path / "DRS_learnable.pth")
+    torch.save({"model": release_state(controllers=False)}, tmp_path / "Refine_DRS_learnable.pth")
+    with pytest.raises(ValueError, match="16 unexpected: layers.layer1.drs1"):
+        refinement_network("vgg16", 3, weights=tmp_path / "DRS_learnable.pth")
+    with pytest.raises(ValueError, match="16 missing: layers.layer1.drs1"):
+        classifier("vgg16", 3, weights=tmp_path / "Refine_DRS_learnable.pth")
+    with pytest.raises(ValueError, match="2 mis-shaped: head.weight"):
+        refinement_network("vgg16", 20, weights=tmp_path / "Refine_DRS_learnable.pth")
+    with pytest.raises(ValueError, match="Classifier on 'mini'"):
+        classifier("mini", 3, weights=tmp_path / "DRS_learnable.pth")
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
+def test_other_objects_in_a_file_are_not_loaded_and_the_way_round_works(zipped, thin_vgg16, tmp_path):
+    path, tensors = tmp_path / "run.pth", tmp_path / "tensors.pth"
+    state = release_state(controllers=True)
+    contents = {"model": state, "args": argparse.Namespace(lr=0.1)}
+    torch.save(contents, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(
+        ValueError, match=r"run.pth cannot be read: .*argparse\.Namespace.* weights_only=False"
+    ):
+        classifier("vgg16", 3, weights=path)
+    torch.save(torch.load(path, weights_only=False)["model"], tensors)
+    network = classifier("vgg16", 3, weights=tensors)
+    assert torch.equal(network.layers[5].conv3.weight, state["extra_conv3.weight"])
