@@ -1,8 +1,14 @@
+import colorsys
+
 import numpy as np
 import pytest
 import torch
+from scipy import stats
+from torchvision.transforms.v2 import ColorJitter
+from torchvision.transforms.v2 import functional as TF
 
 from drs_lib.data import IMAGENET_MEAN, IMAGENET_STD, normalize, training_transform
+from drs_lib.data.transforms import _jittered
 
 
 def coordinates(height, width):
@@ -162,3 +168,188 @@ def test_bad_samples_are_refused():
         transform(image, mask[:4])
     with pytest.raises(ValueError, match="label map"):
         transform(image, (maps * 255).to(torch.uint8))
+
+
+def samples(sizes, seed=0):
+    """Images, one of them grey, with a label map and float maps of a different number for each."""
+    generator = torch.Generator().manual_seed(seed)
+    images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator) for size in sizes]
+    images[-1] = images[-1][:1].repeat(3, 1, 1)
+    masks = [torch.randint(0, 5, size, dtype=torch.uint8, generator=generator).numpy() for size in sizes]
+    maps = [torch.rand(1 + k % 3, *size, generator=generator) for k, size in enumerate(sizes)]
+    return images, masks, maps
+
+
+@pytest.mark.parametrize("crop", [None, 10])
+@pytest.mark.parametrize("resize", [None, 12])
+@pytest.mark.parametrize("scale", [None, (0.5, 1.5), (0.5, 1, 1.5)])
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("jitter", [None, (0.3, 0.3, 0.3, 0.1)])
+def test_a_batch_is_its_samples_one_after_the_other(crop, resize, scale, flip, jitter):
+    transform = training_transform(crop=crop, resize=resize, scale=scale, flip=flip, jitter=jitter)
+    sizes = [(16, 14), (9, 25), (7, 8), (10, 10), (30, 21)]
+    if crop is None and (resize is None or scale is not None):
+        sizes = [(9, 25)] * (1 if scale else 4)  # nothing would bring others to one size
+    images, masks, maps = samples(sizes)
+    torch.manual_seed(5)
+    singles = list(
+        zip(*(transform(*sample) for sample in zip(images, masks, maps, strict=True)), strict=True)
+    )
+    after = torch.rand(1)
+    torch.manual_seed(5)
+    batch = transform.batch(images, masks, maps)
+    assert torch.equal(after, torch.rand(1))
+    torch.manual_seed(5)
+    draws = [transform.draw() for _ in images]
+    for result in (batch, transform.batch(images, masks, maps, draws=draws)):
+        assert torch.equal(result[0], torch.stack(singles[0])) and result[0].dtype == torch.uint8
+        for ours, theirs in zip(result[1:], singles[1:], strict=True):
+            assert type(ours) is list and all(map(torch.equal, ours, theirs))
+
+
+def test_a_batch_without_targets_is_a_tuple_of_one():
+    (images,) = training_transform(crop=4).batch(samples([(8, 8), (5, 6)])[0])
+    assert images.shape == (2, 3, 4, 4)
+
+
+def test_bad_batches_are_refused():
+    transform = training_transform()
+    images, masks, _ = samples([(8, 8), (8, 9)])
+    with pytest.raises(ValueError, match=r"different sizes \(8x8, 8x9\).*crop or resize"):
+        transform.batch(images, masks)
+    with pytest.raises(ValueError, match="2 images and targets for 1"):
+        transform.batch(images, masks[:1])
+    with pytest.raises(ValueError, match="0 images"):
+        transform.batch([])
+    with pytest.raises(ValueError, match="same size"):
+        transform.batch(images, masks[::-1])
+
+
+EXTREME = (0.9, 0.9, 0.9, 0.5)
+
+
+@pytest.mark.parametrize(
+    "jitter",
+    [(0.3, 0.3, 0.3, 0.1), (0.3, 0, 0, 0), (0, 0.3, 0, 0), (0, 0, 0.3, 0), (0, 0, 0, 0.1), (0.3, 0.3, 0, 0),
+     (0.4, 0.4, 0.4, 0), EXTREME, ((0, 0), (2, 2), (0, 0), (0.5, 0.5)), ((1, 1), (0, 0), (3, 3), (-0.5, 0)),
+     (0, 0, 0, 0)],
+)  # fmt: skip
+@pytest.mark.parametrize("size", [(24, 31), (1, 1), (16, 16)])
+def test_jitter_of_a_whole_batch_is_torchvisions(jitter, size):
+    """What runs on a GPU, compared with torchvision image by image."""
+    torch.manual_seed(6)
+    images = torch.stack(samples([size] * 24)[0])
+    images[0], images[1], images[2, :, :, ::2] = 0, 255, 0
+    one = ColorJitter(*jitter)
+    draws = [one.make_params([]) for _ in images]
+    expected = torch.stack([one.transform(*each) for each in zip(images, draws, strict=True)])
+    before = images.clone()
+    result = _jittered(images, draws)
+    assert result.dtype == torch.uint8 and torch.equal(images, before)
+    difference = (result.int() - expected.int()).abs()
+    assert difference.max() <= 2 and (difference > 0).float().mean() < 1e-3
+    assert len({tuple(draw["fn_idx"].tolist()) for draw in draws}) > 10
+    for k in (5, 23):
+        assert (_jittered(images[k : k + 1], draws[k : k + 1]).int() - expected[k].int()).abs().max() <= 2
+
+
+def test_jitter_by_the_definitions():
+    """One colour, its hue turned by a third and its brightness halved, without torchvision."""
+    colour = (200, 120, 40)
+    image = torch.tensor(colour, dtype=torch.uint8).view(1, 3, 1, 1).repeat(2, 1, 4, 4)
+    draws = [
+        {"fn_idx": torch.tensor(order), "brightness_factor": 0.5, "contrast_factor": None,
+         "saturation_factor": None, "hue_factor": hue}
+        for order, hue in (([0, 1, 2, 3], 1 / 3), ([3, 2, 1, 0], -1 / 3))
+    ]  # fmt: skip
+    hue, saturation, value = colorsys.rgb_to_hsv(*(v / 255 for v in colour))
+    for result, draw in zip(_jittered(image, draws), draws, strict=True):
+        expected = colorsys.hsv_to_rgb((hue + draw["hue_factor"]) % 1, saturation, value / 2)
+        assert (result[:, 0, 0] - torch.tensor(expected) * 255).abs().max() <= 1
+        assert result.flatten(1).unique(dim=1).shape[1] == 1
+
+
+def test_geometry_has_the_distribution_it_says():
+    """Flips half of the time, crop corners all alike, scale factors uniform."""
+    torch.manual_seed(7)
+    count, batch = 4000, 200
+    image, mask, _ = coordinates(10, 9)
+    transform = training_transform(crop=6)
+    corners, flips = np.zeros((5, 4)), 0
+    for _ in range(count // batch):
+        (images,) = transform.batch([image] * batch)
+        flipped = images[:, 2, 0, 0] > images[:, 2, 0, -1]
+        flips += int(flipped.sum())
+        left = torch.where(flipped, images[:, 2, 0, -1], images[:, 2, 0, 0])
+        np.add.at(corners, (images[:, 1, 0, 0].numpy(), left.numpy()), 1)
+    assert stats.binomtest(flips, count).pvalue > 1e-3
+    assert stats.chisquare(corners.ravel()).pvalue > 1e-3
+
+    transform = training_transform(crop=300, scale=(0.5, 1.5), flip=False)
+    tall, heights = torch.zeros(3, 200, 2, dtype=torch.uint8), []
+    for _ in range(10):
+        _, labels = transform.batch([tall] * 100, [tall[0]] * 100)
+        heights += [int((label[:, 0] != 255).sum()) for label in labels]
+    assert stats.kstest(heights, stats.uniform(100, 200).cdf).pvalue > 1e-3
+
+
+def measured(images):
+    """Brightness, contrast, saturation and hue of images, (N, 4): the mean and the deviation of the grey
+    version, the mean chroma, the hue of the mean colour."""
+    images = images.float()
+    grey = TF.rgb_to_grayscale(images).flatten(1)
+    red, green, blue = images.mean((2, 3)).unbind(1)
+    hue = torch.atan2(3**0.5 * (green - blue), 2 * red - green - blue)
+    return torch.stack(
+        [grey.mean(1), grey.std(1), (images.amax(1) - images.amin(1)).mean((1, 2)), hue], 1
+    ).numpy()
+
+
+@pytest.mark.parametrize("jitter", [(0.3, 0.3, 0.3, 0.1), *(tuple(row) for row in np.eye(4) * 0.2)])
+def test_jitter_has_torchvisions_distribution(jitter):
+    """Two independent draws of many, one jittered in batches, the other by ColorJitter image by image."""
+    torch.manual_seed(8)
+    count = 3000
+    image = torch.randint(90, 150, (3, 6, 6), dtype=torch.uint8) + torch.tensor([60, 0, 10]).byte().view(
+        3, 1, 1
+    )
+    transform = training_transform(jitter=jitter, flip=False)
+    draws = [transform.draw()[1] for _ in range(count)]
+    ours = measured(_jittered(image.expand(count, 3, 6, 6), draws))
+    (single,) = transform.batch([image] * count)
+    one = ColorJitter(*jitter)
+    theirs = measured(torch.stack([one(image) for _ in range(count)]))
+    assert theirs.std(0).max() > 0.1
+    for mine in (ours, measured(single)):
+        for our, their in zip(mine.T, theirs.T, strict=True):
+            assert abs(our.mean() - their.mean()) <= 4 * their.std() * (2 / count) ** 0.5
+            assert our.var() == pytest.approx(their.var(), rel=0.12)
+            assert stats.ks_2samp(our, their).pvalue > 1e-3
+    if jitter[0] and not jitter[1]:  # brightness alone is a factor uniform in [0.8, 1.2]
+        factors = ours[:, 0] / measured(image[None])[0, 0]
+        assert factors.mean() == pytest.approx(1, abs=0.01)
+        assert factors.std() == pytest.approx(0.4 / 12**0.5, rel=0.05)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_batch_on_a_gpu_waits_for_nothing():
+    transform = training_transform(crop=40, scale=(0.5, 1.5), jitter=(0.3, 0.3, 0.3, 0.1))
+    images, masks, maps = samples([(50, 44), (30, 60), (41, 41), (20, 20)])
+    masks = [torch.from_numpy(mask) for mask in masks]
+    torch.manual_seed(9)
+    draws = [transform.draw() for _ in images]
+    there = [[item.cuda() for item in items] for items in (images, masks, maps)]
+    expected = transform.batch(images, masks, maps, draws=draws)
+    transform.batch(*there, draws=draws)  # constants go to the device once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result = transform.batch(*there, draws=draws)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert result[0].is_cuda
+    difference = (result[0].cpu().int() - expected[0].int()).abs()
+    assert difference.float().mean() < 0.5 and difference.max() <= 8  # resizing rounds differently there
+    for ours, theirs in zip(result[1], expected[1], strict=True):
+        assert torch.equal(ours.cpu(), theirs)
+    for ours, theirs in zip(result[2], expected[2], strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, atol=1e-4, rtol=0)

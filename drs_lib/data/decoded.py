@@ -86,7 +86,8 @@ class Packed(Sequence):
                 body = size - _END.size - length
                 file.seek(body)
                 index = json.loads(file.read(length))
-            expected = sum(map(math.prod, index["shapes"]))
+            shapes, notes = index["shapes"], index["notes"]
+            expected = sum(map(math.prod, shapes))
             if expected != body:
                 raise ValueError(f"{body} bytes of arrays instead of {expected}")
         except (struct.error, ValueError, KeyError, TypeError) as error:
@@ -95,10 +96,10 @@ class Packed(Sequence):
                 "delete it and have it made again"
             ) from error
         if not body:
-            return cls(torch.empty(0, dtype=torch.uint8), index["shapes"], index["notes"], path)
+            return cls(torch.empty(0, dtype=torch.uint8), shapes, notes, path)
         # Copy-on-write: torch has no read-only tensors, and a write must neither crash nor reach the file.
         flat = torch.from_numpy(np.memmap(path, np.uint8, mode="c", shape=(body,)))
-        return cls(flat, index["shapes"], index["notes"], path)
+        return cls(flat, shapes, notes, path)
 
     def __len__(self):
         return len(self.shapes)
@@ -325,7 +326,7 @@ def _from_folder(folder, dataset, resize, workers, progress):
         if packed is not None:
             return packed
         if damage:
-            warnings.warn(f"{path} can't be used ({damage}); decoding the images again", stacklevel=4)
+            warnings.warn(f"{path} can't be used ({damage}); decoding the images again", stacklevel=3)
         for left in path.parent.glob(f".{path.name}.*"):  # by killed processes
             if left.suffix != ".lock" and time.time() - left.stat().st_mtime > _PATIENCE:
                 left.unlink(missing_ok=True)
@@ -361,10 +362,10 @@ def _found(path, dataset, resize):
         packed = Packed.open(path)
         if len(packed) != len(dataset) or len(packed.notes["labels"]) != len(dataset):
             raise ValueError(f"{len(packed)} images instead of {len(dataset)}")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None, None
     except (ValueError, KeyError) as error:
-        return None, error
+        return None, error.__cause__ or error
     read = _reader(dataset)
     for i in sorted({0, len(packed) // 2, len(packed) - 1})[: len(packed)]:
         image = _resized(read(i)[0], resize)
