@@ -54,7 +54,7 @@ def test_packed_arrays_come_back(tmp_path, on_disk, count):
     expected[3] = expected[3].transpose(1, 2, 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        packed = pack(items, count, tmp_path / "some.pack" if on_disk else None, {"of": "arrays"})
+        packed = pack(items, count, tmp_path / "new" / "some.pack" if on_disk else None, {"of": "arrays"})
         assert_same(packed, expected)
     assert packed.notes == {"of": "arrays"} and packed.device == torch.device("cpu")
     assert torch.equal(packed[-1], packed[3])

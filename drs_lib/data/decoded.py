@@ -160,6 +160,7 @@ def pack(items, count=None, path=None, notes=None):
     path = Path(path)
     shapes, written = [], 0
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
             for array in _arrays(items, count):
                 file.write(array.data if array.size else b"")

@@ -268,8 +268,8 @@ def _turned(images, shift):
     """
     colours = images.float()
     red, green, blue = colours.unbind(1)
-    low, value = colours.aminmax(dim=1)
-    chroma = value - low
+    value = colours.amax(1)
+    chroma = value - colours.amin(1)
     side = chroma.clamp(min=1)  # grey has no hue, any will do
     hue = torch.where(
         value == red,
