@@ -12,9 +12,13 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.models.resnet import Bottleneck
 
+from conftest import TinyDataset
 from drs_lib import networks
+from drs_lib.checkpoint import Checkpoint
 from drs_lib.data import IMAGENET_MEAN, normalize
 from drs_lib.networks import body_state_dict, classifier, deeplab, load_body_state_dict, refinement_network
+from drs_lib.recipes import SegmentRecipe
+from drs_lib.train import train_segmentation
 
 MARKER = "layers.caffe_style"
 # RGB on the 0..255 scale; the networks themselves take BGR.
@@ -222,6 +226,22 @@ def test_the_style_travels_with_the_weights(coco, thin_resnet101, tmp_path):
     wrapped = nn.DataParallel(wrapped)
     wrapped.load_state_dict({f"module.{name}": tensor for name, tensor in state.items()})
     assert torch.equal(features(wrapped.module, images), expected)
+
+
+def test_a_caffe_style_network_trains_and_goes_on_from_a_checkpoint(coco, thin_resnet101, tmp_path):
+    path, _ = coco
+    recipe = SegmentRecipe.aspp_resnet101().replace(
+        weights=str(path), iterations=1, batch=2, crop=48, images="files", workers=0, lr=1e-6
+    )
+    dataset = TinyDataset(length=4, size=48)
+    labels = [dataset.mask(i) for i in range(4)]
+    model, _ = train_segmentation(recipe, dataset, labels, device="cpu", progress=False)
+    assert model.layers.caffe_style
+    checkpoint = Checkpoint(tmp_path / "training.pt")
+    checkpoint.save({}, model=model)
+    again = build()
+    assert checkpoint.restore(model=again) == {} and again.layers.caffe_style
+    torch.testing.assert_close(features(again, photos(40, 40)), features(model, photos(40, 40)))
 
 
 def test_other_weights_bring_the_other_style_back(coco, thin_resnet101, tmp_path):
