@@ -222,8 +222,7 @@ def test_the_style_travels_with_the_weights(coco, thin_resnet101, tmp_path):
     assert torch.equal(features(copy.deepcopy(source), images), expected)
     torch.save(body_state_dict(source.float()), tmp_path / "body.pth")
     assert torch.equal(features(build(tmp_path / "body.pth", "aspp", 7), images), expected)
-    wrapped = build()
-    wrapped = nn.DataParallel(wrapped)
+    wrapped = nn.DataParallel(build())
     wrapped.load_state_dict({f"module.{name}": tensor for name, tensor in state.items()})
     assert torch.equal(features(wrapped.module, images), expected)
 
@@ -242,6 +241,15 @@ def test_a_caffe_style_network_trains_and_goes_on_from_a_checkpoint(coco, thin_r
     again = build()
     assert checkpoint.restore(model=again) == {} and again.layers.caffe_style
     torch.testing.assert_close(features(again, photos(40, 40)), features(model, photos(40, 40)))
+
+
+def test_every_entry_of_a_state_dict_is_on_the_network_s_device(coco, thin_resnet101):
+    elsewhere = build(coco[0]).to("meta")
+    assert {tensor.device.type for tensor in elsewhere.state_dict().values()} == {"meta"}
+    with torch.device("meta"):
+        again = deeplab("aspp", "resnet101", 4)
+    again.load_state_dict(elsewhere.state_dict())
+    assert again.layers.caffe_style
 
 
 def test_other_weights_bring_the_other_style_back(coco, thin_resnet101, tmp_path):

@@ -228,11 +228,12 @@ class DilatedResNet(nn.Sequential):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.caffe_style:
-            destination[prefix + CAFFE_STYLE] = torch.ones((), dtype=torch.uint8, device="cpu")
+            device = self.layer2[0].conv1.weight.device
+            destination[prefix + CAFFE_STYLE] = torch.ones((), dtype=torch.uint8, device=device)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         if prefix + "layer2.0.conv1.weight" in state_dict:
-            self.caffe_style = bool(state_dict.pop(prefix + CAFFE_STYLE, False))
+            self.caffe_style = state_dict.pop(prefix + CAFFE_STYLE, None) is not None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
