@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+from drs_lib import distributed
 from drs_lib.experiments import (
     TABLES,
     RowsFailed,
@@ -104,7 +105,7 @@ def main(arguments=None):
             store=store,
             jobs=options.jobs,
             overwrite=options.overwrite,
-            progress=not options.quiet,
+            progress=not options.quiet and distributed.rank() == 0,
         )
     except RowsFailed as error:
         tables, failed = error.tables, error
@@ -114,6 +115,8 @@ def main(arguments=None):
     except KeyboardInterrupt:
         print("\nstopped; finished stages are kept, the same command goes on from there", file=sys.stderr)
         return 130
+    if distributed.rank() > 0:
+        return 0 if failed is None else 1
     for table in tables.values():
         print("\n" + format_table(table))
     written = []

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from drs_lib import distributed
+from drs_lib.data.decoded import decoded, pack
 from drs_lib.data.transforms import training_transform
 from drs_lib.runtime import seeded
 
@@ -126,8 +127,6 @@ class _FromMemory:
     """Batches cut out of decoded images, augmented on the device."""
 
     def __init__(self, dataset, recipe, transform, extra, order, device, place, cache_dir):
-        from drs_lib.data.decoded import decoded
-
         self.transform, self.extra, self.order, self.device = transform, extra, order, device
         # A target is resized together with its image, so that both have one size before.
         resize = recipe.resize if extra is None else None

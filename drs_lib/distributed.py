@@ -36,44 +36,38 @@ def rank():
 
 
 @lru_cache(maxsize=1)
-def _state():
+def _accelerate():
+    """The package, once the processes have found each other."""
     try:
-        from accelerate import PartialState
+        import accelerate
     except ImportError as error:
         raise RuntimeError(f"this is process {rank()} of {world_size()}, and {INSTALL_HINT}") from error
-    on_cpu = os.environ.get("DRS_DEVICE") == "cpu"
-    state = PartialState(cpu=on_cpu, timeout=PATIENCE)
+    state = accelerate.PartialState(cpu=os.environ.get("DRS_DEVICE") == "cpu", timeout=PATIENCE)
     if state.num_processes != world_size():
         raise RuntimeError(
             f"Accelerate found {state.num_processes} processes, the environment says {world_size()}: start "
             "the program with 'accelerate launch', see docs/voc.md"
         )
-    return state
+    return accelerate
 
 
 def device():
-    """The device of this process among several: a GPU of its own, or the CPU. Starts the process group."""
-    return _state().device
+    """The device of this process among several: a GPU of its own, or the CPU (with DRS_DEVICE=cpu)."""
+    return _accelerate().PartialState().device
 
 
 def agree(value):
     """The first process's `value` (anything that pickles), in all processes."""
     if world_size() == 1:
         return value
-    from accelerate.utils import broadcast_object_list
-
-    _state()
-    return broadcast_object_list([value])[0]
+    return _accelerate().utils.broadcast_object_list([value])[0]
 
 
 def gather(value):
     """A list of every process's `value`, by rank, in all processes."""
     if world_size() == 1:
         return [value]
-    from accelerate.utils import gather_object
-
-    _state()
-    return gather_object([value])
+    return _accelerate().utils.gather_object([value])
 
 
 def share(mean, count):
@@ -95,7 +89,7 @@ def average(values):
 
 
 def _sum(tensor):
-    _state()
+    _accelerate()
     torch.distributed.all_reduce(tensor)
     return tensor
 
@@ -119,10 +113,9 @@ def objective(model, loss):
     """
     if world_size() == 1:
         return (lambda batch: loss(model, batch)), nullcontext
-    from accelerate import Accelerator
-
-    _state()
-    wrapped = Accelerator(cpu=device().type == "cpu").prepare_model(_Objective(model, loss))
+    # Precision is the recipe's affair.
+    accelerator = _accelerate().Accelerator(cpu=device().type == "cpu", mixed_precision="no")
+    wrapped = accelerator.prepare_model(_Objective(model, loss))
     return wrapped, wrapped.no_sync
 
 

@@ -9,6 +9,9 @@ it was in. The hashes follow from configurations alone, so a finished run is rea
 building a network.
 
 The stages that make labels see the training images through `without_masks`; only scores are given masks.
+
+Among several processes (see `drs_lib.distributed`) all call the same methods in the same order: they train
+together, the first makes everything else, and all read it from the store.
 """
 
 import hashlib
@@ -26,10 +29,11 @@ from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+from drs_lib import distributed
 from drs_lib.crf import CRFConfig, pick_engine
 from drs_lib.paper import Configuration
 from drs_lib.recipes import ClassifyRecipe, RefineRecipe, SegmentRecipe
-from drs_lib.store import Entry, EntryWriter, RunStore
+from drs_lib.store import Entry, EntryWriter, RunStore, StoreError
 
 # Raised when the code of a stage changes what it produces: entries of an older version are then made again.
 STAGE_VERSIONS = {
@@ -49,6 +53,8 @@ PNGS_AHEAD = 32
 BUDGETS = ("ci", "laptop", "paper", "release")
 # Rough work in each stage, for the order of the jobs and the progress bar.
 STAGE_COST = {"classify": 10, "refine": 10, "segment": 10, "evaluate_crf": 5}
+# The stages on which several processes work together.
+TRAININGS = ("classify", "refine", "segment")
 # What can be measured of a configuration, and the stage that holds it.
 MEASURES = {
     "miou": "evaluate",
@@ -324,8 +330,10 @@ class Pipeline:
         else:
             self.data = data
         self.seed, self.device, self.crf_jobs, self.not_before = seed, device, crf_jobs, not_before
-        self._report = report or (lambda text: None)
-        self._progress = progress
+        first = distributed.rank() == 0
+        self._report = report if report and first else (lambda text: None)
+        self._progress = progress and first
+        self._making = False
         self._parent = os.getppid() if multiprocessing.parent_process() is not None else None
 
     def scores(self, configuration: Configuration, measures: Iterable[str] = ("miou",)) -> dict[str, Any]:
@@ -338,8 +346,8 @@ class Pipeline:
         found = {}
         for measure in measures:
             stage = self.stage(MEASURES[measure], configuration)
-            entry = self.store.get(stage.name, stage.config, stage.inputs, STAGE_VERSIONS[stage.name])
-            if entry is None or (self.not_before is not None and entry.meta["made_at"] < self.not_before):
+            entry = self._found(stage)
+            if entry is None:
                 return None
             found[measure] = entry.json("scores.json")
         return found
@@ -431,6 +439,11 @@ class Pipeline:
     def get(self, stage: Stage, overwrite: bool = False) -> Entry:
         """The stage's entry, made if it is not in the store. overwrite: made again, from the stored stages
         that it reads."""
+        if distributed.world_size() > 1 and not self._making:
+            return self._get_together(stage, overwrite)
+        return self._get(stage, overwrite)
+
+    def _get(self, stage, overwrite=False, before=lambda: None):
         not_before = time.time() if overwrite else self.not_before
         if overwrite:
             self._checkpoint(stage).remove()
@@ -444,6 +457,7 @@ class Pipeline:
         def make(writer):
             self._stop_if_orphaned()
             self._report(stage.title)
+            before()
             stage.make(writer)
             writer.note(device=str(self._device))
             finished.append(stage)
@@ -458,6 +472,52 @@ class Pipeline:
         )
         if finished:
             self._checkpoint(stage).remove()  # only now that the entry is published
+        return entry
+
+    def _get_together(self, stage, overwrite):
+        if overwrite or not distributed.agree(self._found(stage) is not None):
+            for parent in stage.parents:
+                self._get_together(parent, False)
+            self._making = True  # what the making reads has just been made, and is read alone
+            try:
+                (self._lead if distributed.rank() == 0 else self._follow)(stage, overwrite)
+            finally:
+                self._making = False
+        entry = self._found(stage)
+        if not all(distributed.gather(entry is not None)):
+            raise StoreError(
+                f"{stage.name}/{stage.key} was made, and not all processes find it in {self.store.root}: the "
+                "run store must be on a file system that all of them see."
+            )
+        return entry
+
+    def _lead(self, stage, overwrite):
+        """Make a stage, with the others' help if it is a training, and tell them how it ended."""
+        training = []
+
+        def call():
+            if stage.name in TRAININGS:
+                training.append(distributed.agree("train"))
+
+        try:
+            self._get(stage, overwrite, before=call)
+        except Exception as error:
+            # In a training the others fail alike, or wait; the end of this process ends them.
+            if not training:
+                distributed.agree(f"the first process failed: {type(error).__name__}: {error}")
+            raise
+        distributed.agree("done")
+
+    def _follow(self, stage, overwrite):
+        while (word := distributed.agree(None)) != "done":
+            if word != "train":
+                raise RuntimeError(word)
+            stage.make(_NoWriter())
+
+    def _found(self, stage):
+        entry = self.store.get(stage.name, stage.config, stage.inputs, STAGE_VERSIONS[stage.name])
+        if entry is not None and self.not_before is not None and entry.meta["made_at"] < self.not_before:
+            return None
         return entry
 
     def _classify(self, configuration):
@@ -690,6 +750,7 @@ class Pipeline:
             "progress": self._progress,
             "on_epoch": on_epoch,
             "checkpoint": self._checkpoint(stage),
+            "image_cache": self.store.root / "decoded",
         }
 
     def _checkpoint(self, stage):
@@ -724,6 +785,13 @@ class Pipeline:
         # It would otherwise train on, unseen, until its row is finished.
         if self.orphaned:
             raise RuntimeError("the run that this worker process belongs to has ended; stopping.")
+
+
+class _NoWriter:
+    """What a process that helps with a training is given to write to."""
+
+    def __getattr__(self, name):
+        return lambda *args, **options: None
 
 
 class TrueMasks(Sequence):

@@ -164,8 +164,7 @@ def fit(
     objective, local = distributed.objective(model, loss if compile is None else _compiled(loss, compile))
     history, step, seen = [], 0, 0
     kept = dict(model=model, optimizer=optimizer, scheduler=scheduler)
-    found = None if checkpoint is None else checkpoint.restore(streams, **kept)
-    _expect_agreement(found is not None, checkpoint)
+    found = _restored(checkpoint, streams, kept)
     if found is not None:
         history, step, seen = found["history"], found["step"], found["seen"]
     seed = torch.initial_seed()
@@ -228,12 +227,23 @@ def _compiled(loss, mode):
     return torch.compile(step, mode=mode)
 
 
-def _expect_agreement(found, checkpoint):
-    if len(set(distributed.gather(found))) > 1:
+def _restored(checkpoint, streams, kept):
+    """The progress that a checkpoint holds, in all processes, or None."""
+    if checkpoint is None:
+        return None
+    # The first process goes first: it alone sets a damaged file aside.
+    first = distributed.rank() == 0
+    found = checkpoint.restore(streams, **kept) if first else None
+    if not distributed.agree(found is not None):
+        return None
+    if not first:
+        found = checkpoint.restore(streams, **kept)
+    if not all(distributed.gather(found is not None)):
         raise RuntimeError(
             f"only some of the processes see the checkpoint {checkpoint.path}: the run store must be on a "
             "file system that all machines share"
         )
+    return found
 
 
 class _Losses:

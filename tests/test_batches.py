@@ -1,0 +1,136 @@
+"""Two ways to make batches, from files and from memory, that show the same."""
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import TinyDataset
+from drs_lib import batches
+from drs_lib.batches import TargetMaps, make_batches
+from drs_lib.data import MaskAccessError, without_masks
+from drs_lib.recipes import ClassifyRecipe, RefineRecipe, SegmentRecipe
+from drs_lib.train import train_classifier, train_refinement, train_segmentation
+
+CPU = torch.device("cpu")
+DATA = TinyDataset(length=9, size=32)
+# Maps in whole 255ths, as the pipeline stores them; the second class is in no image.
+MAPS = [
+    np.random.default_rng(i).integers(0, 256, (3, 32, 32)).astype(np.float32)
+    * np.float32(1 / 255)
+    * np.array([i != 4, 0, i % 2], np.float32)[:, None, None]
+    for i in range(9)
+]
+LABELS = [np.random.default_rng(i).integers(0, 4, (32, 32)).astype(np.uint8) for i in range(9)]
+SHORT = dict(weights=None, batch=4, epochs=2, jitter=(0.3, 0.3, 0.3, 0.1))
+AUGMENTATIONS = [
+    dict(crop=40, scale=(0.5, 1.5), resize=None),
+    dict(crop=24, scale=None, resize=28),
+    dict(crop=None, scale=None, resize=20, jitter=None),
+]
+STAGES = {
+    "classify": lambda changes, **options: train_classifier(
+        ClassifyRecipe.laptop().replace(**SHORT | changes), DATA, **options
+    ),
+    "refine": lambda changes, **options: train_refinement(
+        RefineRecipe.laptop().replace(**SHORT | changes), DATA, MAPS, **options
+    ),
+    "segment": lambda changes, **options: train_segmentation(
+        SegmentRecipe.laptop().replace(**SHORT | changes), DATA, LABELS, **options
+    ),
+}
+
+
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS, ids=lambda a: f"crop-{a['crop']}-{a['resize']}")
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_training_from_memory_is_the_training_from_files(stage, augmentation, tmp_path):
+    def run(**changes):
+        model, history = STAGES[stage](
+            augmentation | changes, device="cpu", progress=False, image_cache=tmp_path
+        )
+        return model.state_dict(), [epoch["loss"] for epoch in history]
+
+    expected, losses = run(images="files")
+    for place in ("memory", "device"):
+        found, same_losses = run(images=place)
+        assert same_losses == losses
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not augmentation["resize"] or stage != "classify" or list(tmp_path.glob("*.images"))
+
+
+def test_images_stay_in_files_without_a_gpu(monkeypatch):
+    recipe = ClassifyRecipe.laptop()
+    made, _ = make_batches(without_masks(DATA), recipe, None, 0, CPU)
+    assert isinstance(made, torch.utils.data.DataLoader) and recipe.images == "auto"
+    made, _ = make_batches(without_masks(DATA), recipe.replace(images="memory"), None, 0, CPU)
+    assert isinstance(made, batches._FromMemory) and len(made) == 1
+
+
+def test_only_the_maps_of_an_images_classes_are_kept():
+    data = without_masks(DATA)
+    extra = TargetMaps(MAPS, data)
+    packed = extra.packed(batches.decoded(data))
+    assert [len(stack) for stack in packed] == [1, 2, 1, 2, 1, 2, 1, 2, 1]
+    stacks = [extra.unpack(stack) for stack in packed]
+    assert np.array_equal(extra.stack(stacks, range(9)).numpy(), np.stack(MAPS))
+    assert not stacks[4].any()  # an image without a class has a map of zeros
+
+
+def test_maps_that_are_no_255ths_are_rounded_to_them():
+    data = without_masks(DATA)
+    maps = [np.random.default_rng(i).random((3, 32, 32), np.float32) for i in range(9)]
+    extra = TargetMaps(maps, data)
+    packed = extra.packed(batches.decoded(data))
+    found = extra.stack([extra.unpack(stack) for stack in packed], range(9))
+    assert (found.numpy() - np.stack(maps)).__abs__().max() <= 0.5 / 255 + 1e-6
+
+
+def test_small_maps_are_brought_to_the_images_size():
+    data = without_masks(DATA)
+    maps = [np.full((3, 4, 4), 0.2, np.float16) for _ in range(9)]
+    extra = TargetMaps(maps, data)
+    assert extra.packed(batches.decoded(data)).shapes == [(3, 32, 32)] * 9
+
+
+@pytest.mark.parametrize("images", ["files", "memory"])
+def test_bad_labels_and_targets_are_named_whichever_way_they_are_read(images):
+    changes = dict(images=images, workers=0)
+    labels = [*LABELS[:5], np.full((32, 32), 9, np.uint8), *LABELS[6:]]
+    with pytest.raises(ValueError, match="labels of .*5 hold the value 9: expected 0"):
+        train_segmentation(SegmentRecipe.laptop().replace(**SHORT | changes), DATA, labels, device="cpu")
+    maps = [*MAPS[:5], MAPS[5] + 1, *MAPS[6:]]
+    with pytest.raises(ValueError, match="maps of .*5 go from .*: expected .0, 1."):
+        train_refinement(RefineRecipe.laptop().replace(**SHORT | changes), DATA, maps, device="cpu")
+
+
+def test_no_mask_can_be_reached_from_memory(monkeypatch):
+    reached = []
+    decode = batches.decoded
+    monkeypatch.setattr(
+        batches, "decoded", lambda *args, **kw: reached.append(decode(*args, **kw)) or reached[-1]
+    )
+    STAGES["classify"](dict(images="memory"), device="cpu", progress=False)
+    with pytest.raises(MaskAccessError):
+        reached[0].mask(0)
+
+
+def test_a_checkpoint_of_one_way_serves_the_other(tmp_path):
+    from drs_lib.checkpoint import Checkpoint
+
+    class Killed(BaseException):
+        pass
+
+    def stop(title, step, *rest):
+        if step == 3:
+            raise Killed
+
+    checkpoint = Checkpoint(tmp_path / "state.pt")
+    with pytest.raises(Killed):
+        STAGES["classify"](dict(images="files"), device="cpu", progress=stop, checkpoint=checkpoint)
+    resumed, _ = STAGES["classify"](
+        dict(images="memory"), device="cpu", progress=False, checkpoint=checkpoint
+    )
+    whole, _ = STAGES["classify"](dict(images="files"), device="cpu", progress=False)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(resumed.state_dict().values(), whole.state_dict().values(), strict=True)
+    )
