@@ -17,7 +17,8 @@ from drs_lib.experiments import (
 )
 from drs_lib.files import write_text
 from drs_lib.paper import table_rows
-from drs_lib.pipeline import BUDGETS, Pipeline
+from drs_lib.pipeline import BUDGETS, Pipeline, get_budget
+from drs_lib.recipes import PRECISIONS
 from drs_lib.store import RunStore
 
 
@@ -34,6 +35,15 @@ def _parser():
         command.add_argument("--data", choices=("critters", "voc"), default="critters")
         command.add_argument("--voc-root", metavar="DIR", help="the folder VOC 2012 is in")
         command.add_argument("--budget", choices=BUDGETS, help="default: laptop for critters, paper for voc")
+        command.add_argument(
+            "--precision", choices=PRECISIONS, help="default: bfloat16 for paper and release, else float32"
+        )
+        command.add_argument(
+            "--aspp-weights",
+            metavar="W",
+            help="initial weights of Table 4's ASPP: pretrained (ImageNet), coco, or a file, such as "
+            "deeplabv1_resnet101-coco.pth",
+        )
         command.add_argument("--seeds", type=_seed, nargs="+", default=[0], metavar="N")
         command.add_argument(
             "--tables", type=int, nargs="+", choices=TABLES, default=list(TABLES), metavar="N"
@@ -63,10 +73,19 @@ def _seed(text):
     return value
 
 
+def _budget(options):
+    budget = get_budget(options.budget, options.data)
+    if options.precision:
+        budget = budget.for_all(precision=options.precision)
+    if options.aspp_weights:
+        budget = budget.replace(aspp=budget.aspp.replace(weights=options.aspp_weights))
+    return budget
+
+
 def _figures(options, store):
     """Draws the figures, unless they are there, drawn from the very same stages; returns their folder."""
     folder = options.out / "figures"
-    choice = dict(data=options.data, budget=options.budget, voc_root=options.voc_root)
+    choice = dict(data=options.data, budget=_budget(options), voc_root=options.voc_root)
     code = sorted(Path(__file__).with_name("plots").glob("*.py"))
     state = hashlib.sha256(b"".join(path.read_bytes() for path in code))
     for seed in options.seeds:
@@ -99,7 +118,7 @@ def main(arguments=None):
         tables = run_tables(
             options.tables,
             data=options.data,
-            budget=options.budget,
+            budget=_budget(options),
             seeds=options.seeds,
             voc_root=options.voc_root,
             store=store,
