@@ -16,8 +16,19 @@ from typing import NamedTuple
 
 HERE = Path(__file__).parent
 # Import name of what is not called like its package, and what works without the package.
-_IMPORT_NAMES = {"ipython": "IPython", "pillow": "PIL", "pydensecrf2": "pydensecrf"}
-_OPTIONAL = {"pydensecrf2": "everything but the CRF columns of Table 4"}
+_IMPORT_NAMES = {
+    "dask-jobqueue": "dask_jobqueue",
+    "ipython": "IPython",
+    "pillow": "PIL",
+    "pydensecrf2": "pydensecrf",
+}
+_OPTIONAL = {
+    "pydensecrf2": "everything but the CRF columns of Table 4",
+    "accelerate": "everything but a training on several GPUs",
+    "dask": "everything but tables on a cluster",
+    "distributed": "everything but tables on a cluster",
+    "dask-jobqueue": "everything but tables on a cluster with a queue",
+}
 # What is looked for where the course itself isn't installed and so tells no requirements.
 _CHIEF = ("torch>=2.6", "torchvision>=0.21", "numpy", "numba", "jupyterlab", "ipywidgets", "pydensecrf2")
 
@@ -64,14 +75,18 @@ def _requirements():
     except importlib.metadata.PackageNotFoundError:
         return list(_CHIEF)
     plain = [line for line in listed if "extra ==" not in line]
-    return plain + [line.split(";")[0].strip() for line in listed if re.search(r"extra == .crf.", line)]
+    return plain + [
+        line.split(";")[0].strip() for line in listed if re.search(r"extra == .(crf|cluster).", line)
+    ]
 
 
 def _package(requirement):
     name, least = re.fullmatch(r"([A-Za-z0-9_.-]+?)\s*(?:>=\s*([\w.]+))?\s*", requirement).groups()
     remedy = f'"{sys.executable}" -m pip install "{name}{f">={least}" if least else ""}"'
     if name in _OPTIONAL:
-        remedy = f"'make crf', or {remedy} (needs a C++ compiler; {_OPTIONAL[name]} works without it)"
+        remedy += f" ({_OPTIONAL[name]} works without it)"
+        if name == "pydensecrf2":
+            remedy = f"'make crf', which needs a C++ compiler, or {remedy}"
     status = "optional" if name in _OPTIONAL else "missing"
     module = _IMPORT_NAMES.get(name, name)
     if importlib.util.find_spec(module) is None:

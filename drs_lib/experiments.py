@@ -1,19 +1,23 @@
 """Tables 1 to 4, run: every row a job, every job a chain of stored stages, beside the paper's numbers.
 
 ``run_table(1)`` gives a DataFrame; ``run_tables()`` runs what all four tables need, each thing once. Rows are
-independent jobs for `joblib.Parallel`: the same call runs in one process, on all cores, or on a cluster under
-``joblib.parallel_config(backend="dask")`` with a store that all its machines see. The numbers don't depend on
-it.
+independent jobs for joblib: the same call runs in one process, on all cores and GPUs of a machine, or, under
+``joblib.parallel_config(backend="dask")``, on the workers of a cluster that all see the store. The numbers
+don't depend on it.
 """
 
 import copy
 import json
 import math
+import multiprocessing
 import os
+import platform
 import statistics
 import threading
 import time
 import traceback
+import uuid
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from drs_lib import crf
+from drs_lib import crf, distributed
 from drs_lib.files import write_text
 from drs_lib.paper import NETWORKS, SOURCE, TITLES, Configuration, Row, table_rows
 from drs_lib.pipeline import STAGE_COST, Budget, Pipeline, Splits, get_budget
@@ -100,7 +104,8 @@ def run_tables(
         seeds: each row is trained once with each.
         store: see `RunStore`.
         jobs: processes; None: what a surrounding ``joblib.parallel_config`` says, else one per physical core,
-            and no more than a few per GPU. With 1, everything happens in this process.
+            and no more than a few per GPU. With 1, everything happens in this process. On a Dask cluster the
+            rows are one per worker, whatever larger number is given.
         overwrite: train and score again.
         progress: show a progress bar over all rows.
 
@@ -114,8 +119,9 @@ def run_tables(
 
     Raises:
         RowsFailed: after all other rows are finished.
-        StoreError: the store cannot be written; the other rows would train in vain, and are not begun.
-        ValueError, FileNotFoundError: an argument, or the data.
+        StoreError: the store cannot be written, or a Dask worker doesn't see it; the other rows would train
+            in vain, and are not begun.
+        ValueError, FileNotFoundError: an argument, a worker of the wrong kind, or the data.
     """
     numbers, seeds = _checked(numbers, seeds, jobs)
     store = store if isinstance(store, RunStore) else RunStore(store)
@@ -126,7 +132,7 @@ def run_tables(
         budget=budget,
         voc_root=None if voc_root is None else str(Path(voc_root).expanduser().absolute()),
         store=store,
-        not_before=time.time() if overwrite else None,
+        not_before=distributed.agree(time.time()) if overwrite else None,
     )
     pipelines = {seed: Pipeline(seed=seed, **common) for seed in seeds}
     measures = _measures(numbers)
@@ -136,7 +142,10 @@ def run_tables(
         found = pipelines[job.seed].stored_scores(job.configuration, job.measures)
         if found is not None:
             results[job] = found
+    results = distributed.agree(results)  # or processes that train together would miss different rows
     missing = _in_order([job for job in work if job not in results], pipelines)
+    if missing:
+        store.tidy()
     failures = _run(missing, pipelines, common, jobs, progress, results)
     scores = {(job.configuration, job.seed): found for job, found in results.items()}
     conditions = _conditions(pipelines[seeds[0]], seeds)
@@ -241,21 +250,27 @@ def _run(jobs, pipelines, common, requested, progress, results):
     """Runs the jobs, puts scores into ``results`` and returns the failures, {job: (error, traceback)}."""
     if not jobs:
         return {}
-    processes, concurrent, devices = _processes(requested, len(jobs), common["budget"])
+    client = _dask_client() if requested != 1 else None
+    if client is not None:
+        processes, concurrent, devices = 1, max(1, len(client.nthreads())), [None]
+    else:
+        processes, concurrent, devices = _processes(requested, len(jobs), common["budget"])
     failures = {}
     with _progress(jobs, pipelines, common["not_before"], progress, concurrent) as report:
-        if concurrent == 1:
-            outcomes = (_run_job(job, {**common, "crf_jobs": processes, "report": report}) for job in jobs)
+        if client is not None:
+            outcomes = _on_cluster(client, jobs, common)
+        elif concurrent == 1:
+            common = common | {"crf_jobs": processes, "report": report}
+            outcomes = ((job, _run_job(job, common)) for job in jobs)
         else:
-            outcomes = _parallel(
-                jobs, common | {"crf_jobs": max(1, processes // concurrent)}, concurrent, devices
-            )
-        for job, (found, error, trace) in zip(jobs, outcomes, strict=True):
+            common = common | {"crf_jobs": max(1, processes // concurrent)}
+            outcomes = zip(jobs, _parallel(jobs, common, concurrent, devices), strict=True)
+        for job, (found, error, trace) in outcomes:
             if error is None:
                 results[job] = found
             else:
                 failures[job] = (error, trace)
-    return {str(job): what for job, what in failures.items()}
+    return {str(job): failures[job] for job in jobs if job in failures}
 
 
 def _run_job(job, common, device=None):
@@ -266,6 +281,8 @@ def _run_job(job, common, device=None):
     except StoreError:
         raise  # on a full disk every other row would train in vain
     except Exception as error:
+        if distributed.world_size() > 1:
+            raise  # the others may wait for this process
         if pipeline.orphaned:
             os._exit(1)  # nobody is left to hand a result to, and the worker would idle on for minutes
         return None, f"{type(error).__name__}: {error}", traceback.format_exc()
@@ -282,6 +299,8 @@ def _processes(requested, jobs, budget):
     elif requested is None and not isinstance(backend, joblib.parallel.LokyBackend):
         requested = joblib.effective_n_jobs(-1)
     cores = joblib.cpu_count(only_physical_cores=True)
+    if distributed.world_size() > 1:  # all of them work on one row
+        return requested or cores, 1, [None]
     if requested == 1 or jobs == 1:
         return requested or cores, 1, [None]
     if getattr(backend, "uses_threads", False):
@@ -322,6 +341,107 @@ def _parallel(jobs, common, concurrent, devices):
             f"a worker process was killed, most likely because {concurrent} rows at once need more memory "
             "than there is. Finished stages are kept: run the same command again with fewer jobs (--jobs 1)."
         ) from error
+
+
+def _dask_client():
+    """The Dask client of a surrounding ``joblib.parallel_config(backend="dask")``, or None."""
+    from joblib.parallel import get_active_backend
+
+    backend, _ = get_active_backend()
+    return backend.client if type(backend).__name__ == "DaskDistributedBackend" else None
+
+
+def _on_cluster(client, jobs, common):
+    """Yields (job, what `_run_job` returns) as the rows are finished.
+
+    Not by `joblib.Parallel`, for which the first row that the cluster can't run is the end of all. No more
+    rows are handed out than there are workers: Dask holds a worker's death against all that waits at it.
+    """
+    from distributed import CancelledError, KilledWorker, TimeoutError, wait
+
+    mark, run = common["store"].mark(), uuid.uuid4().hex
+    waiting, running = deque(jobs), {}
+    try:
+        while waiting or running:
+            workers = client.nthreads()
+            for address, threads in workers.items():
+                _expect_a_process(address, threads)
+            beside = max(Counter(address.rpartition(":")[0] for address in workers).values(), default=1)
+            while waiting and len(running) < max(1, len(workers)):
+                job, key = waiting.popleft(), f"drs-row-{run}-{len(waiting)}"
+                running[client.submit(_run_on_worker, job, common, mark, beside, key=key)] = job
+            try:
+                finished = wait(list(running), timeout=1, return_when="FIRST_COMPLETED").done
+            except TimeoutError:
+                continue  # there may be more workers by now
+            for future in finished:
+                job = running.pop(future)
+                try:
+                    yield job, future.result()
+                except KilledWorker as error:
+                    yield job, (None, _DEADLY.format(error.allowed_failures + 1), str(error))
+    except CancelledError as error:
+        raise RuntimeError(
+            "the Dask cluster was closed or lost its scheduler before all rows were finished. Finished "
+            "stages are kept: start a cluster and run the same command again."
+        ) from error
+    finally:
+        if client.status == "running":
+            client.cancel(list(running))
+
+
+_DEADLY = (
+    "KilledWorker: {} workers died while they ran this row, of its need of memory or at the end of their time"
+)
+
+
+def _run_on_worker(job, common, mark, beside):
+    """`_run_job` in a Dask worker, on the device that the worker finds. Its machine's errors name it.
+
+    mark: see `RunStore.mark`. beside: how many workers share a machine.
+    """
+    import joblib
+    from distributed import get_worker
+
+    worker, host, store = get_worker(), platform.node(), common["store"]
+    _expect_a_process(worker.address, worker.state.nthreads)
+    if not (store.root / mark).exists():
+        raise StoreError(
+            f"the Dask worker on {host} has another folder, or none, where the run store {store.root} should "
+            "be. Keep the store on a file system that all machines share, and set DRS_STORE to it."
+        )
+    crf_jobs = 1
+    if not multiprocessing.current_process().daemon:
+        # A worker that is bound to cores of its own, as SLURM does it, has all that it sees.
+        bound = joblib.cpu_count() < os.cpu_count()
+        crf_jobs = max(1, joblib.cpu_count(only_physical_cores=True) // (1 if bound else beside))
+    elif _readers(job, common["budget"]):
+        raise ValueError(
+            f"the Dask worker on {host} may not start processes, and this budget's images are read by some. "
+            "Set DASK_DISTRIBUTED__WORKER__DAEMON=False in the environment in which the workers are started."
+        )
+    try:
+        return _run_job(job, common | {"crf_jobs": crf_jobs})
+    except (StoreError, FileNotFoundError) as error:
+        raise type(error)(f"on the Dask worker on {host}: {error}") from error
+
+
+def _readers(job, budget):
+    """How many processes a job's trainings want for reading images."""
+    recipes = budget.classify, budget.refine, budget.segment(job.configuration.network)
+    return max(recipe.workers for recipe in recipes)
+
+
+def _expect_a_process(address, threads):
+    """Raises ValueError for a Dask worker that runs rows in threads."""
+    if threads > 1 or address.startswith("inproc:"):
+        what = f"{threads} threads" if threads > 1 else "threads of this process"
+        raise ValueError(
+            f"the Dask worker {address} runs rows in {what}: they share one random generator, and the "
+            "numbers would depend on their timing. Start workers that are processes with one thread each: "
+            "LocalCluster(threads_per_worker=1, processes=True), SLURMCluster(cores=1, processes=1), or "
+            "'dask worker --nthreads 1'."
+        )
 
 
 @contextmanager

@@ -3,7 +3,9 @@
 An entry is a folder ``<root>/<stage>/<key>/`` with the stage's files, ``meta.json`` (configuration, inputs,
 versions, seconds, date) and ``manifest.json`` (size and SHA-256 of every file). It is written beside its
 final place, flushed to the disk and renamed, so that an entry is there completely or not at all, whenever the
-process is killed. One process makes an entry while others that want it wait and then read it.
+process is killed. One process makes an entry while others that want it wait and then read it; that is the
+file system's locks' doing, which on a network file system may hold between the processes of one machine only,
+or be missing. Then work may be done twice, and nothing worse: the entry that is published first is kept.
 ``joblib.Memory`` was considered: it neither locks an entry that several processes want at once nor notices a
 damaged one.
 """
@@ -16,19 +18,37 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
+import stat
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import datetime, timezone
+from functools import lru_cache
+from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
-from filelock import AcquireReturnProxy, FileLock, Timeout
+import psutil
+from filelock import FileLock, Timeout
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 META, MANIFEST = "meta.json", "manifest.json"
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+_THERE = {errno.EEXIST, errno.ENOTEMPTY}
+# Seconds after which what another machine left unfinished counts as given up: no stage takes a week.
+_GIVEN_UP = 7 * 24 * 3600
+# How often to look for an entry that is being replaced or kept from moving, and the seconds in between.
+_LOOKS, _PAUSE = 20, 0.05
 _log = logging.getLogger(__name__)
 
 
@@ -143,6 +163,43 @@ class RunStore:
     def folder(self, stage: str, key: str) -> Path:
         return self.root / stage / key
 
+    def mark(self) -> str:
+        """The name of an empty file in the store that no other store has, put there by the first call:
+        a machine that doesn't see it has another folder at this place. Raises StoreError."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            marks = sorted(path.name for path in self.root.glob(".store-*"))
+            if not marks:
+                marks = [f".store-{uuid.uuid4().hex}"]
+                (self.root / marks[0]).touch()
+            return marks[0]
+        except OSError as error:
+            self._refuse(error, "it has to be marked for the other machines")
+
+    def tidy(self, days: float = 30) -> None:
+        """Deletes what killed processes left behind: unfinished entries, checkpoints older than the entry of
+        their stage, and checkpoints that were not touched for ``days``.
+
+        Nothing goes that a process may still be writing or go on from. What can't be deleted is left.
+        """
+        for left in self.root.glob("*/.tmp-*"):
+            if abandoned(left):
+                shutil.rmtree(left, ignore_errors=True)
+        for path in (self.root / "checkpoints").glob("*"):
+            with suppress(OSError):
+                if abandoned(path) if path.name.startswith(".") else self._spent(path, days):
+                    path.unlink()
+
+    def _spent(self, checkpoint: Path, days: float) -> bool:
+        """Whether no training will go on from a checkpoint: ``<stage>-<key>.*``."""
+        touched = checkpoint.stat().st_mtime
+        stage, _, key = checkpoint.stem.rpartition("-")
+        entry = self.folder(stage, key) / META
+        # One that is newer than the entry is of a training that is being made again.
+        return touched < time.time() - days * 24 * 3600 or (
+            entry.exists() and touched <= entry.stat().st_mtime
+        )
+
     def made_at(self, stage: str, key: str) -> float | None:
         """When the making of this entry began (seconds since 1970), unverified; None if it is not there."""
         try:
@@ -209,21 +266,24 @@ class RunStore:
             if entry is not None and _recent(entry, not_before):
                 return entry
         with self._lock(stage, key):
-            try:
-                entry = self._read(folder)
-            except _Damaged as damage:
-                self._set_aside(folder, str(damage))
-                entry = None
+            entry = self._whole(folder)
             if entry is not None and not overwrite and _recent(entry, not_before):
                 return entry
             meta = {"stage": stage, "version": version, "key": key, "config": config, "inputs": inputs}
-            return self._make(folder, meta, make)
+            return self._make(folder, meta, make, not_before, entry)
 
-    def _make(self, folder: Path, meta: dict, make: Callable[[EntryWriter], None]) -> Entry:
-        # The lock is held, so what carries this key's temporary name was left behind by a killed process.
+    def _make(
+        self,
+        folder: Path,
+        meta: dict,
+        make: Callable[[EntryWriter], None],
+        not_before: float | None = None,
+        replaced: Entry | None = None,
+    ) -> Entry:
         for left in folder.parent.glob(f".tmp-{folder.name}-*"):
-            shutil.rmtree(left, ignore_errors=True)
-        temporary = folder.parent / f".tmp-{folder.name}-{os.getpid()}-{os.urandom(4).hex()}"
+            if abandoned(left):
+                shutil.rmtree(left, ignore_errors=True)
+        temporary = folder.parent / f".tmp-{folder.name}-{writer_tag()}"
         began = time.time()
         clock = time.perf_counter()
         try:
@@ -234,6 +294,7 @@ class RunStore:
                 "seconds": round(time.perf_counter() - clock, 3),
                 "date": datetime.fromtimestamp(began, timezone.utc).isoformat(timespec="seconds"),
                 "made_at": began,
+                "host": platform.node(),
                 "versions": _versions(),
                 "notes": writer.notes,
             }
@@ -241,7 +302,7 @@ class RunStore:
             files = {p.relative_to(temporary).as_posix(): _facts(p) for p in _files_of(temporary)}
             writer.json(MANIFEST, files)
             _flush(temporary)
-            self._publish(temporary, folder)
+            self._publish(temporary, folder, not_before, replaced)
         except OSError as error:
             if error.errno in _FULL:
                 written = sum(p.stat().st_size for p in _files_of(temporary))
@@ -249,22 +310,70 @@ class RunStore:
             raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        return self._read(folder)
+        entry = self._whole(folder)
+        if entry is None:
+            raise StoreError(
+                f"{folder} was finished and is gone: does another program delete or move what is in the run "
+                "store? Run the same command again."
+            )
+        return entry
 
-    def _publish(self, temporary: Path, folder: Path) -> None:
-        if folder.exists():
-            old = temporary.with_name(temporary.name + "-old")
-            os.rename(folder, old)
-            os.rename(temporary, folder)
+    def _publish(
+        self, temporary: Path, folder: Path, not_before: float | None, replaced: Entry | None
+    ) -> None:
+        """Moves a finished entry to its place, and the one it replaces away. One that another process put
+        there meanwhile, which happens without locks, is kept."""
+        moved = []
+        for attempt in count(1):
+            try:
+                _rename(temporary, folder)
+                break
+            except OSError as error:
+                if error.errno not in _THERE or attempt == 100 * _LOOKS:
+                    raise
+            found = self._whole(folder)
+            if found is None:
+                time.sleep(_PAUSE)  # a network file system shows it later
+                continue
+            if _recent(found, not_before) and (replaced is None or found.meta != replaced.meta):
+                _log.info("another process was first with %s; its entry is kept", folder)
+                break
+            moved.append(temporary.with_name(f"{temporary.name}-old{len(moved)}"))
+            with suppress(FileNotFoundError):  # another process is replacing it, too
+                _rename(folder, moved[-1])
+        for old in moved:
             shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.rename(temporary, folder)
         _flush_folder(folder.parent)
+
+    def _whole(self, folder: Path) -> Entry | None:
+        """The entry; None where there is none, or a damaged one, which is set aside."""
+        try:
+            return self._read(folder)
+        except _Damaged as damage:
+            self._set_aside(folder, str(damage))
+            return None
 
     def _read(self, folder: Path) -> Entry | None:
         """The entry, checked against its manifest; None where there is none. Raises _Damaged."""
-        if not folder.is_dir():
-            return None
+        for _ in range(_LOOKS):
+            before = _identity(folder)
+            if before is None and not _between(folder):
+                before = _identity(folder)
+                if before is None:
+                    return None
+            if before is not None:
+                try:
+                    entry = self._verified(folder)
+                except _Damaged:
+                    if _identity(folder) == before:
+                        raise
+                else:
+                    if _identity(folder) == before:
+                        return entry
+            time.sleep(_PAUSE)  # another process is replacing it
+        return None
+
+    def _verified(self, folder: Path) -> Entry:
         try:
             files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             for name, facts in files.items():
@@ -278,30 +387,44 @@ class RunStore:
             if folder.name != self.key(meta["stage"], meta["config"], meta["inputs"], meta["version"]):
                 raise _Damaged(f"{META} describes another entry")
         except FileNotFoundError as error:
-            if not folder.is_dir():  # another process replaced it meanwhile
-                return None
             raise _Damaged(f"{Path(error.filename).name} is missing") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _Damaged(f"{MANIFEST} or {META} cannot be read ({error})") from error
         return Entry(folder, meta, files)
 
     def _set_aside(self, folder: Path, reason: str) -> None:
-        taken = 1
-        while (aside := folder.with_name(f"{folder.name}.damaged-{taken}")).exists():
-            taken += 1
-        os.rename(folder, aside)
+        for taken in count(1):
+            aside = folder.with_name(f"{folder.name}.damaged-{taken}")
+            if aside.exists():
+                continue
+            try:
+                _rename(folder, aside)
+                break
+            except FileNotFoundError:  # another process was first
+                return
+            except OSError as error:
+                if error.errno not in _THERE:
+                    raise
         warnings.warn(
             f"{folder.parent.name}/{folder.name} in the run store is damaged ({reason}); "
             f"it was set aside as {aside.name} and is made again.",
-            stacklevel=4,
+            stacklevel=5,
         )
 
-    def _lock(self, stage: str, key: str) -> AcquireReturnProxy:
-        """The entry's lock, taken: the operating system's, so a killed holder's is free again at once."""
+    def _lock(self, stage: str, key: str) -> AbstractContextManager:
+        """The entry's lock, taken: the operating system's, so a killed holder's is free again at once. Where
+        there are no locks, a warning and a context that does nothing."""
         locks = self.root / stage / ".locks"
         try:
             locks.mkdir(parents=True, exist_ok=True)
             lock = FileLock(locks / f"{key}.lock")
+            if reason := _locks_missing(locks / f"{key}.lock"):
+                warnings.warn(
+                    f"The run store {self.root} is on a file system without locks ({reason}). Processes that "
+                    "want the same entry at the same time all make it, and the first one's is kept.",
+                    stacklevel=4,
+                )
+                return nullcontext()
             try:
                 return lock.acquire(timeout=1)
             except Timeout:
@@ -310,16 +433,19 @@ class RunStore:
         except OSError as error:
             if error.errno in _FULL:
                 raise self._full(f"{stage} has not begun") from error
-            if error.errno in _READ_ONLY:
-                raise StoreError(
-                    f"The run store {self.root} cannot be written ({error.strerror}), and {stage}/{key} is "
-                    "not in it. Set DRS_STORE to a folder of your own."
-                ) from error
-            if isinstance(error, (FileExistsError, NotADirectoryError)):
-                raise StoreError(
-                    f"The run store {self.root} is not a folder. Set DRS_STORE to a folder of your own."
-                ) from error
-            raise
+            self._refuse(error, f"{stage}/{key} is not in it")
+
+    def _refuse(self, error: OSError, wanted: str) -> NoReturn:
+        if error.errno in _READ_ONLY:
+            raise StoreError(
+                f"The run store {self.root} cannot be written ({error.strerror}), and {wanted}. "
+                "Set DRS_STORE to a folder of your own."
+            ) from error
+        if isinstance(error, (FileExistsError, NotADirectoryError)):
+            raise StoreError(
+                f"The run store {self.root} is not a folder. Set DRS_STORE to a folder of your own."
+            ) from error
+        raise error
 
     def _full(self, needed: str) -> StoreError:
         free = shutil.disk_usage(self.root).free
@@ -328,6 +454,74 @@ class RunStore:
             "that was finished is kept. Free some room, or move the store to a larger disk and set DRS_STORE "
             "to it, and run the same command again: it goes on from here."
         )
+
+
+def writer_tag() -> str:
+    """A part of a temporary's name: machine, process and a random number, for `abandoned`."""
+    return f"{_machine()}-{os.getpid()}-{os.urandom(4).hex()}"
+
+
+def abandoned(path: Path) -> bool:
+    """Whether a temporary, whose name ends in a `writer_tag`, was surely left behind: its process was one of
+    this machine's and is gone, or nobody touched it for a week."""
+    tag = re.search(r"([0-9a-f]{8})-([0-9]+)-[0-9a-f]{8}(-old[0-9]+)?$", path.name)
+    if tag and tag[1] == _machine() and not psutil.pid_exists(int(tag[2])):
+        return True
+    try:
+        return max(p.stat().st_mtime for p in (path, *path.rglob("*"))) < time.time() - _GIVEN_UP
+    except FileNotFoundError:  # it is being finished right now
+        return False
+
+
+@lru_cache
+def _machine() -> str:
+    """This machine, or container, as far as process numbers mean something: eight hexadecimal digits."""
+    parts = [platform.node()]
+    with suppress(OSError):  # Linux only
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return _digest("\n".join(parts).encode())[:8]
+
+
+def _rename(source: Path, target: Path) -> None:
+    for look in range(_LOOKS):
+        try:
+            return os.rename(source, target)
+        except PermissionError:  # Windows moves no folder in which a file is just being read
+            if look == _LOOKS - 1:
+                raise
+            time.sleep(_PAUSE)
+
+
+def _identity(folder: Path) -> tuple | None:
+    """What is different once another folder took this one's place; None if there is none."""
+    try:
+        found = folder.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return (found.st_ino, found.st_mtime_ns) if stat.S_ISDIR(found.st_mode) else None
+
+
+def _between(folder: Path) -> bool:
+    """Whether an entry that isn't there was moved away to be replaced. The listing makes a network file
+    system look for the entry anew as well, instead of remembering that it was missing."""
+    with suppress(OSError):
+        for name in os.listdir(folder.parent):
+            if name.startswith(f".tmp-{folder.name}-") and "-old" in name:
+                return not abandoned(folder.with_name(name))
+    return False
+
+
+def _locks_missing(path: Path) -> str | None:
+    """Why no process can lock this file; None if they can. (`filelock` would try for ever, or make do with
+    files that lock for ever when their process is killed.)"""
+    if fcntl is not None:
+        with open(path, "a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                return error.strerror if error.errno in _NO_LOCKS else None
+    return None
 
 
 def _recent(entry: Entry, not_before: float | None) -> bool:

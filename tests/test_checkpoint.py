@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from conftest import TinyDataset
+from drs_lib import checkpoint as checkpoints
 from drs_lib.checkpoint import Checkpoint
 from drs_lib.paper import Configuration
 from drs_lib.pipeline import Pipeline, get_budget
 from drs_lib.recipes import ClassifyRecipe, RefineRecipe, SegmentRecipe
+from drs_lib.store import writer_tag
 from drs_lib.train import train_classifier, train_refinement, train_segmentation
 
 EPOCHS = 4
@@ -187,8 +189,53 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_the_training(tmp_path,
 
 def test_what_a_killed_save_left_behind_goes_with_the_next(tmp_path):
     checkpoint = Checkpoint(tmp_path / "state.pt")
-    (tmp_path / ".state.pt.0123").write_bytes(b"half")
-    (tmp_path / ".other.pt.0123").write_bytes(b"another training's")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    here, own, number = writer_tag().split("-")
+    kept = {f".state.pt.{here}-{own}-{number}", f".state.pt.0123abcd-1-{number}", f".other.pt.{here}-{own}-1"}
+    for name in (*kept, f".state.pt.{here}-{dead.pid}-{number}"):
+        (tmp_path / name).write_bytes(b"half")
     checkpoint.save({"step": 1})
-    assert {path.name for path in tmp_path.iterdir()} == {"state.pt", ".other.pt.0123"}
+    assert {path.name for path in tmp_path.iterdir()} == kept | {"state.pt"}, "another may be writing those"
     assert checkpoint.restore() == {"step": 1}
+
+
+def test_two_machines_save_the_same_checkpoint(tmp_path, caplog):
+    """As where there are no locks; each writes beside the other's file."""
+    one, other = Checkpoint(tmp_path / "state.pt"), Checkpoint(tmp_path / "state.pt")
+    save = torch.save
+
+    def saved_by_both(state, file):
+        torch.save = save
+        other.save({"step": 2})
+        save(state, file)
+
+    torch.save = saved_by_both
+    try:
+        one.save({"step": 1})
+    finally:
+        torch.save = save
+    assert one.restore() == {"step": 1} and "could be written" not in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_a_training_moves_to_a_machine_with_another_number_of_gpus(tmp_path, monkeypatch):
+    """On invented GPUs: the fourth of eight, then the only one."""
+    states = [torch.full((4,), index, dtype=torch.uint8) for index in range(8)]
+    model, set_states = torch.nn.Linear(2, 2), []
+    here = checkpoints.random_states()
+
+    def on(device, gpus):
+        monkeypatch.setattr(checkpoints, "_device", lambda parts: torch.device(device))
+        monkeypatch.setattr(checkpoints, "random_states", lambda: here | {"cuda": gpus})
+
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *call: set_states.append(call))
+    on("cuda:3", states)
+    checkpoint = Checkpoint(tmp_path / "state.pt")
+    checkpoint.save({"step": 1}, model=model)
+    on("cuda:0", states[7:])
+    assert checkpoint.restore(model=model) == {"step": 1}
+    [(state, device)] = set_states
+    assert torch.equal(state, states[3]) and device == torch.device("cuda:0")
+    on("cpu", None)
+    assert checkpoint.restore(model=model) is None and checkpoint.path.with_suffix(".unusable").exists()

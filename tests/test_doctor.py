@@ -51,6 +51,13 @@ def test_a_missing_package_gets_its_command(monkeypatch, capsys, known):
     assert "can't run yet: numba." in capsys.readouterr().out
 
 
+def test_the_cluster_s_packages_are_optional(monkeypatch):
+    without(monkeypatch, "dask_jobqueue", "accelerate")
+    for name, what in (("dask-jobqueue", "tables on a cluster"), ("accelerate", "several GPUs")):
+        found = finding(name)
+        assert found.status == "optional" and f'pip install "{name}' in found.remedy and what in found.remedy
+
+
 def test_every_missing_package_leaves_a_report(monkeypatch):
     names = [doctor._IMPORT_NAMES.get(name, name) for name in ("torch", "numpy", "filelock", "pillow")]
     without(monkeypatch, *names)

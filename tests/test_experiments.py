@@ -3,6 +3,7 @@
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from drs_lib.experiments import (
     save_table,
     style_table,
 )
-from drs_lib.paper import Configuration, table_rows
+from drs_lib.paper import NETWORKS, Configuration, table_rows
 from drs_lib.pipeline import Budget, LabelArchive, Pipeline, Splits, TargetMaps, get_budget
 from drs_lib.store import EntryWriter, RunStore, StoreError
 
@@ -120,6 +121,21 @@ def test_budgets():
         get_budget(None, "coco")
 
 
+def test_precision_is_a_gpu_s_where_only_a_gpu_can_run_it(monkeypatch):
+    def precisions(*names):
+        budget = get_budget(*names)
+        recipes = (budget.classify, budget.refine, *map(budget.segment, NETWORKS))
+        return {recipe.precision for recipe in recipes}
+
+    assert precisions("laptop", "critters") == precisions("ci", "voc") == {"float32"}
+    assert precisions("paper", "voc") == precisions("release", "voc") == {"bfloat16"}
+    monkeypatch.setenv("DRS_PRECISION", "float32")
+    assert precisions("paper", "voc") == {"float32"}
+    monkeypatch.setenv("DRS_PRECISION", "half")
+    with pytest.raises(ValueError, match="precision is 'half': expected one of float32, bfloat16"):
+        get_budget("paper", "voc")
+
+
 def test_the_release_s_choices_and_no_others():
     paper, release = (get_budget(name, "voc") for name in ("paper", "release"))
 
@@ -139,12 +155,17 @@ def test_the_release_s_choices_and_no_others():
     assert differences(fields(paper.refine), fields(release.refine)) == {
         "epochs": (15, 30),
         "milestones": ([5, 10], [10, 20]),
+        "batch": (5, 10),
         "resize": (None, 320),
         "crop": (321, None),
         "loss_size": ("map", "image"),
     }
-    for network in ("largefov", "largefov_resnet", "aspp"):
+    for network in ("largefov", "largefov_resnet"):
         assert paper.segment(network) == release.segment(network)
+    assert differences(fields(paper.aspp), fields(release.aspp)) == {
+        "weights": ("pretrained", "coco"),
+        "bias_decay": (True, False),
+    }
     same = ("alpha", "beta", "conflict", "scales", "resize", "refined_alpha", "renormalize")
     assert all(getattr(paper, name) == getattr(release, name) for name in same)
     assert (release.rule, release.target) == ("release", "largest")
@@ -415,6 +436,19 @@ def test_killed_and_started_again_it_gives_the_same_numbers(finished, tmp_path):
         "kept, not made again"
     )
     assert not list(tmp_path.glob("*/.tmp-*")), "what the killed ones left is cleared away"
+
+
+def test_a_run_clears_away_what_was_left_to_the_store(finished, tmp_path):
+    *_, splits, budget = finished
+    old = tmp_path / "checkpoints" / "segment-0123456789abcdef01234567.pt"
+    old.parent.mkdir()
+    for days, there in ((1, True), (31, False)):
+        old.touch()
+        os.utime(old, (time.time() - days * 24 * 3600,) * 2)
+        for folder in (tmp_path / "evaluate").glob("*"):
+            shutil.rmtree(folder)
+        run_table(3, splits, budget, store=tmp_path, jobs=1, progress=False)
+        assert old.exists() == there
 
 
 def test_a_failing_row_costs_no_other_row(finished, tmp_path, monkeypatch, capsys):

@@ -26,7 +26,7 @@ else:
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-CONDA_NAMES = {"pytorch": "torch", "playwright-python": "playwright"}
+CONDA_NAMES = {"pytorch": "torch", "playwright-python": "playwright", "dask-core": "dask"}
 IMPORT_NAMES = {"PIL": "pillow", "pydensecrf": "pydensecrf2", "yaml": "pyyaml"}
 # Under `make test`, make's own variables would reach the makes that are started here.
 WITHOUT_MAKE = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
@@ -53,14 +53,14 @@ def test_environment_yml_lists_the_packages_of_pyproject():
     own = {name: conda.pop(name) for name in ("python", "pip", "cxx-compiler")}
     assert "-e ." in pip
     crf = {r.name: r.specifier for r in map(Requirement, (line for line in pip if line != "-e ."))}
-    assert conda == requirements(None, "test")
+    assert conda == requirements(None, "test", "cluster")
     assert crf == requirements("crf")
     lowest = min(s.version for s in own["python"] if s.operator == ">=")
     assert PROJECT["requires-python"] == f">={lowest}"
 
 
 def test_every_import_of_the_library_is_declared():
-    declared = {name.lower() for name in requirements(None, "crf")}
+    declared = {name.lower() for name in requirements(None, "crf", "cluster")}
     found = {}
     for path in sorted((ROOT / "drs_lib").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -4,11 +4,13 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import random
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -17,7 +19,8 @@ import numpy as np
 import pytest
 import torch
 
-from drs_lib.store import MANIFEST, META, EntryWriter, RunStore, StoreError
+from drs_lib import store as store_module
+from drs_lib.store import MANIFEST, META, EntryWriter, RunStore, StoreError, writer_tag
 
 CONFIG, INPUTS = {"epochs": 3, "lr": 1e-3, "layers": [1, 2]}, {"data": "abc"}
 
@@ -76,7 +79,12 @@ def test_made_once_then_read(store):
     assert {k: tuple(v.shape) for k, v in again.weights().items()} == {"weight": (3, 2), "bias": (3,)}
     meta = json.loads((again.path / META).read_text())
     assert meta["config"] == CONFIG and meta["inputs"] == INPUTS and meta["notes"] == {"device": "cpu"}
-    assert meta["seconds"] >= 0 and meta["versions"]["torch"] and meta["date"].endswith("+00:00")
+    assert (
+        meta["host"] == platform.node()
+        and meta["seconds"] >= 0
+        and meta["versions"]["torch"]
+        and meta["date"].endswith("+00:00")
+    )
     for name, facts in json.loads((again.path / MANIFEST).read_text()).items():
         data = (again.path / name).read_bytes()
         assert facts == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -281,7 +289,13 @@ PROGRAM = textwrap.dedent(
     """
     import os, sys, time
     from drs_lib.store import RunStore
-    root, log, pause = sys.argv[1], sys.argv[2], float(sys.argv[3])
+    root, log, pause, locks = sys.argv[1], sys.argv[2], float(sys.argv[3]), sys.argv[4] == "True"
+    if not locks:
+        import errno, fcntl, warnings
+        def flock(file, operation):
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        fcntl.flock = flock
+        warnings.simplefilter("ignore")
     def make(writer):
         handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.write(handle, b"begin\\n")
@@ -295,9 +309,10 @@ PROGRAM = textwrap.dedent(
 )
 
 
-def start(store, log, pause):
+def start(store, log, pause, locks=True):
+    arguments = [str(store.root), str(log), str(pause), str(locks)]
     return subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", PROGRAM, str(store.root), str(log), str(pause)],
+        [sys.executable, "-W", "error", "-c", PROGRAM, *arguments],
         stdout=subprocess.PIPE,
         text=True,
         cwd=Path(__file__).parents[1],
@@ -309,6 +324,213 @@ def test_several_processes_make_an_entry_once(store, tmp_path):
     processes = [start(store, log, 0.5) for _ in range(4)]
     assert [p.communicate(timeout=60)[0] for p in processes] == ["200000\n"] * 4
     assert log.read_text() == "begin\nend\n"
+
+
+needs_flock = pytest.mark.skipif(store_module.fcntl is None, reason="Windows locks in another way")
+
+
+@needs_flock
+def test_without_locks_several_processes_make_an_entry_and_the_first_one_s_is_kept(store, tmp_path):
+    log = tmp_path / "log"
+    processes = [start(store, log, 0.5, locks=False) for _ in range(4)]
+    assert [p.communicate(timeout=60)[0] for p in processes] == ["200000\n"] * 4
+    assert 1 <= log.read_text().count("begin") == log.read_text().count("end") <= 4
+    assert entries(store) == [store.key("classify", {"n": 1}, {})], "one entry, whole, and nothing beside it"
+
+
+@pytest.fixture
+def no_locks(monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(store_module.fcntl, "flock", flock)
+
+
+@needs_flock
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_told(store, monkeypatch, code):
+    def flock(file, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(store_module.fcntl, "flock", flock)
+    with pytest.warns(UserWarning, match=rf"without locks \({os.strerror(code)}\).*first one's is kept"):
+        store.get_or_make("classify", CONFIG, INPUTS, fill)
+    assert store.get("classify", CONFIG, INPUTS) is not None
+
+
+@needs_flock
+@pytest.mark.filterwarnings("ignore:The run store .* is on a file system without locks")
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_the_entry_of_another_process_that_was_first(store, no_locks, overwrite, damaged):
+    if overwrite:
+        store.get_or_make("classify", CONFIG, INPUTS, lambda writer: writer.json("who", "before"))
+
+    def make(writer):
+        writer.json("who", "second")
+        first = RunStore(store.root).get_or_make(
+            "classify", CONFIG, INPUTS, lambda writer: writer.json("who", "first"), overwrite=overwrite
+        )
+        if damaged:
+            truncate(first.file("who"))
+
+    def make_both():
+        return store.get_or_make("classify", CONFIG, INPUTS, make, overwrite=overwrite)
+
+    if damaged:
+        with pytest.warns(UserWarning, match="damaged"):
+            entry = make_both()
+    else:
+        entry = make_both()
+    assert entry.json("who") == ("second" if damaged else "first")
+    assert entries(store) == [entry.key] + [f"{entry.key}.damaged-1"] * damaged
+
+
+def test_an_entry_is_replaced_under_its_readers(store):
+    store.get_or_make("classify", CONFIG, INPUTS, fill)
+    over, looks = threading.Event(), []
+
+    def read():
+        while not over.is_set():
+            looks.append(store.get("classify", CONFIG, INPUTS))
+
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    made = [store.get_or_make("classify", CONFIG, INPUTS, fill, overwrite=True) for _ in range(30)]
+    over.set()
+    for reader in readers:
+        reader.join()
+    assert len(looks) > 30 and None not in looks, "there at any moment, and never taken for damaged"
+    assert len({entry.meta["made_at"] for entry in made}) == 30
+
+
+def test_an_entry_that_is_moved_away_to_be_replaced_is_waited_for(store):
+    entry = store.get_or_make("classify", CONFIG, INPUTS, fill)
+    away = entry.path.with_name(f".tmp-{entry.key}-{writer_tag()}-old0")
+    os.rename(entry.path, away)
+    back = threading.Timer(0.3, os.rename, (away, entry.path))
+    back.start()
+    assert store.get("classify", CONFIG, INPUTS).meta == entry.meta
+    back.join()
+    away = entry.path.with_name(f".tmp-{entry.key}-{tag(dead_process())}-old0")
+    os.rename(entry.path, away)
+    began = time.monotonic()
+    assert store.get("classify", CONFIG, INPUTS) is None and time.monotonic() - began < 0.5
+    store.get_or_make("classify", CONFIG, INPUTS, fill)
+    assert not away.exists()
+
+
+def test_a_folder_that_is_being_read_moves_a_little_later(store, monkeypatch):
+    """So it is on Windows."""
+    rename, refused = os.rename, []
+
+    def busy(source, target):
+        if len(refused) < 3:
+            refused.append(source)
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", busy)
+    assert store.get_or_make("classify", CONFIG, INPUTS, fill).json("metrics.json") == {"miou": 0.5}
+    assert len(refused) == 3
+
+
+def dead_process():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def tag(pid, machine=None):
+    here, _, number = writer_tag().split("-")
+    return f"{machine or here}-{pid}-{number}"
+
+
+def leftovers(folder, prefix):
+    """Temporaries of several writers: {name: whether it is surely dead}."""
+    found = {}
+    for writer, days_old, dead in (
+        (tag(os.getppid()), 0, False),
+        (tag(dead_process()), 0, True),
+        (tag(1, "0123abcd"), 0, False),
+        (tag(1, "0123abcd"), 3, False),
+        (tag(1, "0123abcd"), 8, True),
+        ("of-an-older-version", 8, True),
+        ("of-an-older-version", 0, False),
+    ):
+        path = folder / f"{prefix}{days_old}-{writer}"
+        path.mkdir(parents=True)
+        (path / "half").touch()
+        for each in (path / "half", path):
+            os.utime(each, (time.time() - days_old * 24 * 3600,) * 2)
+        found[path.name] = dead
+    assert len(found) == 7
+    return found
+
+
+def test_only_what_a_dead_process_left_is_cleared_away(store):
+    key = store.key("classify", CONFIG, INPUTS)
+    found = leftovers(store.root / "classify", f".tmp-{key}-")
+    other = leftovers(store.root / "classify", ".tmp-another-")
+    entry = store.get_or_make("classify", CONFIG, INPUTS, fill)
+    left = {name for name, dead in found.items() if not dead}
+    assert set(entries(store)) == left | set(other) | {entry.key}
+    store.tidy()
+    assert set(entries(store)) == left | {n for n, dead in other.items() if not dead} | {entry.key}
+
+
+def test_checkpoints_that_nobody_goes_on_from_are_cleared_away(store):
+    folder, now = store.root / "checkpoints", time.time()
+    folder.mkdir(parents=True)
+    entry = store.get_or_make("classify", CONFIG, INPUTS, fill)
+    finished = (entry.path / META).stat().st_mtime
+    ages = {
+        f"classify-{entry.key}.pt": (finished - 1, False),
+        f"classify-{entry.key}.unusable": (finished - 1, False),
+        "classify-0123.pt": (now - 29 * 24 * 3600, True),
+        "segment-4567.pt": (now - 31 * 24 * 3600, False),
+        f"segment-{entry.key}.pt": (now - 60, True),
+        f".segment-4567.pt.{tag(os.getpid())}": (now, True),
+        f".segment-4567.pt.{tag(dead_process())}": (now, False),
+    }
+    for name, (touched, _) in ages.items():
+        (folder / name).touch()
+        os.utime(folder / name, (touched, touched))
+    store.tidy()
+    assert {path.name for path in folder.iterdir()} == {name for name, (_, kept) in ages.items() if kept}
+    # The training is being made again, and was checkpointed.
+    (folder / f"classify-{entry.key}.pt").touch()
+    os.utime(folder / f"classify-{entry.key}.pt", (finished + 5, finished + 5))
+    store.tidy()
+    assert (folder / f"classify-{entry.key}.pt").exists()
+
+
+def test_a_store_has_a_mark_of_its_own(store, tmp_path):
+    mark = store.mark()
+    assert (store.root / mark).is_file() and RunStore(store.root).mark() == mark
+    assert RunStore(tmp_path / "other").mark() != mark
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="not a folder"):
+        RunStore(tmp_path / "file").mark()
+
+
+def test_tidying_where_nothing_is_or_nothing_may_be_deleted(store, monkeypatch):
+    store.tidy()
+    assert not store.root.exists()
+    (store.root / "checkpoints").mkdir(parents=True)
+    old = store.root / "checkpoints" / "classify-0123.pt"
+    old.touch()
+    os.utime(old, (0, 0))
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    store.tidy()
+    monkeypatch.undo()
+    store.tidy()
+    assert not old.exists()
 
 
 def test_killed_at_random_moments_the_store_stays_sound(store, tmp_path):
