@@ -18,7 +18,7 @@ from drs_lib.experiments import (
 from drs_lib.files import write_text
 from drs_lib.paper import table_rows
 from drs_lib.pipeline import BUDGETS, Pipeline, get_budget
-from drs_lib.recipes import PRECISIONS
+from drs_lib.recipes import COMPILE, PRECISIONS
 from drs_lib.store import RunStore
 
 
@@ -37,6 +37,9 @@ def _parser():
         command.add_argument("--budget", choices=BUDGETS, help="default: laptop for critters, paper for voc")
         command.add_argument(
             "--precision", choices=PRECISIONS, help="default: bfloat16 for paper and release, else float32"
+        )
+        command.add_argument(
+            "--compile", choices=COMPILE[1:], metavar="MODE", help="torch.compile's mode for the trainings"
         )
         command.add_argument(
             "--aspp-weights",
@@ -75,8 +78,9 @@ def _seed(text):
 
 def _budget(options):
     budget = get_budget(options.budget, options.data)
-    if options.precision:
-        budget = budget.for_all(precision=options.precision)
+    for name in ("precision", "compile"):
+        if getattr(options, name):
+            budget = budget.for_all(**{name: getattr(options, name)})
     if options.aspp_weights:
         budget = budget.replace(aspp=budget.aspp.replace(weights=options.aspp_weights))
     return budget

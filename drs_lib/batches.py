@@ -73,13 +73,20 @@ def make_batches(dataset, recipe, extra, seed, device, cache_dir=None):
         crop=recipe.crop, resize=recipe.resize, scale=recipe.scale, flip=recipe.flip, jitter=recipe.jitter
     )
     order = Order(len(dataset), per_epoch, recipe.batch, recipe.accumulate, seed)
-    place = recipe.images if recipe.images != "auto" else ("device" if device.type == "cuda" else "files")
+    place = place_of_images(recipe, device)
     if place == "files":
         batches = _from_files(dataset, recipe, transform, extra, order, seed, device)
         return batches, (batches.generator, order.generator)
     batches = _FromMemory(dataset, recipe, transform, extra, order, device, place, cache_dir)
     # The first way's loader has a stream of its own; a checkpoint of one way serves the other.
     return batches, (torch.Generator().manual_seed(seed), order.generator)
+
+
+def place_of_images(recipe, device):
+    """Where a recipe's images are read from on a device: "files", "memory" or "device"."""
+    if recipe.images != "auto":
+        return recipe.images
+    return "device" if device.type == "cuda" else "files"
 
 
 def _drawn(seed, indices, transform):

@@ -397,12 +397,19 @@ class Pipeline:
         return self._iterate(iterate_maps, configuration, dataset, indices)
 
     def _iterate(self, iterate, configuration, dataset=None, indices=None):
+        from drs_lib.batches import place_of_images
+        from drs_lib.data.decoded import decoded
+
         model = (self.refinement_network if configuration.refine else self.classifier)(configuration)
         recipe = self.budget.refine if configuration.refine else self.budget.classify
+        if dataset is None:
+            dataset = self._weak_train
+            if place_of_images(recipe, self._device) != "files":
+                dataset = decoded(dataset, self._image_cache)
         with self._threads(recipe):
             yield from iterate(
                 model,
-                self._weak_train if dataset is None else dataset,
+                dataset,
                 kind="refined" if configuration.refine else "classifier",
                 workers=recipe.workers,
                 precision=recipe.precision,
@@ -763,13 +770,17 @@ class Pipeline:
             "progress": self._progress,
             "on_epoch": on_epoch,
             "checkpoint": self._checkpoint(stage),
-            "image_cache": self.store.root / "decoded",
+            "image_cache": self._image_cache,
         }
 
     def _checkpoint(self, stage):
         from drs_lib.checkpoint import Checkpoint
 
         return Checkpoint(self.store.root / "checkpoints" / f"{stage.name}-{stage.key}.pt")
+
+    @property
+    def _image_cache(self):
+        return self.store.root / "decoded"
 
     @cached_property
     def _device(self):

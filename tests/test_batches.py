@@ -134,3 +134,29 @@ def test_a_checkpoint_of_one_way_serves_the_other(tmp_path):
         torch.equal(a, b)
         for a, b in zip(resumed.state_dict().values(), whole.state_dict().values(), strict=True)
     )
+
+
+def test_a_pipeline_on_voc_from_memory_makes_what_it_makes_from_files(tmp_path):
+    """Decoded once, into the store's folder, where trainings and maps find it."""
+    from drs_lib.data import VOC2012, Critters, export_voc
+    from drs_lib.paper import Configuration
+    from drs_lib.pipeline import Pipeline, Splits, get_budget
+
+    splits = {"train": Critters("train", size=64, length=12), "val": Critters("val", size=64, length=4)}
+    tree = export_voc(splits, tmp_path, progress=False)
+    data = Splits("voc", *(VOC2012(tree, name) for name in ("train", "val")))
+    found = {}
+    for images in ("files", "memory"):
+        budget = get_budget("ci").for_all(images=images)
+        line = Pipeline(data, budget, store=tmp_path / images, device="cpu")
+        stages = line.stages(Configuration(refine=True), ("miou", "labels"))
+        line.scores(Configuration(refine=True), ("miou", "labels"))
+        found[images] = {
+            (stage.name, stage.key, name): facts["sha256"]
+            for stage in stages
+            for name, facts in line.get(stage).files.items()
+            if name not in ("meta.json", "history.json")
+        }
+    assert found["files"] == found["memory"] and len(found["files"]) >= 8
+    assert len(list((tmp_path / "memory" / "decoded").glob("*.images"))) == 1
+    assert not (tmp_path / "files" / "decoded").exists()

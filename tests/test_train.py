@@ -1,5 +1,6 @@
 import copy
 import types
+from functools import partial
 
 import numpy as np
 import pytest
@@ -588,6 +589,24 @@ def test_the_papers_augmentation_runs(squares):
 def test_bfloat16_trains(squares):
     _, history = classify(squares, CLASSIFY.replace(precision="bfloat16", epochs=1))
     assert np.isfinite(history[0]["loss"])
+
+
+@pytest.mark.parametrize("stage", ["classify", "segment"])
+def test_a_compiled_step_is_the_step(squares, stage, monkeypatch):
+    """Traced and differentiated as for a GPU; generating code for the processor would take a minute."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, mode: compile(function, backend="aot_eager"))
+    if stage == "classify":
+        run = partial(train.train_classifier, CLASSIFY, squares)
+    else:
+        recipe = SegmentRecipe.laptop("aspp", "mini").replace(weights=None, batch=8, epochs=1)
+        run = partial(train.train_segmentation, recipe, squares, squares.masks)
+    plain, history = run(progress=False)
+    compiled = partial(run.func, run.args[0].replace(compile="default"), *run.args[1:])
+    found, same_history = compiled(progress=False)
+    assert [h["loss"] for h in same_history] == pytest.approx([h["loss"] for h in history], rel=1e-5)
+    for a, b in zip(found.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4)
 
 
 def test_an_interrupt_passes_and_the_surroundings_are_restored(squares):
