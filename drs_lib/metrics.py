@@ -54,7 +54,8 @@ class SegmentationScore:
 
         self.num_classes = num_classes
         self.ignored_prediction = ignored_prediction
-        self._confusion = MulticlassConfusionMatrix(num_classes, ignore_index=IGNORED, validate_args=False)
+        # With a column for pixels without a prediction.
+        self._counts = MulticlassConfusionMatrix(num_classes + 1, ignore_index=IGNORED, validate_args=False)
 
     def update(self, pred, mask):
         """Add predictions and masks, integer tensors or arrays of equal shape: (H, W) or (N, H, W)."""
@@ -66,22 +67,30 @@ class SegmentationScore:
                 "image's size."
             )
         for name, values in (("prediction", pred), ("mask", mask)):
-            outside = values[(values != IGNORED) & ((values < 0) | (values >= self.num_classes))]
-            if outside.numel():
+            outside = (values < 0) | (values >= self.num_classes) & (values != IGNORED)
+            if outside.any():
                 raise ValueError(
-                    f"the {name} holds label {outside[0].item()}; expected 0..{self.num_classes - 1} "
+                    f"the {name} holds label {values[outside][0].item()}; expected 0..{self.num_classes - 1} "
                     "(background included in num_classes) or 255 for ignored."
                 )
-        ignored = pred == IGNORED
-        if self.ignored_prediction == "exclude":
-            mask = mask.masked_fill(ignored, IGNORED)
-        self._confusion.to(mask.device).update(pred.masked_fill(ignored, 0), mask)
+        self._counts.to(mask.device).update(pred.clamp(max=self.num_classes), mask)
         return self
 
     @property
+    def claimed(self):
+        """(K, K) integer array, rows truth, columns prediction, of the pixels whose prediction is not 255."""
+        return self._all_counts()[:, :-1]
+
+    @property
     def confusion(self):
-        """(K, K) integer array, rows truth, columns prediction."""
-        return self._confusion.confmat.cpu().numpy().astype(np.int64)
+        """(K, K) integer array, rows truth, columns prediction, that is scored."""
+        counts = self._all_counts()
+        if self.ignored_prediction == "background":
+            counts[:, 0] += counts[:, -1]
+        return counts[:, :-1]
+
+    def _all_counts(self):
+        return self._counts.confmat.cpu().numpy().astype(np.int64)[: self.num_classes]
 
     def compute(self):
         """``miou``, the mean over labels that occur in truth or prediction, and ``iou`` per label (K,)."""

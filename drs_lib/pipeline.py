@@ -664,13 +664,10 @@ class Pipeline:
 
             archive = self.labels(configuration)
             score = SegmentationScore(train.num_classes + 1, ignored_prediction="background")
-            claimed = SegmentationScore(train.num_classes + 1, ignored_prediction="exclude")
             for index, prediction in enumerate(archive):
-                mask = train.mask(index)
-                score.update(prediction, mask)
-                claimed.update(prediction, mask)
+                score.update(prediction, train.mask(index))
             # Over the pixels that were given a label; there may be none.
-            miou_claimed = mean_iou(claimed.confusion) if claimed.confusion.any() else None
+            miou_claimed = mean_iou(score.claimed) if score.claimed.any() else None
             scores = _segmentation_scores(score.compute(), train)
             writer.json("scores.json", scores | {"miou_claimed": miou_claimed})
 
