@@ -41,7 +41,7 @@ RATES = {"bfloat16": 1, "float32": 0.5}
 # reading files, moving arrays, scoring. The parts were timed on one core of a server (AMD EPYC): JPEG 1.4,
 # resizing 0.6, mask 0.4, saliency 1.4, a confusion matrix 9.0, the largest of 21 probabilities 13.6, handing
 # them to another process 11. Waiting for the GPU was not timed; 2 ms are taken for maps.
-HOST_MS = {"accuracy": 2, "target": 2, "labels": 4, "label_score": 20, "evaluate": 11, "evaluate_crf": 36}
+HOST_MS = {"accuracy": 2, "target": 2, "labels": 4, "label_score": 5, "evaluate": 11, "evaluate_crf": 36}
 VOC_SIZE = (375, 500)
 # Images in a pass through the network: `iterate_maps`, `evaluate_classifier`. VOC's sizes differ from image
 # to image, so in the evaluation few neighbours go together, and none is assumed to.
