@@ -357,7 +357,7 @@ def _on_cluster(client, jobs, common):
     Not by `joblib.Parallel`, for which the first row that the cluster can't run is the end of all. No more
     rows are handed out than there are workers: Dask holds a worker's death against all that waits at it.
     """
-    from distributed import CancelledError, KilledWorker, TimeoutError, wait
+    from distributed import CancelledError, KilledWorker
 
     mark, run = common["store"].mark(), uuid.uuid4().hex
     waiting, running = deque(jobs), {}
@@ -370,11 +370,8 @@ def _on_cluster(client, jobs, common):
             while waiting and len(running) < max(1, len(workers)):
                 job, key = waiting.popleft(), f"drs-row-{run}-{len(waiting)}"
                 running[client.submit(_run_on_worker, job, common, mark, beside, key=key)] = job
-            try:
-                finished = wait(list(running), timeout=1, return_when="FIRST_COMPLETED").done
-            except TimeoutError:
-                continue  # there may be more workers by now
-            for future in finished:
+            time.sleep(0.2)
+            for future in [future for future in running if future.done()]:
                 job = running.pop(future)
                 try:
                     yield job, future.result()

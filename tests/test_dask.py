@@ -5,6 +5,7 @@ import shutil
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import joblib
 import pandas as pd
@@ -118,6 +119,23 @@ def test_a_worker_is_killed_in_mid_table(client, notes, alone, tmp_path):
     assert stage == "evaluate" and int(pid) in client.run(os.getpid).values()
 
 
+def test_a_run_of_this_machine_beside_that_of_the_cluster(client, notes, alone, tmp_path, monkeypatch):
+    here, make, before = [], RunStore._make, len(noted(notes))
+
+    def noting(store, folder, meta, *rest):
+        here.append((meta["stage"], meta["key"]))
+        return make(store, folder, meta, *rest)
+
+    monkeypatch.setattr(RunStore, "_make", noting)
+    with ThreadPoolExecutor(1) as pool:
+        theirs = pool.submit(on_cluster, tmp_path)
+        ours = run_table(3, budget=tiny_budget(), store=tmp_path, jobs=1, progress=False)
+    pd.testing.assert_frame_equal(ours, alone[1])
+    pd.testing.assert_frame_equal(theirs.result(), alone[1])
+    there = [(stage, key) for stage, key, _ in noted(notes)[before:]]
+    assert sorted(here + there) == stored(alone[0]), "no stage was made by both"
+
+
 def test_a_failing_row_costs_no_other_row(client, alone, tmp_path):
     budget = tiny_budget()
     with pytest.raises(RowsFailed, match="2 of 4 rows failed.*\n.*refined.*TrainingDiverged") as caught:
@@ -136,7 +154,6 @@ def test_a_row_that_kills_its_workers_fails_alone(client, notes, alone, tmp_path
         on_cluster(tmp_path)
     notes.deadly.unlink()
     pd.testing.assert_frame_equal(caught.value.tables[3][::2], alone[1][::2])
-    pd.testing.assert_frame_equal(on_cluster(tmp_path), alone[1])
 
 
 def test_a_worker_that_sees_another_store_is_named(client, tmp_path, monkeypatch):
