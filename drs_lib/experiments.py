@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import platform
 import statistics
+import tempfile
 import threading
 import time
 import traceback
@@ -144,7 +145,7 @@ def run_tables(
             results[job] = found
     results = distributed.agree(results)  # or processes that train together would miss different rows
     missing = _in_order([job for job in work if job not in results], pipelines)
-    if missing:
+    if missing and distributed.rank() == 0:
         store.tidy()
     failures = _run(missing, pipelines, common, jobs, progress, results)
     scores = {(job.configuration, job.seed): found for job, found in results.items()}
@@ -330,17 +331,30 @@ def _parallel(jobs, common, concurrent, devices):
     import joblib
     from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-    calls = (
-        joblib.delayed(_run_job)(job, common, devices[index % len(devices)]) for index, job in enumerate(jobs)
-    )
     try:
-        # One by one and not in batches: rows differ in length, and their order was chosen.
-        return joblib.Parallel(n_jobs=concurrent, batch_size=1, pre_dispatch="n_jobs")(calls)
+        with tempfile.TemporaryDirectory(prefix="drs-rows-") as folder:
+            slots = [(Path(folder, f"{k}.lock"), devices[k % len(devices)]) for k in range(concurrent)]
+            calls = (joblib.delayed(_run_in_slot)(job, common, slots) for job in jobs)
+            # One by one and not in batches: rows differ in length, and their order was chosen.
+            return joblib.Parallel(n_jobs=concurrent, batch_size=1, pre_dispatch="n_jobs")(calls)
     except TerminatedWorkerError as error:
         raise RuntimeError(
             f"a worker process was killed, most likely because {concurrent} rows at once need more memory "
             "than there is. Finished stages are kept: run the same command again with fewer jobs (--jobs 1)."
         ) from error
+
+
+def _run_in_slot(job, common, slots):
+    """`_run_job` on a device with room: each slot, (lock file, device), is one row's at a time."""
+    from filelock import FileLock, Timeout
+
+    for path, device in slots:
+        try:
+            with FileLock(path, timeout=0):
+                return _run_job(job, common, device)
+        except Timeout:
+            continue  # another row's
+    raise AssertionError(f"more than {len(slots)} rows at a time")
 
 
 def _dask_client():

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import joblib
@@ -390,6 +392,31 @@ def test_threads_are_refused(finished, tmp_path):
         pytest.raises(ValueError, match="random generator"),
     ):
         run_table(3, splits, budget, store=tmp_path, progress=False)
+
+
+def test_a_row_takes_a_device_that_no_other_row_has(tmp_path, monkeypatch):
+    """Rows end at different times: what counts is who is free, not whose turn it is."""
+    slots = [(tmp_path / f"{k}.lock", f"cuda:{k % 2}") for k in range(3)]
+    busy, most = Counter(), Counter()
+
+    def run(seconds, common, device):
+        busy[device] += 1
+        most[device] = max(most[device], busy[device])
+        time.sleep(seconds)
+        busy[device] -= 1
+        return device
+
+    monkeypatch.setattr(experiments, "_run_job", run)
+    with ThreadPoolExecutor(3) as pool:
+        rows = [0.6, 0.05, 0.05, 0.05, 0.05, 0.05]
+        found = list(pool.map(lambda row: experiments._run_in_slot(row, {}, slots), rows))
+    assert set(found) == {"cuda:0", "cuda:1"} and most["cuda:0"] <= 2 and most["cuda:1"] == 1
+    assert found.count("cuda:1") >= 2  # the long row leaves its device's other rows to go elsewhere
+    monkeypatch.setattr(experiments, "_run_job", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        experiments._run_in_slot(0, {}, slots)
+    monkeypatch.setattr(experiments, "_run_job", run)
+    assert experiments._run_in_slot(0, {}, slots) == "cuda:0"  # and none stays taken
 
 
 def test_how_many_processes(monkeypatch):
