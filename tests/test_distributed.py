@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -99,11 +100,17 @@ def start(*arguments):
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([tests, os.path.dirname(tests), os.environ.get("PYTHONPATH", "")]),
     }
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=200
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    command = [sys.executable, *map(str, arguments)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+    try:
+        out, errors = process.communicate(timeout=200)
+    except subprocess.TimeoutExpired:
+        # Processes that wait for each other don't end with their launcher.
+        os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
+        raise
+    assert process.returncode == 0, out + errors
+    return out
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,18 @@
-"""README's numbers are the committed reference results, and its lists are those of the folders."""
+"""README's numbers are the committed reference results, its lists those of the folders; the page on VOC names
+commands and figures that are there."""
 
+import ast
+import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from drs_lib import doctor
+from drs_lib.__main__ import main
+from drs_lib.data import download
 from drs_lib.experiments import reference_table
 from drs_lib.paper import NETWORKS
 
@@ -60,3 +68,64 @@ def test_every_make_target_it_names_exists():
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.M))
     named = set(re.findall(r"(?:`|^    )make ([a-z-]+)", README, re.M))
     assert named and named <= targets
+
+
+VOC = (ROOT / "docs" / "voc.md").read_text(encoding="utf-8")
+COMMANDS = {
+    "drs_lib": main,
+    "drs_lib.data.download": download.main,
+    "drs_lib.doctor": doctor.main,
+}
+
+
+def lines_of_code(text):
+    """Commands: indented lines, and what is in backticks."""
+    return re.findall(r"^    (\S.*)$", text, re.M) + re.findall(r"`([^`\n]+)`", text)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_that_the_page_on_voc_names_exists(command, capsys):
+    with pytest.raises(SystemExit):
+        COMMANDS[command](["course", "--help"] if command == "drs_lib" else ["--help"])
+    known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    used = set()
+    for line in lines_of_code(VOC):
+        if f"-m {command} " in line + " ":
+            used |= set(re.findall(r"--[a-z-]+", line.split(f"-m {command}")[1]))
+    assert used and used <= known
+
+
+def test_the_page_on_voc_names_what_exists():
+    for link in re.findall(r"\]\(([^)#\s]+)\)", VOC):
+        assert link.startswith("http") or (ROOT / "docs" / link).exists(), link
+    for path in re.findall(r"`((?:tests|benchmarks|drs_lib)/[\w/]+\.\w+)`", VOC):
+        assert (ROOT / path).is_file(), path
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for line in re.findall(r"^    make (.*)$", VOC, re.M):
+        target, *settings = line.split()
+        assert re.search(rf"^{target}:", makefile, re.M), target
+        for setting in settings:
+            assert re.search(rf"^{setting.split('=')[0]} *\?=", makefile, re.M), setting
+
+
+def test_the_python_of_the_page_on_voc_imports_and_calls_what_exists():
+    blocks = re.findall(r"```python\n(.*?)```", VOC, re.S)
+    assert len(blocks) >= 4
+    for block in blocks:
+        for statement in ast.parse(block).body:
+            if isinstance(statement, ast.ImportFrom) and statement.module.startswith("drs_lib"):
+                module = importlib.import_module(statement.module)
+                assert all(hasattr(module, alias.name) for alias in statement.names), block
+
+
+def test_hours_are_what_the_program_prints():
+    """The two tables of projected hours; a change of the trainings or of the tables changes them."""
+    for budget in ("paper", "release"):
+        done = subprocess.run(
+            [sys.executable, ROOT / "benchmarks" / "hours.py", "--budget", budget, "--gpus", "1", "8"]
+            + ["--markdown"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        for line in done.stdout.splitlines():
+            if line.startswith("| ") and budget == "paper" or line.startswith(("| 1 |", "| 8 |")):
+                assert line in VOC, line
