@@ -14,9 +14,6 @@ from contextlib import nullcontext
 from datetime import timedelta
 from functools import lru_cache
 
-import torch
-from torch import nn
-
 INSTALL_HINT = 'several processes need Hugging Face Accelerate: pip install "accelerate>=1.0"'
 # How long a process waits for another. The first scores and runs the CRF while the others wait.
 PATIENCE = timedelta(days=2)
@@ -78,6 +75,8 @@ def share(mean, count):
     """
     if world_size() == 1:
         return mean
+    import torch
+
     count = torch.as_tensor(count, dtype=mean.dtype, device=mean.device)
     total = _sum(count.detach().clone())
     return mean * (count * world_size() / total.clamp(min=1))
@@ -89,20 +88,11 @@ def average(values):
 
 
 def _sum(tensor):
+    import torch
+
     _accelerate()
     torch.distributed.all_reduce(tensor)
     return tensor
-
-
-class _Objective(nn.Module):
-    """The loss as a module's forward pass: it is there that gradients of several processes are averaged."""
-
-    def __init__(self, model, loss):
-        super().__init__()
-        self.model, self.loss = model, loss
-
-    def forward(self, batch):
-        return self.loss(self.model, batch)
 
 
 def objective(model, loss):
@@ -113,9 +103,21 @@ def objective(model, loss):
     """
     if world_size() == 1:
         return (lambda batch: loss(model, batch)), nullcontext
+    from torch import nn
+
+    class Objective(nn.Module):
+        """The loss as a forward pass: it is there that the gradients of several processes are averaged."""
+
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, batch):
+            return loss(self.model, batch)
+
     # Precision is the recipe's affair.
     accelerator = _accelerate().Accelerator(cpu=device().type == "cpu", mixed_precision="no")
-    wrapped = accelerator.prepare_model(_Objective(model, loss))
+    wrapped = accelerator.prepare_model(Objective())
     return wrapped, wrapped.no_sync
 
 
@@ -126,6 +128,8 @@ def synchronised_norms(model):
     that isn't frozen, the course's small networks do.
     """
     if world_size() > 1 and device().type == "cuda":
+        from torch import nn
+
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model
 
@@ -134,4 +138,6 @@ def reseed(epoch, seed):
     """Other random numbers (dropout) in every process but the first, whose images differ as well; the same
     ones after a resumed training."""
     if rank() > 0:
+        import torch
+
         torch.manual_seed((seed * 1_000_003 + epoch * 1009 + rank()) % 2**63)

@@ -345,7 +345,7 @@ class Pipeline:
         self.seed, self.device, self.crf_jobs, self.not_before = seed, device, crf_jobs, not_before
         first = distributed.rank() == 0
         self._report = report if report and first else (lambda text: None)
-        self._progress = progress and first
+        self._progress = progress if first else False
         self._making = False
         self._parent = os.getppid() if multiprocessing.parent_process() is not None else None
 

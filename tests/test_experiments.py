@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -396,27 +396,24 @@ def test_threads_are_refused(finished, tmp_path):
 
 def test_a_row_takes_a_device_that_no_other_row_has(tmp_path, monkeypatch):
     """Rows end at different times: what counts is who is free, not whose turn it is."""
-    slots = [(tmp_path / f"{k}.lock", f"cuda:{k % 2}") for k in range(3)]
-    busy, most = Counter(), Counter()
+    slots = [(tmp_path / f"{k}.lock", f"cuda:{k}") for k in range(2)]
+    others = threading.Barrier(2)
 
-    def run(seconds, common, device):
-        busy[device] += 1
-        most[device] = max(most[device], busy[device])
-        time.sleep(seconds)
-        busy[device] -= 1
+    def run(row, common, device):
+        if row in ("long", "last"):
+            others.wait(timeout=60)  # the long row outlasts all the others
         return device
 
     monkeypatch.setattr(experiments, "_run_job", run)
-    with ThreadPoolExecutor(3) as pool:
-        rows = [0.6, 0.05, 0.05, 0.05, 0.05, 0.05]
-        found = list(pool.map(lambda row: experiments._run_in_slot(row, {}, slots), rows))
-    assert set(found) == {"cuda:0", "cuda:1"} and most["cuda:0"] <= 2 and most["cuda:1"] == 1
-    assert found.count("cuda:1") >= 2  # the long row leaves its device's other rows to go elsewhere
+    with ThreadPoolExecutor(2) as pool:
+        rows = ["long", "short", "short", "short", "last"]
+        long, *rest = pool.map(lambda row: experiments._run_in_slot(row, {}, slots), rows)
+    assert {long, *rest} == {"cuda:0", "cuda:1"} and long not in rest
     monkeypatch.setattr(experiments, "_run_job", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        experiments._run_in_slot(0, {}, slots)
+        experiments._run_in_slot("failing", {}, slots)
     monkeypatch.setattr(experiments, "_run_job", run)
-    assert experiments._run_in_slot(0, {}, slots) == "cuda:0"  # and none stays taken
+    assert experiments._run_in_slot("short", {}, slots) == "cuda:0"  # and none stays taken
 
 
 def test_how_many_processes(monkeypatch):
@@ -694,7 +691,7 @@ def test_figures_are_drawn_again_when_their_stages_were_made_again(finished, tmp
     arguments = ["course", "--store", str(store.root), "--out", str(tmp_path), "--budget", "ci"]
     for expected in (1, 1):
         assert main(arguments) == 0 and len(drawn) == expected
-    assert drawn[0]["budget"] == "ci" and drawn[0]["seeds"] == [0]
+    assert drawn[0]["budget"].name == "ci" and drawn[0]["seeds"] == [0]
     assert main([*arguments, "--seeds", "0", "1"]) == 0 and len(drawn) == 2
     made_at = RunStore.made_at
     monkeypatch.setattr(RunStore, "made_at", lambda self, *entry: (made_at(self, *entry) or 0) + 1)
