@@ -7,8 +7,10 @@ SEEDS   ?=
 JOBS    ?=
 TABLES  ?=
 VOC_ROOT ?=
+NOTEBOOKS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+HANDOUT_ARGS ?=
 
 # The first Python that is new enough.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10 python; do \
@@ -28,7 +30,7 @@ COURSE_ARGS := $(RUN_ARGS) $(if $(JOBS),--jobs $(JOBS)) $(if $(TABLES),--tables 
 # tools/jupyter lets uploads over ten megabytes arrive, so that the lab can say that they are too large.
 JUPYTER = DRS_STORE="$(or $(DRS_STORE),$(CURDIR)/runs)" JUPYTER_CONFIG_PATH="$(CURDIR)/tools/jupyter"
 
-.PHONY: help course test lab lab-page figures notebooks check-course reference weights bench lint env crf clean-env
+.PHONY: help course test lab lab-page figures notebooks check-course handout reference weights bench lint env crf clean-env
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -55,6 +57,9 @@ notebooks: $(READY) ## run all notebooks and store their outputs in them
 
 check-course: $(READY) ## run all notebooks as tests at the laptop budget, against the reference results
 	DRS_BUDGET=laptop $(PY) -m pytest notebooks
+
+handout: $(READY) ## write handout/: student notebooks and their zip, solutions apart (NOTEBOOKS="01 02" for some)
+	$(PY) tools/handout.py $(if $(NOTEBOOKS),--notebooks $(NOTEBOOKS)) $(HANDOUT_ARGS)
 
 reference: $(READY) ## measure the committed reference results again, three seeds (50 minutes)
 	$(PY) -m drs_lib reference --seeds $(or $(SEEDS),0 1 2)
