@@ -29,6 +29,7 @@ def square(x):
     secret_result_of_square = x * x
     return secret_result_of_square
     ### END SOLUTION
+square(3)
 '''
 CHECK = 'verdict = drs_lib.checks.square(square)\nprint(verdict)\nassert verdict == "correct"'
 TWICE = """\
@@ -114,10 +115,10 @@ def test_a_region_becomes_a_blank_and_the_rest_stays(tool):
     student = convert(tool, made).student
     square, twice, answer = (student.cells[k].source for k in (3, 6, 7))
     message = 'Exercise 1: your code here. Hint: multiply, or use the \\"power\\".'
-    blank = f'    raise NotImplementedError("{message}")\n'
+    blank = f'    raise NotImplementedError("{message}")\nsquare(3)\n'
     assert square == SQUARE[: SQUARE.index("    ### BEGIN")] + blank
     with pytest.raises(NotImplementedError, match='^Exercise 1: your code here. Hint: .* use the "power".$'):
-        exec(square + "square(2)", {})
+        exec(square, {})
     assert twice.split("\n") == [
         "values = [1, 2]",
         "for v in values:",
@@ -189,12 +190,13 @@ def test_run_all_stops_at_the_first_blank(tool, tmp_path):
     assert error.value.ename == "NotImplementedError"
     assert error.value.evalue.startswith("Exercise 1: your code here. Hint: multiply")
     assert student.cells[1].outputs[0].text == "opened\n"
-    assert student.cells[3].execution_count and student.cells[4].outputs[-1].output_type == "error"
-    assert not student.cells[6].execution_count
+    assert student.cells[3].outputs[-1].output_type == "error"
+    assert not student.cells[4].execution_count
 
 
 REGION = "### BEGIN SOLUTION\nx = 1\n### END SOLUTION"
 HINTED = "# Hint: one\n" + REGION
+UNCALLED = SQUARE.removesuffix("square(3)\n")
 CAUGHT = """\
 try:
     # Hint: a
@@ -227,7 +229,9 @@ except (ValueError, Exception):
         ([code("%%time\n" + HINTED)], 1, 3, "would not raise"),
         ([code(HINTED, tags=["raises-exception"])], 1, 2, "'raises-exception'"),
         ([code(CAUGHT)], 1, 3, "catches NotImplementedError"),
-        ([code(SQUARE), code("print(1)")], 1, 5, "'square', which neither this cell nor a later one"),
+        ([code(UNCALLED), code("print(1)")], 1, 5, "not stop at the blank in 'square'"),
+        ([code(UNCALLED), code(CHECK, tags=["check"]), code("square(1)")], 1, 5, "before a check does"),
+        ([code(UNCALLED + "drs_lib.checks.square(square)")], 1, 5, "not stop at the blank in 'square'"),
         (["## Summary", code(HINTED)], 2, 2, "belongs to no exercise"),
         (["**1. Again.**"], 1, 1, "Exercise 1 is in this notebook twice"),
         ([code("drs_lib.checks.a(1)\nassert 1")], 1, 1, "not tagged 'check'"),
@@ -258,6 +262,11 @@ def test_files_that_are_no_good_notebooks_are_refused(tool):
         tool.convert(json.dumps(made), "02.ipynb")
     with pytest.raises(tool.HandoutError, match="02.ipynb is no notebook"):
         tool.convert("{", "02.ipynb")
+
+
+def test_a_function_may_be_called_in_a_later_cell(tool):
+    cells = [code(UNCALLED), code("list(map(square, [1]))"), code(CHECK, tags=["check"])]
+    assert convert(tool, notebook("### Exercise 1", *cells)).blanks == 1
 
 
 def test_a_blank_in_a_class_may_be_used_later(tool):

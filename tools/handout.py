@@ -27,20 +27,23 @@ cells up to the next exercise or the next heading of level 1 to 3 belong to it. 
 it is::
 
     def suppress(x, delta):
-        top = x.amax((2, 3), keepdim=True)
+        x = x.relu()
         # Hint: delta times the maximum bounds every value,
         # and torch.minimum broadcasts.
         ### BEGIN SOLUTION
-        return torch.minimum(x, delta * top)
+        return torch.minimum(x, delta * x.amax((2, 3), keepdim=True))
         ### END SOLUTION
+
+    suppress(torch.randn(1, 2, 3, 3), 0.5)
 
 becomes ``raise NotImplementedError("Exercise 2: your code here. Hint: delta times ...")`` at the
 indentation of the delimiter. A delimiter stands alone on its line. The hint is a comment directly above it,
 over as many lines as it takes, and stays; of several regions in a cell the first must have one, and the
 others repeat it or have their own. A region holds at least one statement, and the cell compiles with it and
 without it: in a compound statement, the region is the whole of a body's end, not half an expression. "Run
-All" stops at a blank on the top level; a blank in a function stops it where the function is called, so the
-cell or a later one names it, and no ``except`` around a blank or tag ``raises-exception`` lets it pass.
+All" stops at a blank on the top level. A blank in a function stops it where the function is called, so below
+the region the cell calls it (or a later cell does, before a check, which would turn the message into
+"Not yet: ..."). No ``except`` around a blank and no tag ``raises-exception`` may let it pass.
 
 *Text to write.* A markdown cell with a region, here best as ``<!-- ### BEGIN SOLUTION -->``, ``<!-- ### END
 SOLUTION -->``, which no page shows. The student reads "*Your answer here.*".
@@ -48,9 +51,9 @@ SOLUTION -->``, which no page shows. The student reads "*Your answer here.*".
 *A check.* A code cell with the tag ``check``, which calls ``drs_lib.checks``, and has an ``assert`` (or
 ``raise``): whoever grades by machine gives the points to every cell that ends without an exception::
 
-    verdict = drs_lib.checks.suppress(suppress)
+    verdict = checks.suppress(suppress)
     print(verdict)
-    assert verdict == "correct"
+    assert verdict.ok
 
 *Code to run*, or a comment to work from, and *text to read*: all other cells stay as they are.
 
@@ -201,10 +204,12 @@ def convert(text, name, clear_outputs=False):
             if regions:
                 functions = _functions(tree, label)
                 unused.update(dict.fromkeys(functions, f"{where}, line {regions[0][0] + 1}"))
-            for node in ast.walk(tree):
-                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-                    unused.pop(node.id, None)
+            used, handed_in = _used(tree, modules)
+            for function in used:
+                unused.pop(function, None)
             if _is_check(cell, tree, modules, label, bool(regions), where):
+                for function in sorted(handed_in & set(unused)):
+                    raise HandoutError(_not_called(function, unused[function]))
                 handed.checks += 1
                 graded.append((index, label, "check", where))
             if label or clear_outputs:
@@ -215,11 +220,8 @@ def convert(text, name, clear_outputs=False):
                     output.execution_count = None
         elif cell.cell_type == "markdown":
             handed.links += [(link, f"{where}, line {k}") for link, k in _links(cell.source)]
-    for name, where in unused.items():
-        raise HandoutError(
-            f"{where}: Run All would not stop at the blank in {name!r}, which neither this cell nor a later "
-            "one calls. Call it below the region, or in a check."
-        )
+    for function, where in unused.items():
+        raise HandoutError(_not_called(function, where))
     handed.outside = "\n".join(outside)
     _add_metadata(handed, graded)
     for notebook in (handed.student, handed.source):
@@ -444,6 +446,26 @@ def _compiled(source, where):
         raise HandoutError(f"{where}, line {line}: the cell does not compile: {error.msg}.") from None
 
 
+def _used(tree, modules):
+    """Names that a cell uses outside of calls of checks, and names that it hands to checks."""
+    calls = [node for node in ast.walk(tree) if _calls_check(node, modules)]
+    handed_in = {inner for call in calls for inner in ast.walk(call)}
+    names = {node for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    return {node.id for node in names - handed_in}, {node.id for node in names & handed_in}
+
+
+def _calls_check(node, modules):
+    name = _dotted(node.func) if isinstance(node, ast.Call) else ""
+    return any(name == module or name.startswith(module + ".") for module in modules)
+
+
+def _not_called(function, where):
+    return (
+        f"{where}: Run All would not stop at the blank in {function!r}. Call it below the region, at least "
+        "once before a check does: checks catch NotImplementedError."
+    )
+
+
 def _checks_modules(notebook):
     """The names under which a notebook knows drs_lib.checks, and functions of it."""
     names = {"drs_lib.checks"}
@@ -474,10 +496,7 @@ def _is_check(cell, tree, modules, label, solution, where):
                 "which students can't edit: split the cell, or remove the tag."
             )
         return False
-    called = [n for n in ast.walk(tree) if isinstance(n, ast.Call)]
-    calls = any(
-        name == m or name.startswith(m + ".") for n in called for name in [_dotted(n.func)] for m in modules
-    )
+    calls = any(_calls_check(node, modules) for node in ast.walk(tree))
     if not tagged:
         if calls and label:
             raise HandoutError(
@@ -494,7 +513,7 @@ def _is_check(cell, tree, modules, label, solution, where):
     if not any(isinstance(n, ast.Assert | ast.Raise) for n in ast.walk(tree)):
         raise HandoutError(
             f"{where}, line 1: this check can't fail: nbgrader gives the points to every cell that ends "
-            'without an exception. End it with: assert verdict == "correct"'
+            "without an exception. End it with: assert verdict.ok"
         )
     return True
 
