@@ -1,0 +1,330 @@
+"""How a check tries a function that a student wrote: on inputs of its own, against a reference.
+
+All cases are tried before anything is said. If every result (and gradient) equals what a known slip gives,
+the message names the slip.
+"""
+
+import contextlib
+import random
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from drs_lib.runtime import threads
+
+from .verdict import Wrong, as_list, as_number, found
+
+RTOL, ATOL = 1e-3, 1e-5
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    """Normal random numbers, the same on every call."""
+    return torch.randn(shape, generator=generator(seed), dtype=torch.float64).to(dtype)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a function is tried on; ``about`` describes it where values and shapes say too little."""
+
+    args: tuple
+    about: str = ""
+    gradients: bool = True
+
+
+@dataclass(frozen=True)
+class Slip:
+    """A wrong function that many write; its sentence ends "Your result equals what comes out if ..."."""
+
+    function: object
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a function must do.
+
+    names: of its arguments. right: the reference. wrt: names of the arguments whose gradient is compared.
+    read: makes of a result, given the expected one, a float64 tensor, or raises `Wrong`. slips: see `Slip`.
+    """
+
+    names: tuple
+    right: object
+    cases: tuple
+    slips: tuple = ()
+    wrt: tuple = ()
+    read: object = None
+    result: str = "the result"
+
+    @property
+    def signature(self):
+        return f"({', '.join(self.names)})"
+
+
+@contextlib.contextmanager
+def sheltered():
+    """Gradients on, random numbers that start alike, and the random states as they were afterwards."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+        torch.default_generator.manual_seed(0)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+def compare(answer, task):
+    """Raises `Wrong` unless the function `answer` does on every case of a `Task` what the reference does."""
+    # The inputs are small: more threads would only wait for each other.
+    with threads(1), sheltered():
+        _compare(answer, task)
+
+
+def _compare(answer, task):
+    if not callable(answer):
+        raise Wrong(
+            f"the answer is {found(answer)}; hand in the function itself, f{task.signature}, not called"
+        )
+    expected = [_run(task.right, task, case) for case in task.cases]
+    given = [_attempt(answer, task, case, wanted) for case, wanted in zip(task.cases, expected, strict=True)]
+    for case, outcome, wanted in zip(task.cases, given, expected, strict=True):
+        if isinstance(outcome, Wrong):
+            raise Wrong(f"{tried(task, case)}, {outcome}")
+        if not _equal(outcome, wanted):
+            raise Wrong(f"{tried(task, case)}, {_difference(outcome, wanted)}.{_slip(given, task)}")
+
+
+def tried(task, case):
+    if case.about:
+        return f"with {case.about}"
+    said = [f"{name} {_described(value)}" for name, value in zip(task.names, case.args, strict=True)]
+    return f"with {', '.join(said)}"
+
+
+def call(function, *args):
+    """The function's result; an exception becomes a `Wrong`."""
+    with sheltered():
+        try:
+            result = function(*args)
+        except NotImplementedError as error:
+            raise Wrong(
+                f"nothing was computed: the function is still to be written. {error}".rstrip()
+            ) from None
+        except (Exception, SystemExit) as error:
+            raise Wrong(f"the function raised {type(error).__name__}: {_short(error)}") from None
+    if result is None:
+        raise Wrong("the function returned nothing (None). Does it end with return?")
+    return result
+
+
+def _short(error):
+    text = " ".join(str(error).split()) or "(no message)"
+    return text if len(text) <= 200 else text[:200] + " ..."
+
+
+def _described(value):
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
+    if isinstance(value, torch.Tensor):
+        if 0 < value.numel() <= 24:
+            return f"= {_listed(value.tolist())}"
+        return f"of shape {tuple(value.shape)}, {_kind(value)}"
+    return f"= {value:g}" if isinstance(value, float) else f"= {value!r}"
+
+
+def _listed(value):
+    if isinstance(value, list):
+        return f"[{', '.join(map(_listed, value))}]"
+    if isinstance(value, bool):
+        return str(int(value))
+    return f"{value + 0.0:.4g}" if isinstance(value, float) else str(value)  # + 0.0: no -0
+
+
+def _copy(value, needs_gradient=False):
+    if isinstance(value, torch.Tensor):
+        return value.clone().requires_grad_(needs_gradient)
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if isinstance(value, dict):
+        return {key: _copy(one) for key, one in value.items()}
+    return list(value) if isinstance(value, list) else value
+
+
+def _unchanged(one, other):
+    if isinstance(one, torch.Tensor):
+        return one.shape == other.shape and torch.equal(one, other)
+    if isinstance(one, np.ndarray):
+        return np.array_equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_unchanged(one[key], other[key]) for key in one)
+    return not isinstance(one, list) or one == other
+
+
+def _attempt(function, task, case, wanted):
+    try:
+        return _run(function, task, case, wanted)
+    except Wrong as wrong:
+        return wrong
+
+
+def _run(function, task, case, wanted=None):
+    """The result and the gradients of a function, by what they are, as float64 tensors."""
+    args = [_copy(value) for value in case.args]
+    result = call(function, *args)
+    for name, before, after in zip(task.names, case.args, args, strict=True):
+        if not _unchanged(before, after):
+            raise Wrong(
+                f"{name} is another one after the call: the function writes into it. Make a new one; names "
+                "that end with _ (relu_, clamp_) and assignments to slices write into the old one"
+            )
+    read = task.read or like_expected
+    outcome = {task.result: read(result, None if wanted is None else wanted[task.result])}
+    if not (task.wrt and case.gradients):
+        return outcome
+    args = [
+        _copy(value, needs_gradient=name in task.wrt)
+        for name, value in zip(task.names, case.args, strict=True)
+    ]
+    result = call(function, *args)
+    leaves = {name: value for name, value in zip(task.names, args, strict=True) if name in task.wrt}
+    if not isinstance(result, torch.Tensor) or not result.requires_grad:
+        raise Wrong(
+            "the values may be right, but no gradient can flow back through the result. Leave out detach(), "
+            "item(), numpy() and no_grad(), and make no new tensor of numbers"
+        )
+    weights = torch.linspace(-1, 1.5, result.numel(), dtype=result.dtype).view_as(result)
+    with sheltered():
+        try:
+            gradients = torch.autograd.grad((result * weights).sum(), leaves.values(), allow_unused=True)
+        except RuntimeError as error:
+            raise Wrong(f"backpropagation through the result failed: {_short(error)}") from None
+    for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+        gradient = torch.zeros_like(leaf) if gradient is None else gradient
+        outcome[f"the gradient that {name} receives"] = gradient.double()
+    return outcome
+
+
+def like_expected(result, wanted):
+    """Reads a floating-point tensor of the shape and type of the expected one."""
+    if not isinstance(result, torch.Tensor):
+        raise Wrong(f"the result is {found(result)}; expected a tensor")
+    if not result.is_floating_point():
+        raise Wrong(f"the result is {_kind(result)}; expected floating point")
+    exact = Typed(result.detach().double(), result.dtype)
+    if wanted is not None:
+        if result.shape != wanted.value.shape:
+            raise Wrong(f"the result has shape {tuple(result.shape)}; expected {tuple(wanted.value.shape)}")
+        if result.dtype != wanted.dtype:
+            raise Wrong(
+                f"the result is {_kind(result)}; expected {_kind(wanted)}, the type of "
+                "the input. A new tensor takes it with dtype=x.dtype, or use torch.zeros_like and the like"
+            )
+    return exact
+
+
+@dataclass(frozen=True)
+class Typed:
+    """A result in float64, with the type that it came in."""
+
+    value: torch.Tensor
+    dtype: torch.dtype
+
+
+def one_number(result, wanted):
+    """Reads a number."""
+    return torch.tensor(as_number(result, "the result"), dtype=torch.float64)
+
+
+def some_numbers(*names):
+    """Reads a number for each of the names."""
+
+    def read(result, wanted):
+        values = as_list(result, names, "the result")
+        return torch.tensor(
+            [as_number(value, name) for value, name in zip(values, names, strict=True)], dtype=torch.float64
+        )
+
+    return read
+
+
+def label_map(result, wanted):
+    """Reads integers of the expected shape: a tensor or an array."""
+    if isinstance(result, np.ndarray):
+        result = torch.from_numpy(result.copy()) if result.dtype != np.uint16 else result
+    if not isinstance(result, torch.Tensor):
+        raise Wrong(f"the result is {found(result)}; expected a tensor of labels")
+    if result.is_floating_point() or result.dtype == torch.bool:
+        raise Wrong(f"the result is {_kind(result)}; labels are whole numbers, say uint8")
+    result = result.detach().double()
+    if wanted is not None and result.shape != wanted.shape:
+        raise Wrong(f"the result has shape {tuple(result.shape)}; expected {tuple(wanted.shape)}")
+    return result
+
+
+def _kind(tensor):
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _value(outcome):
+    return outcome.value if isinstance(outcome, Typed) else outcome
+
+
+def _same(one, other):
+    one, other = _value(one), _value(other)
+    # An atol relative to the largest value, so that inputs of any scale are compared alike.
+    scale = other[torch.isfinite(other)].abs().max().item() if torch.isfinite(other).any() else 1.0
+    return torch.isclose(one, other, rtol=RTOL, atol=ATOL * max(scale, 1e-30), equal_nan=True)
+
+
+def _equal(outcome, wanted):
+    return all(bool(_same(outcome[what], wanted[what]).all()) for what in wanted)
+
+
+def _difference(outcome, wanted):
+    task_result = next(iter(wanted))
+    for number, what in enumerate(wanted):
+        one, other = _value(outcome[what]), _value(wanted[what])
+        differs = ~_same(one, other)
+        if not differs.any():
+            continue
+        before = f"{task_result} is right, but for a loss that weighs it from -1 to 1.5, " if number else ""
+        if one.numel() == 1:
+            return f"{before}{what} is {one.item():.4g}; expected {other.item():.4g}"
+        if one.numel() <= 12:
+            return f"{before}{what} is {_listed(one.tolist())}; expected {_listed(other.tolist())}"
+        place = tuple(differs.nonzero()[0].tolist())
+        return (
+            f"{before}{what} at {list(place)} is {one[place].item():.4g}; expected {other[place].item():.4g} "
+            f"({int(differs.sum())} of {differs.numel()} values differ)"
+        )
+    raise AssertionError("no difference was found")
+
+
+def _slip(given, task):
+    """What the known slip is called whose outcome is the given one in every case, or nothing."""
+    for slip in task.slips:
+        outcomes = [_attempt(slip.function, task, case, None) for case in task.cases]
+        if all(_alike(outcome, one) for outcome, one in zip(outcomes, given, strict=True)):
+            return f" Your result equals what comes out if {slip.sentence}."
+    return ""
+
+
+def _alike(slipped, outcome):
+    if isinstance(slipped, Wrong) or isinstance(outcome, Wrong):
+        # The sentences of two exceptions may name different places.
+        return type(slipped) is type(outcome) and _gist(slipped) == _gist(outcome)
+    return all(
+        _value(slipped[what]).shape == _value(outcome[what]).shape
+        and bool(_same(outcome[what], slipped[what]).all())
+        for what in outcome
+    )
+
+
+def _gist(wrong):
+    return re.split(r"[:;,]", str(wrong))[0]
