@@ -30,7 +30,8 @@ COURSE_ARGS := $(RUN_ARGS) $(if $(JOBS),--jobs $(JOBS)) $(if $(TABLES),--tables 
 # tools/jupyter lets uploads over ten megabytes arrive, so that the lab can say that they are too large.
 JUPYTER = DRS_STORE="$(or $(DRS_STORE),$(CURDIR)/runs)" JUPYTER_CONFIG_PATH="$(CURDIR)/tools/jupyter"
 
-.PHONY: help course test lab lab-page figures notebooks check-course handout reference weights bench lint env crf clean-env
+.PHONY: help course test lab lab-page figures notebooks check-course handout site check-links reference weights bench \
+  lint env crf clean-env
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -60,6 +61,14 @@ check-course: $(READY) ## run all notebooks as tests at the laptop budget, again
 
 handout: $(READY) ## write handout/: student notebooks and their zip, solutions apart (NOTEBOOKS="01 02" for some)
 	$(PY) tools/handout.py $(if $(NOTEBOOKS),--notebooks $(NOTEBOOKS)) $(HANDOUT_ARGS)
+
+site: $(READY) ## build the course as a website, site/html, from the stored outputs
+	$(PY) -c "import shutil; shutil.rmtree('site', ignore_errors=True)"
+	$(PY) -m sphinx -q -n -W --keep-going -c docs -d site/doctrees . site/html
+	@echo "Open site/html/index.html."
+
+check-links: site ## build the site and check every link within it
+	$(PY) docs/check_links.py site/html
 
 reference: $(READY) ## measure the committed reference results again, three seeds (50 minutes)
 	$(PY) -m drs_lib reference --seeds $(or $(SEEDS),0 1 2)

@@ -53,10 +53,14 @@ def test_environment_yml_lists_the_packages_of_pyproject():
     own = {name: conda.pop(name) for name in ("python", "pip", "cxx-compiler")}
     assert "-e ." in pip
     crf = {r.name: r.specifier for r in map(Requirement, (line for line in pip if line != "-e ."))}
-    assert conda == requirements(None, "test", "cluster")
+    assert conda == requirements(None, "test", "cluster", "docs")
     assert crf == requirements("crf")
     lowest = min(s.version for s in own["python"] if s.operator == ">=")
     assert PROJECT["requires-python"] == f">={lowest}"
+
+
+def test_the_tests_bring_what_the_site_is_built_with():
+    assert requirements("docs").items() <= requirements("test").items()
 
 
 def test_every_import_of_the_library_is_declared():
