@@ -148,6 +148,7 @@ MIOU = Answers(
             "counted twice",
         ),
         Mutant("percent", lambda p, m, k: 100 * miou_by_loops(p, m, k), "percent"),
+        Mutant("only labels with a hit", miou_mutant(mean=lambda v: v[v > 0].mean()), "without a hit"),
         Mutant("the per-label list", lambda p, m, k: [1.0] * k, "one number"),
         Mutant(
             "an overflowing index",
@@ -257,6 +258,17 @@ EQUATION_1 = Answers(
         Mutant("8-bit maps", lambda m: (255 * equation_1(m)).byte(), "floating point"),
         Mutant("in place", in_place_equation, "writes into it"),
         Mutant("clipped to 1", lambda m: m.clamp(0, 1)),
+        Mutant(
+            "0 for maxima below 1",
+            lambda m: torch.where(m.amax((2, 3), keepdim=True) > 1, equation_1(m), torch.zeros_like(m)),
+        ),
+        Mutant(
+            "0 / 0 where the maximum is just 0",
+            lambda m: (
+                m.relu()
+                / m.amax((2, 3), keepdim=True).where(m.amax((2, 3), keepdim=True) >= 0, torch.tensor(1.0))
+            ),
+        ),
     ],
 )
 

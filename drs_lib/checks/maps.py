@@ -71,9 +71,13 @@ def localization_map(answer):
 
     and 0, not nan, for a map without a positive value. A guard of up to 1e-5 in the denominator is fine.
     """
+    low = 0.05 * _class_maps(2, 3, 4, 5, seed=29)  # maxima below 1, and in one map just 0
+    low[1, 2] = -low[1, 2].abs()
+    low[1, 2, 3, 1] = 0.0
     cases = (
         Case((_SMALL,)),
         Case((_class_maps(3, 4, 5, 7, seed=20),)),
+        Case((low,)),
         Case((_class_maps(2, 3, 8, 6, seed=21, dtype=torch.float64),)),
         Case((_class_maps(1, 2, 3, 4, seed=22).roll(1, 1),)),
     )
