@@ -136,6 +136,12 @@ def autocast(device, precision="float32"):
     return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
 
 
+def move(tensor, device):
+    """``tensor.to(device)`` that doesn't wait until a CUDA GPU comes to the copy. The tensor may be dropped
+    at once: for CUDA, torch keeps what is copied from; for MPS it doesn't, and there the call waits."""
+    return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
+
+
 def memory_format(device):
     """Channels-last where convolutions are faster for it (CPU, CUDA), contiguous elsewhere (MPS)."""
     return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
