@@ -137,6 +137,18 @@ def test_the_check_before_use_can_say_no(monkeypatch, caplog):
         cuda.check(DEVICE)
 
 
+def test_the_check_is_none_of_the_caller_s_mode():
+    with torch.inference_mode():
+        cuda.check(DEVICE)
+
+
+def test_no_map_has_more_parts_than_a_grid_can_have():
+    for positions in (100 * 100, 4000 * 4000):
+        x = torch.empty(1, 64, positions, 1, device="meta").to(memory_format=torch.channels_last)
+        cut = cuda._Cut(x)
+        assert cut.last and max(cut.grid[1:]) < 2**16 and cut.parts * cut.rows >= positions
+
+
 @pytest.mark.parametrize("trouble", [RuntimeError("no such target"), ImportError("no triton")])
 def test_a_gpu_on_which_it_does_not_work_gets_the_plain_form(trouble, monkeypatch, caplog):
     def fails():

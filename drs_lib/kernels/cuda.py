@@ -204,7 +204,8 @@ class _Cut:
             self.block, self.rows = few, whole
         else:
             self.block = min(64, triton.next_power_of_2(self.channels)) if self.last else 1
-            self.rows = max(1, PART // self.block)
+            # The parts are a grid's third dimension, which ends at 65,535.
+            self.rows = max(PART // self.block, triton.next_power_of_2(triton.cdiv(self.positions, 65_535)))
         self.parts = triton.cdiv(self.positions, self.rows)
         self.grid = (self.images, triton.cdiv(self.channels, self.block), self.parts)
         self.shape = {"P": self.rows, "B": self.block, "LAST": self.last}
@@ -313,7 +314,11 @@ def check(device="cuda"):
     """
     from drs_lib.drs import suppress_plain
 
-    with torch.enable_grad(), torch.autocast(torch.device(device).type, enabled=False):
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(torch.device(device).type, enabled=False),
+    ):
         layouts = (torch.contiguous_format, torch.channels_last)
         for shape, layout in product(((2, 3, 9, 7), (1, 2, 130, 131)), layouts):
             x = torch.sin(torch.arange(float(math.prod(shape)), device=device) ** 1.1).reshape(shape)
