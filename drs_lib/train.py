@@ -32,6 +32,7 @@ from drs_lib.runtime import (
     autocast,
     evaluating,
     memory_format,
+    move,
     pick_device,
     preserved_rng,
     seeded,
@@ -161,6 +162,11 @@ def fit(
     layout = memory_format(device)
     model.train()
     optimizer.zero_grad(set_to_none=True)
+    summing = compile is not None and accumulate > 1
+    if summing:
+        # CUDA graphs overwrite the gradients that they returned: they are summed up outside.
+        for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+            parameter.grad = torch.zeros_like(parameter)
     objective, local = distributed.objective(model, loss if compile is None else _compiled(loss, compile))
     history, step, seen = [], 0, 0
     kept = dict(model=model, optimizer=optimizer, scheduler=scheduler)
@@ -168,7 +174,7 @@ def fit(
     if found is not None:
         history, step, seen = found["history"], found["step"], found["seen"]
     seed = torch.initial_seed()
-    with _reporting(progress, title, steps, step) as report:
+    with _reporting(progress, title, steps, step) as report, _forgetting(compile):
         while step < steps:
             start, seen_before = time.perf_counter(), seen
             distributed.reseed(len(history), seed)
@@ -176,23 +182,18 @@ def fit(
             rate = optimizer.param_groups[0]["lr"]
             for batch in batches:
                 indices = batch.indices
-                batch = Batch(
-                    *(None if part is None else part.to(device, non_blocking=True) for part in batch)
-                )
+                batch = Batch(*(None if part is None else move(part, device) for part in batch))
                 batch = batch._replace(images=normalize(batch.images).contiguous(memory_format=layout))
                 seen += 1
                 last = seen % accumulate == 0
-                with nullcontext() if last else local():
-                    with _memory_advice(model, loss, batch, precision, title), autocast(device, precision):
-                        value = objective(batch)
-                    losses.add(value, step + 1, _rates(optimizer), indices)
-                    with _memory_advice(model, loss, batch, precision, title):
-                        (value / accumulate).backward()
+                with nullcontext() if last else local(), _memory_advice(model, loss, batch, precision, title):
+                    value = _gradients(objective, batch, accumulate, precision)
+                losses.add(value, step + 1, _rates(optimizer), indices)
                 if not last:
                     continue
                 rate = optimizer.param_groups[0]["lr"]
                 optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad(set_to_none=not summing)
                 scheduler.step()
                 step += 1
                 report(step, len(history) + 1, losses.known[-1] if losses.known else math.nan)
@@ -216,15 +217,37 @@ def fit(
             if on_epoch is not None:
                 with preserved_rng():
                     on_epoch(history)
+    if summing:
+        optimizer.zero_grad(set_to_none=True)
     return history
+
+
+def _gradients(objective, batch, accumulate, precision):
+    # In a function of its own: where memory runs out, nothing may hold the graph while it is tried what fits.
+    with autocast(batch.images.device, precision):
+        value = objective(batch)
+    (value / accumulate).backward()
+    return value.detach()
 
 
 def _compiled(loss, mode):
     def step(model, batch):
-        # With CUDA graphs the next step overwrites what this one returns.
-        return loss(model, batch).clone()
+        return loss(model, batch)
 
-    return torch.compile(step, mode=mode)
+    compiled = torch.compile(step, mode=mode)
+    # A copy, made outside: with CUDA graphs the next step overwrites what this one returns.
+    return lambda model, batch: compiled(model, batch).clone()
+
+
+@contextmanager
+def _forgetting(compile):
+    """Drops compiled code after a training: the next network needs other code, of which torch keeps few
+    versions, and CUDA graphs keep their memory."""
+    try:
+        yield
+    finally:
+        if compile is not None:
+            torch.compiler.reset()
 
 
 def _restored(checkpoint, streams, kept):
@@ -255,7 +278,7 @@ class _Losses:
         self.known, self.waiting = [], []
 
     def add(self, loss, *where):
-        self.waiting.append((loss.detach(), *where))
+        self.waiting.append((loss, *where))
         if len(self.waiting) == self.every:
             self.fetch()
 
