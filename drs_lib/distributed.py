@@ -77,8 +77,9 @@ def share(mean, count):
         return mean
     import torch
 
-    count = torch.as_tensor(count, dtype=mean.dtype, device=mean.device)
-    total = _sum(count.detach().clone())
+    # A number is written on the device, not copied there: a copy would wait for all that the GPU has to do.
+    count = count.detach().to(mean.dtype) if torch.is_tensor(count) else mean.new_full((), count)
+    total = _sum(count.clone())
     return mean * (count * world_size() / total.clamp(min=1))
 
 
