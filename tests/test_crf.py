@@ -283,6 +283,15 @@ def test_attention_in_chunks_is_the_same(monkeypatch):
     np.testing.assert_allclose(dense_crf(probabilities, image, SMALL, engine="attention"), whole, atol=1e-5)
 
 
+def test_attention_on_a_gpu_is_that_on_the_processor():
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    probabilities, image = scene(labels=21, height=96, width=128)
+    on_gpu = dense_crf(probabilities, image, engine="attention", device="cuda")
+    np.testing.assert_allclose(on_gpu, dense_crf(probabilities, image, engine="attention"), atol=2e-3)
+
+
 def test_tiled_attention_takes_all_queries_at_once(monkeypatch):
     import torch
 
