@@ -152,14 +152,15 @@ def test_no_map_has_more_parts_than_a_grid_can_have():
 
 @pytest.mark.parametrize("trouble", [RuntimeError("no such target"), ImportError("no triton")])
 def test_a_gpu_on_which_it_does_not_work_gets_the_plain_form(trouble, monkeypatch, caplog):
-    def fails(dtype):
+    def fails(device, dtype):
         if dtype == torch.bfloat16:
             raise trouble
 
     monkeypatch.setattr(cuda, "check", fails)
-    assert kernels._gpu_module.__wrapped__(torch.float32) is cuda and not caplog.text
-    assert kernels._gpu_module.__wrapped__(torch.bfloat16) is None
-    assert "uncompiled" in caplog.text and "bfloat16" in caplog.text and str(trouble) in caplog.text
+    gpu = torch.device("cuda", 1)
+    assert kernels._gpu_module.__wrapped__(gpu, torch.float32) is cuda and not caplog.text
+    assert kernels._gpu_module.__wrapped__(gpu, torch.bfloat16) is None
+    assert "uncompiled on cuda:1 in torch.bfloat16" in caplog.text and str(trouble) in caplog.text
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
