@@ -153,7 +153,8 @@ def main(arguments=None):
                 save_table(table, path)
                 written.append(path)
         if options.command == "course" and options.figures and failed is None:
-            written.append(_figures(options, store))
+            with distributed.alone():  # the other processes have ended, or soon will
+                written.append(_figures(options, store))
     except OSError as error:
         print(
             f"error: not everything could be written: {error}. All results are kept in {store.root}: put "
