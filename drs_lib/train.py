@@ -147,12 +147,12 @@ def fit(
     batches: an iterable of `Batch` with uint8 images; one pass over it is an epoch. loss(model, batch): a
     scalar. scheduler: stepped after each iteration. accumulate: batches per iteration. names: the images'
     ids, for messages. progress: True for a bar, False for none, or a function (title, step, steps, epoch,
-    loss) that is called after every iteration and must not draw random numbers. on_epoch(history): called
-    after every epoch; random numbers it draws don't change the training. checkpoint: a
-    `drs_lib.checkpoint.Checkpoint`, from which the training goes on if it holds one, and which is written
-    after every epoch but the last; streams: the generators from which `batches` draws. compile: a mode of
-    torch.compile for the loss, or None. With several processes (see `drs_lib.distributed`), `batches` are
-    this process's parts, and the loss is the mean over all parts.
+    loss) that is called after every iteration and must not draw random numbers; on a GPU the loss is the last
+    that was fetched, NaN before the first. on_epoch(history): called after every epoch; random numbers it
+    draws don't change the training. checkpoint: a `drs_lib.checkpoint.Checkpoint`, from which the training
+    goes on if it holds one, and which is written after every epoch but the last; streams: the generators from
+    which `batches` draws. compile: a mode of torch.compile for the loss, or None. With several processes (see
+    `drs_lib.distributed`), `batches` are this process's parts, and the loss is the mean over all parts.
 
     Returns the history, a list of dict(epoch, loss, lr, seconds) in which `loss` is the epoch's mean and `lr`
     the first parameter group's rate at its end. Raises TrainingDiverged when the loss or a weight stops being
@@ -358,7 +358,8 @@ def _reporting(progress, title, steps, done=0):
 
         def report(step, epoch, loss):
             bar.update()
-            bar.set_postfix(epoch=epoch, loss=f"{loss:.4f}", refresh=False)
+            known = {} if math.isnan(loss) else {"loss": f"{loss:.4f}"}
+            bar.set_postfix(epoch=epoch, **known, refresh=False)
 
         yield report
 
