@@ -6,6 +6,7 @@ BUDGET  ?=
 SEEDS   ?=
 JOBS    ?=
 TABLES  ?=
+OUT     ?=
 VOC_ROOT ?=
 NOTEBOOKS ?=
 PYTEST_ARGS ?=
@@ -25,7 +26,8 @@ READY := $(VENV)/drs-ready
 
 RUN_ARGS := --data "$(DATA)" $(if $(VOC_ROOT),--voc-root "$(VOC_ROOT)") $(if $(BUDGET),--budget $(BUDGET)) \
   $(if $(SEEDS),--seeds $(SEEDS))
-COURSE_ARGS := $(RUN_ARGS) $(if $(JOBS),--jobs $(JOBS)) $(if $(TABLES),--tables $(TABLES))
+COURSE_ARGS := $(RUN_ARGS) $(if $(JOBS),--jobs $(JOBS)) $(if $(TABLES),--tables $(TABLES)) \
+  $(if $(OUT),--out "$(OUT)")
 
 # tools/jupyter lets uploads over ten megabytes arrive, so that the lab can say that they are too large.
 JUPYTER = DRS_STORE="$(or $(DRS_STORE),$(CURDIR)/runs)" JUPYTER_CONFIG_PATH="$(CURDIR)/tools/jupyter"
@@ -35,7 +37,7 @@ JUPYTER = DRS_STORE="$(or $(DRS_STORE),$(CURDIR)/runs)" JUPYTER_CONFIG_PATH="$(C
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
-	@echo "Settings of make course: DATA=critters|voc VOC_ROOT=folder BUDGET=ci|laptop|paper|release SEEDS=\"0 1 2\" JOBS=n TABLES=\"1 2\""
+	@echo "Settings of make course: DATA=critters|voc VOC_ROOT=folder BUDGET=ci|laptop|paper|release OUT=folder SEEDS=\"0 1 2\" JOBS=n TABLES=\"1 2\""
 
 course: $(READY) ## run Tables 1-4, print them beside the paper's, write results/ (tables and figures)
 	$(PY) -m drs_lib course $(COURSE_ARGS)

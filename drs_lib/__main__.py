@@ -82,14 +82,21 @@ def _budget(options):
         if getattr(options, name):
             budget = budget.for_all(**{name: getattr(options, name)})
     if options.aspp_weights:
-        budget = budget.replace(aspp=budget.aspp.replace(weights=options.aspp_weights))
+        aspp = budget.aspp.replace(weights=options.aspp_weights)
+        budget = budget.replace(aspp=aspp)
+        if options.aspp_weights not in ("pretrained", "coco"):
+            from drs_lib.networks import deeplab
+
+            # A file that doesn't fit is better noticed now than after the trainings before ASPP's.
+            classes = {"voc": 21, "critters": 7}[options.data]
+            deeplab(aspp.kind, aspp.backbone, classes, weights=aspp.weights)
     return budget
 
 
 def _figures(options, store):
     """Draws the figures, unless they are there, drawn from the very same stages; returns their folder."""
     folder = options.out / "figures"
-    choice = dict(data=options.data, budget=_budget(options), voc_root=options.voc_root)
+    choice = dict(data=options.data, budget=options.budget, voc_root=options.voc_root)
     code = sorted(Path(__file__).with_name("plots").glob("*.py"))
     state = hashlib.sha256(b"".join(path.read_bytes() for path in code))
     for seed in options.seeds:
@@ -119,10 +126,11 @@ def main(arguments=None):
     store = RunStore(options.store)
     failed = None
     try:
+        options.budget = _budget(options)
         tables = run_tables(
             options.tables,
             data=options.data,
-            budget=_budget(options),
+            budget=options.budget,
             seeds=options.seeds,
             voc_root=options.voc_root,
             store=store,
@@ -153,7 +161,8 @@ def main(arguments=None):
                 save_table(table, path)
                 written.append(path)
         if options.command == "course" and options.figures and failed is None:
-            written.append(_figures(options, store))
+            with distributed.alone():  # the other processes have ended, or soon will
+                written.append(_figures(options, store))
     except OSError as error:
         print(
             f"error: not everything could be written: {error}. All results are kept in {store.root}: put "

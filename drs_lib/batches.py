@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from drs_lib import distributed
 from drs_lib.data.decoded import decoded, pack
 from drs_lib.data.transforms import training_transform
-from drs_lib.runtime import seeded
+from drs_lib.runtime import move, seeded
 
 IGNORED = 255
 
@@ -148,24 +148,23 @@ class _FromMemory:
     def __iter__(self):
         for seed, indices in self.order:
             chosen, draws = _drawn(seed, indices, self.transform)
-            images = [self._here(self.images[i]) for i in chosen.tolist()]
-            labels = self.labels[chosen.to(self.device, non_blocking=True)]
+            images = [move(self.images[i], self.device) for i in chosen.tolist()]
+            labels = self.labels[move(chosen, self.device)]
             if self.extra is None:
                 (images,), extra = self.transform.batch(images, draws=draws), None
             else:
-                targets = [self.extra.unpack(self._here(self.targets[i])) for i in chosen.tolist()]
+                targets = [self.extra.unpack(move(self.targets[i], self.device)) for i in chosen.tolist()]
                 images, targets = self.transform.batch(images, targets, draws=draws)
                 extra = self.extra.stack(targets, chosen.tolist())
             yield Batch(chosen, images, labels, extra)
-
-    def _here(self, tensor):
-        return tensor.to(self.device, non_blocking=True)
 
 
 def _placed(packed, place, device):
     if device.type != "cuda":
         return packed
-    if place == "device" and packed.nbytes < torch.cuda.mem_get_info(device)[0] / 3:
+    # What earlier trainings gave back is free too, though torch keeps it.
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if place == "device" and packed.nbytes < (torch.cuda.mem_get_info(device)[0] + kept) / 3:
         return packed.to(device)
     try:
         return packed.pin_memory()
@@ -199,10 +198,15 @@ class TargetMaps:
 
     def packed(self, dataset):
         """The maps of every image's classes in 8 bits, as the pipeline stores them; `unpack` undoes it."""
-        with ThreadPoolExecutor() as pool:
-            found = list(pool.map(lambda i: self._stack(i, dataset.packed[i]), range(len(dataset))))
-        self.present = [torch.tensor(classes) for classes, _ in found]
-        return pack(stack for _, stack in found)
+        self.present = []
+
+        def stacks():
+            with ThreadPoolExecutor() as pool:
+                for classes, stack in pool.map(self._stack, range(len(dataset)), dataset.packed):
+                    self.present.append(torch.tensor(classes))
+                    yield stack
+
+        return pack(stacks(), len(dataset))
 
     def _stack(self, i, image):
         if hasattr(self.targets, "stack"):
@@ -251,7 +255,8 @@ class LabelMaps:
 
     def packed(self, dataset):
         with ThreadPoolExecutor() as pool:
-            return pack(pool.map(lambda i: self(i, dataset.packed[i]), range(len(dataset))))
+            labels = pool.map(lambda i: self(i, dataset.packed[i]), range(len(dataset)))
+            return pack(labels, len(dataset))
 
     @staticmethod
     def unpack(labels):

@@ -102,7 +102,18 @@ class _Appearance:
                 scaled_dot_product_attention(
                     chunk[None, None], keys[None, None], values[None, None], scale=1.0
                 )[0, 0]
-                for chunk in queries.split(self.chunk)
+                for chunk in queries.split(len(queries) if _tiled(queries, keys, values) else self.chunk)
             ]
         )
         return (result[:, :count] * self.root[:, None]).T.reshape(count, *self.size)
+
+
+def _tiled(queries, keys, values):
+    """Whether torch's attention on this GPU never holds the matrix. It is given all queries at once, then: it
+    works on some sixty at a time in each of the GPU's processors, and a chunk would occupy a few of them."""
+    if queries.device.type != "cuda":
+        return False
+    once = (part[None, None] for part in (queries, keys, values))
+    return torch.backends.cuda.can_use_efficient_attention(
+        torch.backends.cuda.SDPAParams(*once, None, 0.0, False, False)
+    )

@@ -10,7 +10,7 @@ Without several processes, every function here is that of a world of one, and Ac
 """
 
 import os
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import lru_cache
 
@@ -30,6 +30,17 @@ def world_size():
 def rank():
     """This process's number, from 0; that of the process which writes is 0."""
     return int(os.environ["RANK"]) if world_size() > 1 else 0
+
+
+@contextmanager
+def alone():
+    """In the block this process, and those that it starts, wait for none of the others."""
+    held = os.environ.pop("LOCAL_RANK", None)
+    try:
+        yield
+    finally:
+        if held is not None:
+            os.environ["LOCAL_RANK"] = held
 
 
 @lru_cache(maxsize=1)
@@ -77,8 +88,9 @@ def share(mean, count):
         return mean
     import torch
 
-    count = torch.as_tensor(count, dtype=mean.dtype, device=mean.device)
-    total = _sum(count.detach().clone())
+    # A number is written on the device, not copied there: a copy would wait for all that the GPU has to do.
+    count = count.detach().to(mean.dtype) if torch.is_tensor(count) else mean.new_full((), count)
+    total = _sum(count.clone())
     return mean * (count * world_size() / total.clamp(min=1))
 
 

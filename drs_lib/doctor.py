@@ -29,6 +29,7 @@ _OPTIONAL = {
     "distributed": "everything but tables on a cluster",
     "dask-jobqueue": "everything but tables on a cluster with a queue",
 }
+_VOC = "VOC 2012"
 # What is looked for where the course itself isn't installed and so tells no requirements.
 _CHIEF = ("torch>=2.6", "torchvision>=0.21", "numpy", "numba", "jupyterlab", "ipywidgets", "pydensecrf2")
 
@@ -62,6 +63,8 @@ def report(findings):
             lines.append(f"{'':8}  {'':{width}}  -> {finding.remedy}")
     bad = [finding.what for finding in findings if finding.status == "missing"]
     verdict = f"The course can't run yet: {', '.join(bad)}." if bad else "The course can run."
+    if bad == [_VOC]:
+        verdict = "The course can run, but not on VOC yet."
     return "\n".join([*lines, "", verdict])
 
 
@@ -152,14 +155,18 @@ def _store():
 def _voc(root):
     remedy = f"python -m drs_lib.data.download --root {root}"
     if not Path(root).is_dir():
-        return Finding("VOC 2012", "optional", f"no folder {root}", remedy)
+        return Finding(_VOC, "missing", f"no folder {root}", remedy)
     try:
         from drs_lib.data import VOC2012
 
-        counts = [f"{split} {len(VOC2012(root, split))}" for split in ("trainaug", "val")]
+        splits = {split: VOC2012(root, split) for split in ("trainaug", "val")}
+        splits["trainaug"].require_saliency()
     except (FileNotFoundError, ValueError) as error:
-        return Finding("VOC 2012", "optional", str(error), remedy)
-    return Finding("VOC 2012", "ok", ", ".join(counts))
+        # The message names the command, if one command mends it.
+        return Finding(
+            "VOC 2012", "missing", str(error), "" if "drs_lib.data.download" in str(error) else remedy
+        )
+    return Finding(_VOC, "ok", ", ".join(f"{split} {len(data)}" for split, data in splits.items()))
 
 
 def main(arguments=None):

@@ -599,6 +599,7 @@ def _conditions(pipeline, seeds):
         "seeds": list(seeds),
         "split": f"val, {len(data.val)} images; trained on {len(data.train)}",
         "unit": "percent; measured = mean IoU without CRF, mean over the seeds",
+        **_precision(budget),
         "paper": f"{SOURCE}, VOC 2012 val (test where the column says so)",
         "accuracy": f"exact match of all labels, {len(data.accuracy_images)} images"
         + (" (VOC train, part of the training images)" if data.accuracy is not None else " (val)"),
@@ -706,10 +707,17 @@ def compare_with_reference(table: "pd.DataFrame", tolerance: float = 5.0) -> str
     )
 
 
+def _precision(budget):
+    """Only where it isn't what everything on a processor is computed in."""
+    recipes = (budget.classify, budget.refine, *map(budget.segment, NETWORKS))
+    found = dict.fromkeys(recipe.precision for recipe in recipes)
+    return {} if list(found) == ["float32"] else {"precision": ", ".join(found)}
+
+
 def _notes(table):
     """The conditions in a few lines, for below a table."""
     groups = (
-        ("data", "budget", "split", "seeds", "unit"),
+        ("data", "budget", "precision", "split", "seeds", "unit"),
         ("scales", "resize", "alpha", "beta", "rule", "CRF"),
         ("refinement", "refined alpha", "renormalize") if table.attrs.get("table") in (3, 4) else (),
         ("accuracy",) if table.attrs.get("table") == 1 else (),

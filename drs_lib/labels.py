@@ -11,6 +11,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from drs_lib.runtime import move
+
 BACKGROUND = 0
 IGNORED = 255
 RULES = ("paper", "release")
@@ -77,7 +79,7 @@ def of_classes(labels, classes):
     which the maps were, in order. 0 and 255 stay."""
     values = torch.arange(256, dtype=torch.uint8)
     values[1 : len(classes) + 1] = torch.tensor(classes, dtype=torch.uint8) + 1
-    return values.to(labels.device, non_blocking=True)[labels.int()]
+    return move(values, labels.device)[labels.int()]
 
 
 def _release_rule(maps, score, label, saliency, alpha):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import interpolate
 
-from drs_lib.runtime import autocast, evaluating, memory_format
+from drs_lib.runtime import autocast, evaluating, memory_format, move
 
 EPSILON = 1e-5
 RELEASE_SCALES = (256, 320, 384)
@@ -161,7 +161,7 @@ def _iterate(network, dataset, batch_size, resize, renormalize, indices, workers
         for groups in loader:
             results = {}
             for places, members, images, labels, sizes in groups:
-                images = normalize(images.to(device, non_blocking=True))
+                images = normalize(move(images, device))
                 outputs = _network_outputs(model, kind, images, scales, precision)
                 present = _present(labels, *outputs[0].shape[:2])
                 sizes = [tuple(size) for size in sizes]  # older torch pins a tuple into a list
@@ -263,7 +263,7 @@ def _assemble_present(outputs, present, size, kind, renormalize):
     present: bool (N, C), on the CPU. Returns the maps where it is true, (n, H, W): only those are upsampled,
     one or two of VOC's 20.
     """
-    where = present.flatten().nonzero().flatten().to(outputs[0].device, non_blocking=True)
+    where = move(present.flatten().nonzero().flatten(), outputs[0].device)
     if not len(where):
         return outputs[0].new_zeros(0, *size)
     chosen = None

@@ -277,9 +277,11 @@ def open_data(
                 "DATA=voc VOC_ROOT=DIR). 'python -m drs_lib.data.download --root DIR' puts it there."
             )
         # The accuracy is measured on VOC's own 1,464 training images, as in the release.
-        return Splits(
-            data, *(VOC2012(voc_root, name, cache_dir=cache_dir) for name in ("trainaug", "val", "train"))
+        train, val, accuracy = (
+            VOC2012(voc_root, name, cache_dir=cache_dir) for name in ("trainaug", "val", "train")
         )
+        train.require_saliency()  # now, and not after the classifiers' trainings
+        return Splits(data, train, val, accuracy)
     raise ValueError(f"unknown data {data!r}; expected 'critters', 'voc' or a Splits.")
 
 
@@ -459,6 +461,7 @@ class Pipeline:
     def get(self, stage: Stage, overwrite: bool = False) -> Entry:
         """The stage's entry, made if it is not in the store. overwrite: made again, from the stored stages
         that it reads."""
+        _expect_a_main_guard()
         if distributed.world_size() > 1 and not self._making:
             return self._get_together(stage, overwrite)
         return self._get(stage, overwrite)
@@ -567,7 +570,7 @@ class Pipeline:
 
         config = {"resize": self.budget.resize}
         return self._derived(
-            "accuracy", configuration, config, {"classify": classify}, make, images=images.fingerprint
+            "accuracy", configuration, config, {"classify": classify}, make, images=_content(images)
         )
 
     def _map_score(self, configuration):
@@ -585,7 +588,7 @@ class Pipeline:
             writer.json("scores.json", {**{k: _number(v) for k, v in scores.items()}, "per_class": per_class})
 
         config = self._map_config(configuration) | {"alpha": self._alpha(configuration)}
-        return self._derived("map_score", configuration, config, source, make, data=train.fingerprint)
+        return self._derived("map_score", configuration, config, source, make, data=_content(train))
 
     def _target(self, configuration):
         """What the refinement network learns: the classifier's maps, see `Budget`, in 8 bits."""
@@ -611,7 +614,7 @@ class Pipeline:
 
         config = self._map_config(plain) | {"target": self.budget.target}
         source = self._map_source(plain)
-        return self._derived("target", plain, config, source, make, data=self.data.train.fingerprint)
+        return self._derived("target", plain, config, source, make, data=_content(self.data.train))
 
     def _refine(self, configuration):
         target = self._target(configuration)
@@ -671,9 +674,7 @@ class Pipeline:
             scores = _segmentation_scores(score.compute(), train)
             writer.json("scores.json", scores | {"miou_claimed": miou_claimed})
 
-        return self._derived(
-            "label_score", configuration, {}, {"labels": labels}, make, data=train.fingerprint
-        )
+        return self._derived("label_score", configuration, {}, {"labels": labels}, make, data=_content(train))
 
     def _segment(self, configuration):
         recipe = self.budget.segment(configuration.network)
@@ -698,7 +699,7 @@ class Pipeline:
             )
 
         parents = {"segment": self._segment(configuration)}
-        return self._derived("evaluate", configuration, {}, parents, make, data=self.data.val.fingerprint)
+        return self._derived("evaluate", configuration, {}, parents, make, data=_content(self.data.val))
 
     def _evaluate_crf(self, configuration):
         crf = self.budget.crf(configuration.network)
@@ -711,13 +712,13 @@ class Pipeline:
 
         parents = {"segment": self._segment(configuration)}
         return self._derived(
-            "evaluate_crf", configuration, asdict(crf), parents, make, data=self.data.val.fingerprint
+            "evaluate_crf", configuration, asdict(crf), parents, make, data=_content(self.data.val)
         )
 
     def _trained(self, name, configuration, recipe, make, parents=None, **inputs):
         config = recipe.to_dict()
         inputs |= {
-            "data": self.data.train.fingerprint,
+            "data": _content(self.data.train),
             "weights": weights_identity(recipe.backbone, config.pop("weights")),
         }
         return self._derived(name, configuration, config | {"seed": self.seed}, parents or {}, make, **inputs)
@@ -806,6 +807,15 @@ class Pipeline:
         # It would otherwise train on, unseen, until its row is finished.
         if self.orphaned:
             raise RuntimeError("the run that this worker process belongs to has ended; stopping.")
+
+
+def _expect_a_main_guard():
+    # Python's own check of the same comes too late: this process would wait for the one that started it.
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RuntimeError(
+            "this program is run again by each process that reads its images. Put what trains under "
+            "'if __name__ == \"__main__\":'."
+        )
 
 
 class _NoWriter:
@@ -922,6 +932,11 @@ def _palette():
     return voc_palette().tobytes()
 
 
+def _content(dataset):
+    """What identifies a data set for a stage that looks at no saliency map (only "labels" does)."""
+    return getattr(dataset, "fingerprint_without_saliency", dataset.fingerprint)
+
+
 def weights_identity(backbone: str, weights: str | None) -> str:
     """What initial weights a recipe's ``weights`` means, as an input of a stage: the content of a file, or
     the name of torchvision's. Raises FileNotFoundError."""
@@ -938,8 +953,8 @@ def _file_digest(path):
         status = path.stat()
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"no weights file {path}. The shipped ones are made by 'python -m drs_lib.pretrain'; for others "
-            "check the recipe's weights."
+            f"no weights file {path}: a recipe's weights (--aspp-weights for Table 4's ASPP) are "
+            "'pretrained', 'coco' or the path of a file. 'python -m drs_lib.pretrain' makes the shipped ones."
         ) from None
     return _digest_of(path, status.st_size, status.st_mtime_ns)
 

@@ -107,7 +107,13 @@ def pick_device(name=None):
     if name is None and os.environ.get("DRS_DEVICE"):
         name, origin = os.environ["DRS_DEVICE"], "the environment variable DRS_DEVICE"
     if distributed.world_size() > 1 and name in (None, "cpu"):
-        return distributed.device()
+        device = distributed.device()
+        if name == "cpu" and device.type != "cpu":
+            raise RuntimeError(
+                f"{origin} asks for the CPU, and the processes have found each other on GPUs: to have them "
+                "train on the CPU, start them with the environment variable DRS_DEVICE=cpu"
+            )
+        return device
     if name is None:
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -134,6 +140,12 @@ def autocast(device, precision="float32"):
     if precision == "float32":
         return nullcontext()
     return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
+
+
+def move(tensor, device):
+    """``tensor.to(device)`` that doesn't wait until a CUDA GPU comes to the copy. The tensor may be dropped
+    at once: for CUDA, torch keeps what is copied from; for MPS it doesn't, and there the call waits."""
+    return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
 
 
 def memory_format(device):

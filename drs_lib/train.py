@@ -32,6 +32,7 @@ from drs_lib.runtime import (
     autocast,
     evaluating,
     memory_format,
+    move,
     pick_device,
     preserved_rng,
     seeded,
@@ -146,12 +147,12 @@ def fit(
     batches: an iterable of `Batch` with uint8 images; one pass over it is an epoch. loss(model, batch): a
     scalar. scheduler: stepped after each iteration. accumulate: batches per iteration. names: the images'
     ids, for messages. progress: True for a bar, False for none, or a function (title, step, steps, epoch,
-    loss) that is called after every iteration and must not draw random numbers. on_epoch(history): called
-    after every epoch; random numbers it draws don't change the training. checkpoint: a
-    `drs_lib.checkpoint.Checkpoint`, from which the training goes on if it holds one, and which is written
-    after every epoch but the last; streams: the generators from which `batches` draws. compile: a mode of
-    torch.compile for the loss, or None. With several processes (see `drs_lib.distributed`), `batches` are
-    this process's parts, and the loss is the mean over all parts.
+    loss) that is called after every iteration and must not draw random numbers; on a GPU the loss is the last
+    that was fetched, NaN before the first. on_epoch(history): called after every epoch; random numbers it
+    draws don't change the training. checkpoint: a `drs_lib.checkpoint.Checkpoint`, from which the training
+    goes on if it holds one, and which is written after every epoch but the last; streams: the generators from
+    which `batches` draws. compile: a mode of torch.compile for the loss, or None. With several processes (see
+    `drs_lib.distributed`), `batches` are this process's parts, and the loss is the mean over all parts.
 
     Returns the history, a list of dict(epoch, loss, lr, seconds) in which `loss` is the epoch's mean and `lr`
     the first parameter group's rate at its end. Raises TrainingDiverged when the loss or a weight stops being
@@ -161,6 +162,11 @@ def fit(
     layout = memory_format(device)
     model.train()
     optimizer.zero_grad(set_to_none=True)
+    summing = compile is not None and accumulate > 1
+    if summing:
+        # CUDA graphs overwrite the gradients that they returned: they are summed up outside.
+        for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+            parameter.grad = torch.zeros_like(parameter)
     objective, local = distributed.objective(model, loss if compile is None else _compiled(loss, compile))
     history, step, seen = [], 0, 0
     kept = dict(model=model, optimizer=optimizer, scheduler=scheduler)
@@ -168,7 +174,7 @@ def fit(
     if found is not None:
         history, step, seen = found["history"], found["step"], found["seen"]
     seed = torch.initial_seed()
-    with _reporting(progress, title, steps, step) as report:
+    with _reporting(progress, title, steps, step) as report, _forgetting(compile):
         while step < steps:
             start, seen_before = time.perf_counter(), seen
             distributed.reseed(len(history), seed)
@@ -176,23 +182,18 @@ def fit(
             rate = optimizer.param_groups[0]["lr"]
             for batch in batches:
                 indices = batch.indices
-                batch = Batch(
-                    *(None if part is None else part.to(device, non_blocking=True) for part in batch)
-                )
+                batch = Batch(*(None if part is None else move(part, device) for part in batch))
                 batch = batch._replace(images=normalize(batch.images).contiguous(memory_format=layout))
                 seen += 1
                 last = seen % accumulate == 0
-                with nullcontext() if last else local():
-                    with _memory_advice(model, loss, batch, precision, title), autocast(device, precision):
-                        value = objective(batch)
-                    losses.add(value, step + 1, _rates(optimizer), indices)
-                    with _memory_advice(model, loss, batch, precision, title):
-                        (value / accumulate).backward()
+                with nullcontext() if last else local(), _memory_advice(model, loss, batch, precision, title):
+                    value = _gradients(objective, batch, accumulate, precision)
+                losses.add(value, step + 1, _rates(optimizer), indices)
                 if not last:
                     continue
                 rate = optimizer.param_groups[0]["lr"]
                 optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad(set_to_none=not summing)
                 scheduler.step()
                 step += 1
                 report(step, len(history) + 1, losses.known[-1] if losses.known else math.nan)
@@ -216,15 +217,37 @@ def fit(
             if on_epoch is not None:
                 with preserved_rng():
                     on_epoch(history)
+    if summing:
+        optimizer.zero_grad(set_to_none=True)
     return history
+
+
+def _gradients(objective, batch, accumulate, precision):
+    # In a function of its own: where memory runs out, nothing may hold the graph while it is tried what fits.
+    with autocast(batch.images.device, precision):
+        value = objective(batch)
+    (value / accumulate).backward()
+    return value.detach()
 
 
 def _compiled(loss, mode):
     def step(model, batch):
-        # With CUDA graphs the next step overwrites what this one returns.
-        return loss(model, batch).clone()
+        return loss(model, batch)
 
-    return torch.compile(step, mode=mode)
+    compiled = torch.compile(step, mode=mode)
+    # A copy, made outside: with CUDA graphs the next step overwrites what this one returns.
+    return lambda model, batch: compiled(model, batch).clone()
+
+
+@contextmanager
+def _forgetting(compile):
+    """Drops compiled code after a training: the next network needs other code, of which torch keeps few
+    versions, and CUDA graphs keep their memory."""
+    try:
+        yield
+    finally:
+        if compile is not None:
+            torch.compiler.reset()
 
 
 def _restored(checkpoint, streams, kept):
@@ -255,7 +278,7 @@ class _Losses:
         self.known, self.waiting = [], []
 
     def add(self, loss, *where):
-        self.waiting.append((loss.detach(), *where))
+        self.waiting.append((loss, *where))
         if len(self.waiting) == self.every:
             self.fetch()
 
@@ -335,7 +358,8 @@ def _reporting(progress, title, steps, done=0):
 
         def report(step, epoch, loss):
             bar.update()
-            bar.set_postfix(epoch=epoch, loss=f"{loss:.4f}", refresh=False)
+            known = {} if math.isnan(loss) else {"loss": f"{loss:.4f}"}
+            bar.set_postfix(epoch=epoch, **known, refresh=False)
 
         yield report
 

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,19 +137,20 @@ def test_a_process_that_is_killed_at_random_moments_finishes_with_the_same_weigh
         assert process.stdout.readline() == b"ready\n"
         return process
 
-    began = time.monotonic()
-    assert start(tmp_path / "whole").wait(timeout=120) == 0
-    lasts = time.monotonic() - began
-    kills = 0
-    for _ in range(2):
+    process, began = start(tmp_path / "whole"), time.monotonic()
+    assert process.wait(timeout=120) == 0
+    lasts, kills = time.monotonic() - began, 0
+    while kills < 2:
         process = start(tmp_path / "killed")
         try:
-            process.wait(timeout=rng.uniform(0.2, 0.6) * lasts)
+            process.wait(timeout=rng.uniform(0.1, 0.6) * lasts)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
+            process.wait()
             kills += 1
-        process.wait()
-    assert kills
+        else:  # quicker than the first, on a machine with other work: once more, and killed earlier
+            shutil.rmtree(tmp_path / "killed")
+            lasts, kills = lasts / 2, 0
     assert start(tmp_path / "killed").wait(timeout=120) == 0
     (whole,), (killed,) = (list((tmp_path / name).glob("classify/*/model.*")) for name in ("whole", "killed"))
     assert whole.parent.name == killed.parent.name and whole.read_bytes() == killed.read_bytes()

@@ -283,6 +283,36 @@ def test_attention_in_chunks_is_the_same(monkeypatch):
     np.testing.assert_allclose(dense_crf(probabilities, image, SMALL, engine="attention"), whole, atol=1e-5)
 
 
+def test_attention_on_a_gpu_is_that_on_the_processor():
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    probabilities, image = scene(labels=21, height=96, width=128)
+    on_gpu = dense_crf(probabilities, image, engine="attention", device="cuda")
+    np.testing.assert_allclose(on_gpu, dense_crf(probabilities, image, engine="attention"), atol=2e-3)
+
+
+def test_tiled_attention_takes_all_queries_at_once(monkeypatch):
+    import torch
+
+    from drs_lib import crf_attention
+
+    probabilities, image = scene(labels=9)
+    whole = dense_crf(probabilities, image, SMALL, engine="attention")
+    calls = []
+
+    def attention(queries, *args, **options):
+        calls.append(queries.shape[2])
+        return torch.nn.functional.scaled_dot_product_attention(queries, *args, **options)
+
+    monkeypatch.setattr(crf_attention, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr(crf_attention, "_tiled", lambda queries, keys, values: True)
+    monkeypatch.setattr(crf_attention, "MOST_PAIRS", 50 * image.shape[0] * image.shape[1])
+    found = dense_crf(probabilities, image, SMALL, engine="attention")
+    np.testing.assert_allclose(found, whole, atol=1e-5)
+    assert calls == [image.shape[0] * image.shape[1]] * SMALL.iterations
+
+
 @needs_pydensecrf
 def test_the_engines_agree_on_nearly_all_pixels():
     same = []

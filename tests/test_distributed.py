@@ -150,7 +150,7 @@ def test_a_batch_smaller_than_the_processes_is_refused(trained):
     assert "a batch of 1 images can't be shared by 2 processes" in printed
 
 
-COURSE = ("course", "--budget", "ci", "--tables", "3", "--no-figures", "--quiet")
+COURSE = ("course", "--budget", "ci", "--tables", "3", "--quiet")
 
 
 def test_a_table_from_the_command_line(tmp_path):
@@ -159,6 +159,7 @@ def test_a_table_from_the_command_line(tmp_path):
     assert printed.count("Table 3:") == 1  # the first process prints
     rows = json.loads((tmp_path / "out" / "table3.json").read_text())
     assert "measured" in json.dumps(rows)
+    assert list((tmp_path / "out" / "figures").glob("*.png"))  # the first process draws
     # What two processes made, one reads.
     line = Pipeline("critters", "ci", store=tmp_path / "store", device="cpu")
     assert line.stored_scores(Configuration(refine=True), ("miou", "labels")) is not None
@@ -204,6 +205,15 @@ def test_alone_nothing_is_shared():
     value = torch.tensor(2.0, requires_grad=True)
     assert distributed.share(value, 3) is value and distributed.average(value) is value
     assert distributed.agree("x") == "x" and distributed.gather("x") == ["x"]
+
+
+def test_one_of_several_processes_can_work_alone(monkeypatch):
+    for name, value in (("LOCAL_RANK", "1"), ("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(KeyError), distributed.alone():
+        assert (distributed.world_size(), distributed.rank()) == (1, 0)
+        raise KeyError
+    assert (distributed.world_size(), distributed.rank()) == (2, 1)
 
 
 def test_without_accelerate_the_error_says_what_to_install(monkeypatch):

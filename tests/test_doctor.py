@@ -2,11 +2,13 @@
 
 import importlib.metadata
 import importlib.util
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+from conftest import write_voc_tree
 from drs_lib import doctor, store
 
 
@@ -99,9 +101,19 @@ def test_a_broken_device_weights_and_store(monkeypatch, tmp_path):
 def test_voc_is_looked_at_when_asked(tmp_path, voc_tree):
     assert "VOC 2012" not in [f.what for f in doctor.examine()]
     missing = finding("VOC 2012", voc_root=tmp_path / "nowhere")
-    assert missing.status == "optional" and "drs_lib.data.download --root" in missing.remedy
+    assert missing.status == "missing" and "drs_lib.data.download --root" in missing.remedy
     half = finding("VOC 2012", voc_root=tmp_path)
-    assert half.status == "optional" and half.remedy
+    assert half.status == "missing" and "drs_lib.data.download --root" in half.detail + half.remedy
+
+
+def test_voc_without_saliency_maps_is_not_complete(tmp_path):
+    tree = write_voc_tree(tmp_path)
+    assert finding("VOC 2012", voc_root=tmp_path).status == "ok"
+    shutil.rmtree(tree / "saliency_map")
+    found = finding("VOC 2012", voc_root=tmp_path)
+    assert found.status == "missing" and "--only saliency" in found.detail and not found.remedy
+    ready = [f for f in doctor.examine() if f.status != "missing"]
+    assert doctor.report([*ready, found]).endswith("The course can run, but not on VOC yet.")
 
 
 def test_it_runs_without_loading_the_library_s_heavy_parts():

@@ -1,6 +1,7 @@
 """Stages, jobs and tables: what is shared, what is measured, what happens when things go wrong."""
 
 import math
+import multiprocessing
 import os
 import random
 import shutil
@@ -121,6 +122,32 @@ def test_budgets():
             get_budget(name, data)
     with pytest.raises(ValueError, match="unknown data"):
         get_budget(None, "coco")
+
+
+def test_a_weights_file_that_does_not_fit_is_noticed_before_anything_is_trained(tmp_path, capsys):
+    bad = tmp_path / "bad.pth"
+    bad.write_text("rubbish")
+    command = ["course", "--budget", "ci", "--quiet", "--store", str(tmp_path / "store"), "--aspp-weights"]
+    for path, word in ((bad, "bad.pth"), (tmp_path / "nosuch.pth", "no weights file")):
+        assert main([*command, str(path)]) == 1
+        assert word in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_program_without_a_main_guard_is_told_so(tmp_path, monkeypatch):
+    """Its image readers, where they are spawned, run it again, and would wait for the lock that it holds."""
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(RuntimeError, match="__main__"):
+        Pipeline(budget="ci", store=tmp_path).classifier(Configuration())
+
+
+def test_tables_tell_the_precision_where_it_is_a_choice(tmp_path):
+    tables = [
+        experiments.stored_table(1, Pipeline(budget=get_budget("ci").for_all(precision=p), store=tmp_path))
+        for p in ("float32", "bfloat16")
+    ]
+    assert "precision" not in experiments.format_table(tables[0])
+    assert "precision: bfloat16" in experiments.format_table(tables[1])
 
 
 def test_precision_is_a_gpu_s_where_only_a_gpu_can_run_it(monkeypatch):

@@ -129,22 +129,38 @@ def test_only_the_result_and_numbers_per_channel_are_saved():
     assert len(large) == 1 and large[0].data_ptr() == y.data_ptr()
 
 
-def test_the_check_before_use_can_say_no(monkeypatch, caplog):
-    cuda.check(DEVICE)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_check_before_use_can_say_no(dtype, monkeypatch):
+    cuda.check(DEVICE, dtype)
     whole = cuda.gradients
-    monkeypatch.setattr(cuda, "gradients", lambda *args: (whole(*args)[0] * 1.01, whole(*args)[1]))
+    monkeypatch.setattr(cuda, "gradients", lambda *args: (whole(*args)[0] * 1.1, whole(*args)[1]))
     with pytest.raises(RuntimeError, match="not those of the plain one"):
+        cuda.check(DEVICE, dtype)
+
+
+def test_the_check_is_none_of_the_caller_s_mode():
+    with torch.inference_mode():
         cuda.check(DEVICE)
+
+
+def test_no_map_has_more_parts_than_a_grid_can_have():
+    for positions in (100 * 100, 4000 * 4000):
+        x = torch.empty(1, 64, positions, 1, device="meta").to(memory_format=torch.channels_last)
+        cut = cuda._Cut(x)
+        assert cut.last and max(cut.grid[1:]) < 2**16 and cut.parts * cut.rows >= positions
 
 
 @pytest.mark.parametrize("trouble", [RuntimeError("no such target"), ImportError("no triton")])
 def test_a_gpu_on_which_it_does_not_work_gets_the_plain_form(trouble, monkeypatch, caplog):
-    def fails():
-        raise trouble
+    def fails(device, dtype):
+        if dtype == torch.bfloat16:
+            raise trouble
 
     monkeypatch.setattr(cuda, "check", fails)
-    assert kernels._gpu_module.__wrapped__() is None
-    assert "uncompiled" in caplog.text and str(trouble) in caplog.text
+    gpu = torch.device("cuda", 1)
+    assert kernels._gpu_module.__wrapped__(gpu, torch.float32) is cuda and not caplog.text
+    assert kernels._gpu_module.__wrapped__(gpu, torch.bfloat16) is None
+    assert "uncompiled on cuda:1 in torch.bfloat16" in caplog.text and str(trouble) in caplog.text
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")

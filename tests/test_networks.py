@@ -718,3 +718,14 @@ def test_bad_arguments_are_explained(call, message):
 def test_one_layer_number_is_not_a_collection():
     with pytest.raises(TypeError, match="collection of layer numbers; found 6"):
         classifier("mini", 6, drs_layers=6)
+
+
+def test_frozen_norm_keeps_the_precision_of_its_input():
+    norm = networks.FrozenNorm(3)
+    norm.weight.fill_(1.3)
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    exact = torchvision.ops.FrozenBatchNorm2d.forward(norm, x)
+    assert torch.equal(norm(x), exact)
+    half = norm(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), exact, rtol=1e-2, atol=1e-2)

@@ -1,4 +1,5 @@
 import random
+import types
 
 import numpy as np
 import pytest
@@ -145,3 +146,20 @@ def test_sampling_can_be_seeded_without_touching_an_accelerator(monkeypatch):
     monkeypatch.undo()
     with runtime.seeded(5):
         assert _draws() == host
+
+
+def test_only_a_cuda_device_is_not_waited_for():
+    asked = []
+    tensor = types.SimpleNamespace(to=lambda device, non_blocking: asked.append(non_blocking))
+    for device in ("cuda", torch.device("cuda", 1), "mps", "cpu"):
+        runtime.move(tensor, device)
+    assert asked == [True, True, False, False]
+
+
+def test_a_cpu_asked_for_among_processes_on_gpus_is_refused(monkeypatch):
+    monkeypatch.setattr(runtime.distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(runtime.distributed, "device", lambda: torch.device("cuda", 1))
+    monkeypatch.delenv("DRS_DEVICE", raising=False)
+    assert runtime.pick_device() == torch.device("cuda", 1)
+    with pytest.raises(RuntimeError, match="device asks for the CPU.*DRS_DEVICE=cpu"):
+        runtime.pick_device("cpu")

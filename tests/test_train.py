@@ -1,5 +1,6 @@
 import copy
 import types
+import weakref
 from functools import partial
 
 import numpy as np
@@ -484,6 +485,33 @@ def test_out_of_memory_says_what_fits(squares, monkeypatch, during, room, advice
         assert f"accumulate {CLASSIFY.batch // 2} times as large" in message
 
 
+def test_nothing_holds_what_did_not_fit_while_it_is_tried_what_does(squares, monkeypatch):
+    whole, graphs, held = train.classification_loss, [], []
+
+    class Greedy(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, loss, count):
+            ctx.count, ctx.graph = count, nn.Identity()
+            held.append(any(graph() is not None for graph in graphs))
+            graphs.append(weakref.ref(ctx.graph))
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            if ctx.count > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return g, None
+
+    monkeypatch.setattr(
+        train,
+        "classification_loss",
+        lambda model, batch: Greedy.apply(whole(model, batch), len(batch.images)),
+    )
+    with pytest.raises(train.OutOfMemory, match="A batch of 2 fits"):
+        classify(squares, CLASSIFY)
+    assert held == [False] * 3
+
+
 def test_weights_that_end_as_nan_are_noticed_though_the_last_loss_was_finite():
     model = nn.Conv2d(3, 1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -607,6 +635,45 @@ def test_a_compiled_step_is_the_step(squares, stage, monkeypatch):
     assert [h["loss"] for h in same_history] == pytest.approx([h["loss"] for h in history], rel=1e-5)
     for a, b in zip(found.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4)
+
+
+def test_a_compiled_loss_outlives_the_next_step(monkeypatch):
+    def graphs(function, mode):
+        output = torch.zeros(())  # as in CUDA graphs, the same memory each time
+        return lambda *args: output.copy_(function(*args))
+
+    monkeypatch.setattr(torch, "compile", graphs)
+    loss = train._compiled(lambda model, batch: torch.tensor(batch), "reduce-overhead")
+    assert [loss(None, 1.0), loss(None, 2.0)] == [1, 2]
+
+
+def test_gradients_of_compiled_batches_are_summed_outside(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, mode: function)
+
+    def weights(**options):
+        model = nn.Conv2d(3, 1, 1)
+        nn.init.ones_(model.weight)
+        nn.init.zeros_(model.bias)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        places = []
+        optimizer.register_step_pre_hook(lambda *_: places.append(model.weight.grad.data_ptr()))
+        images = torch.arange(4 * 48).view(4, 1, 3, 4, 4).byte()
+        train.fit(
+            model,
+            [train.Batch(torch.arange(1), image, None, None) for image in images],
+            lambda model, batch: model(batch.images).square().mean(),
+            optimizer,
+            torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0),
+            steps=4,
+            progress=False,
+            **options,
+        )
+        assert model.weight.grad is None
+        return model.weight, places
+
+    expected, _ = weights(accumulate=2)
+    found, places = weights(accumulate=2, compile="reduce-overhead")
+    assert torch.allclose(found, expected) and len(set(places)) == 1
 
 
 def test_an_interrupt_passes_and_the_surroundings_are_restored(squares):

@@ -18,6 +18,8 @@ from drs_lib.data import (
     without_masks,
 )
 from drs_lib.data.voc import labels_from_colours, read_list
+from drs_lib.paper import Configuration
+from drs_lib.pipeline import Pipeline, open_data
 
 
 @pytest.fixture
@@ -393,3 +395,24 @@ def test_the_data_folder_is_only_read(tree):
     without_masks(ds)
     ds[0], ds.mask(0), ds.saliency(0), ds.fingerprint
     assert sorted((str(p), p.stat().st_mtime_ns) for p in Path(tree).rglob("*")) == before
+
+
+def test_other_saliency_maps_are_other_data_for_labels_alone(tmp_path):
+    tree = write_voc_tree(tmp_path)
+
+    def keys():
+        open_data.cache_clear()
+        line = Pipeline("voc", "ci", voc_root=tmp_path, store=tmp_path / "runs")
+        stages = line.stages(Configuration(refine=True), ("miou", "accuracy"))
+        return {stage.name: stage.key for stage in stages}
+
+    before = keys()
+    for path in (tree / "saliency_map").glob("*.png"):
+        Image.fromarray(255 - np.array(Image.open(path))[:, ::-1] // 2).save(path)
+    after = keys()
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"labels", "segment", "evaluate"} and {"classify", "target", "refine"} <= set(before)
+    shutil.rmtree(tree / "saliency_map")
+    open_data.cache_clear()
+    with pytest.raises(FileNotFoundError, match="--only saliency"):  # before anything is trained
+        Pipeline("voc", "ci", voc_root=tmp_path, store=tmp_path / "runs")

@@ -438,3 +438,11 @@ def test_other_objects_in_a_file_are_not_loaded_and_the_way_round_works(zipped, 
     torch.save(torch.load(path, weights_only=False)["model"], tensors)
     network = classifier("vgg16", 3, weights=tensors)
     assert torch.equal(network.layers[5].conv3.weight, state["extra_conv3.weight"])
+
+
+@pytest.mark.parametrize("content", [b"rubbish\n", b"", b"\x80\x02.", bytes(range(256))])
+def test_what_is_no_weights_file_at_all_is_refused(content, tmp_path):
+    path = tmp_path / "bad.pth"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="bad.pth"):
+        networks.classifier("mini", 3, weights=path)

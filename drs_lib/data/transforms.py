@@ -8,6 +8,8 @@ import torch
 from torchvision.transforms.v2 import ColorJitter, InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from drs_lib.runtime import move
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -232,7 +234,7 @@ def _jittered(images, jitters):
     table = torch.tensor(table, dtype=torch.float32)
     if images.is_cuda:
         table = table.pin_memory()
-    table = table.to(images.device, non_blocking=True).view(-1, count, 1, 1, 1)
+    table = move(table, images.device).view(-1, count, 1, 1, 1)
     mixtures = table[:-3].unflatten(0, (-1, 3)) if len(table) > 3 else []
     for weights in mixtures[: lengths[0]]:
         images = _mixed(images, *weights)

@@ -207,7 +207,7 @@ class VOC2012(Dataset):
         # One array and not a list of tensors: it travels to worker processes in one piece.
         self._labels = np.zeros((len(self.names), self.num_classes), np.float32)
         self._labelled = np.zeros(len(self.names), bool)
-        self._fingerprint = None
+        self._fingerprint = self._fingerprint_without = None
 
     def _read_list(self, check):
         folder = self.root / "ImageSets" / "Segmentation"
@@ -259,6 +259,20 @@ class VOC2012(Dataset):
         raise FileNotFoundError(
             f"{path} {state} (list {self.split!r}): {first_few(missing)}. The tree is incomplete; "
             f"'{DOWNLOAD_HINT.format(root=self.root.parent)}' completes it.{other}"
+        )
+
+    def require_saliency(self):
+        """Raises FileNotFoundError if not every image has a saliency map, and says where they come from."""
+        folder = self.root / "saliency_map"
+        if not folder.is_dir():
+            raise FileNotFoundError(self._without_saliency(folder))
+        self._require("saliency_map", ".png", "saliency maps")
+
+    def _without_saliency(self, folder):
+        return (
+            f"no {folder}: DRS takes its background cue from saliency maps. Get saliency_map.zip of the "
+            f"authors' release and run '{DOWNLOAD_HINT.format(root=self.root.parent)} --only saliency "
+            "--saliency saliency_map.zip', or put 8-bit greyscale PNGs named by image id there."
         )
 
     def __len__(self):
@@ -344,11 +358,7 @@ class VOC2012(Dataset):
         """
         folder = self.root / "saliency_map"
         if not folder.is_dir():
-            raise FileNotFoundError(
-                f"no {folder}: DRS takes its background cue from saliency maps. Get saliency_map.zip of the "
-                f"authors' release and run '{DOWNLOAD_HINT.format(root=self.root.parent)} --only saliency "
-                "--saliency saliency_map.zip', or put 8-bit greyscale PNGs named by image id there."
-            )
+            raise FileNotFoundError(self._without_saliency(folder))
         expected = "expected 8-bit greyscale, 0 = not salient, 255 = salient"
         return self._aligned("saliency_map", index, ("L",), expected)[1]
 
@@ -408,16 +418,26 @@ class VOC2012(Dataset):
         """A short string that identifies the content: list, classes, label source, and the sizes of the
         files of the list. Other saliency maps or masks under the same names change it."""
         if self._fingerprint is None:
-            digest = hashlib.sha256()
-            digest.update(repr((self.classes, self.label_source, self.mask_folder, self.difficult)).encode())
-            digest.update("\n".join(self.names).encode())
-            files = [("JPEGImages", ".jpg"), (self.mask_folder, ".png"), ("saliency_map", ".png")]
-            if self.label_source == "xml":
-                files.append(("Annotations", ".xml"))
-            for folder, suffix in files:
-                digest.update(repr(self._sizes(folder, suffix)).encode())
-            self._fingerprint = f"voc-{self.split}-{len(self)}-{digest.hexdigest()[:16]}"
+            self._fingerprint = self._identity([("saliency_map", ".png")])
         return self._fingerprint
+
+    @property
+    def fingerprint_without_saliency(self):
+        """The same for who looks at no saliency map: with others, no classifier need be trained again."""
+        if self._fingerprint_without is None:
+            self._fingerprint_without = self._identity([])
+        return self._fingerprint_without
+
+    def _identity(self, further):
+        digest = hashlib.sha256()
+        digest.update(repr((self.classes, self.label_source, self.mask_folder, self.difficult)).encode())
+        digest.update("\n".join(self.names).encode())
+        files = [("JPEGImages", ".jpg"), (self.mask_folder, ".png"), *further]
+        if self.label_source == "xml":
+            files.append(("Annotations", ".xml"))
+        for folder, suffix in files:
+            digest.update(repr(self._sizes(folder, suffix)).encode())
+        return f"voc-{self.split}-{len(self)}-{digest.hexdigest()[:16]}"
 
     def _sizes(self, folder, suffix):
         path = self.root / folder

@@ -51,15 +51,18 @@ def _cpu_module():
 
 
 @cache
-def _gpu_module():
+def _gpu_module(device, dtype):
     try:
         module = importlib.import_module(f"{__name__}.cuda")
-        module.check()
+        module.check(device, dtype)
     except Exception as error:
-        # Triton may be missing, or meet a GPU or a driver that it does not know, and then fails in many ways.
+        # Triton may be missing, or meet a GPU or a driver that it does not know, or that lacks bfloat16, and
+        # then fails in many ways.
         logging.getLogger(__name__).warning(
-            "DRS runs uncompiled on this GPU, and slower: %s: %s. PyTorch for Linux brings the Triton that "
+            "DRS runs uncompiled on %s in %s, and slower: %s: %s. PyTorch for Linux brings the Triton that "
             "compiles it.",
+            device,
+            dtype,
             type(error).__name__,
             error,
         )
@@ -86,8 +89,9 @@ def forms() -> list[Form]:
     For whoever checks or times them all: the notebook on the DRS module runs each one in this list.
     """
     found = [Form("numba", "cpu", _cpu_module())] if available() else []
-    if torch.cuda.is_available() and _gpu_module() is not None:
-        found.append(Form("triton", "cuda", _gpu_module()))
+    if torch.cuda.is_available():
+        module = _gpu_module(torch.device("cuda", torch.cuda.current_device()), torch.float32)
+        found += [] if module is None else [Form("triton", "cuda", module)]
     return found
 
 
@@ -108,4 +112,4 @@ def for_input(x: torch.Tensor):
         return None
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
         return None
-    return _cpu_module() if x.device.type == "cpu" else _gpu_module()
+    return _cpu_module() if x.device.type == "cpu" else _gpu_module(x.device, x.dtype)

@@ -198,6 +198,14 @@ class ResidualBlock(nn.Module):
         return F.relu(self.convs(x) + self.shortcut(x))
 
 
+class FrozenNorm(torchvision.ops.FrozenBatchNorm2d):
+    """Batch norm with fixed statistics whose result has its input's type. Under autocast torchvision's has
+    its buffers', float32: activations would be kept, and read again, in twice the size."""
+
+    def forward(self, x):
+        return super().forward(x).to(x.dtype)
+
+
 class DilatedResNet(nn.Sequential):
     """torchvision's ResNet up to its last block, at output stride 8 instead of 32.
 
@@ -399,7 +407,7 @@ def _mini_resnet_layers(stem, blocks):
 
 def _resnet101_layers(ceil_mode):
     resnet = torchvision.models.resnet101(
-        replace_stride_with_dilation=[False, True, True], norm_layer=torchvision.ops.FrozenBatchNorm2d
+        replace_stride_with_dilation=[False, True, True], norm_layer=FrozenNorm
     )
     resnet.maxpool.ceil_mode = ceil_mode
     layers = [(name, module) for name, module in resnet.named_children() if name not in ("avgpool", "fc")]

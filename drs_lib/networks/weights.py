@@ -221,7 +221,7 @@ def _read(path):
         else:
             with torch.serialization.safe_globals(_numpy_numbers()):
                 state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as error:
         if found := re.search(r"GLOBAL (\S+) was not an allowed global", str(error)):
             raise ValueError(
                 f"{path} cannot be read: besides tensors it holds a Python object ({found[1]}), and loading "

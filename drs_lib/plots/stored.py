@@ -76,7 +76,9 @@ def make_figures(out_dir, store=None, data="critters", budget=None, seed=0, voc_
     for name, (draw, needs) in drawings.items():
         missing = _missing_rows(pipeline, seeds) if needs is None else _missing_stages(pipeline, needs)
         if missing:
-            print(f"{name} is left out: the run store has no {missing}. `python -m drs_lib course` makes it.")
+            options = "" if data == "critters" else " --data voc --voc-root DIR"
+            command = f"python -m drs_lib course{options}"
+            print(f"{name} is left out: the run store has no {missing}. `{command}` makes it.")
         else:
             written.append(save_figure(draw(), Path(out_dir) / f"{name}.png"))
     return written
