@@ -111,7 +111,7 @@ nitpick_ignore_regex = [
     ("py:obj", r".*"),
     (
         "py:.*",
-        r"(torch|numpy|np|pandas|pd|PIL|matplotlib|ipywidgets|traitlets|pathlib|os|collections|typing|types)\b.*",
+        r"(torch|torchvision|numpy|np|pandas|pd|PIL|matplotlib|ipywidgets|traitlets|pathlib|os|collections|typing|types)\b.*",
     ),
 ]
 
