@@ -37,10 +37,10 @@ from drs_lib.data import VOC2012, VOC_CLASSES, Critters, normalize, save_indexed
 from drs_lib.data.decoded import decoded
 from drs_lib.data.transforms import training_transform
 from drs_lib.files import write_text
-from drs_lib.labels import of_classes, pseudo_labels
+from drs_lib.labels import pseudo_labels
 from drs_lib.localization import iterate_present_maps
 from drs_lib.metrics import mean_iou
-from drs_lib.pipeline import get_budget, write_pngs
+from drs_lib.pipeline import get_budget, write_labels, write_targets
 from drs_lib.runtime import pick_device
 from drs_lib.train import (
     Batch,
@@ -215,38 +215,29 @@ def decode(run):
     return len(run.data), time.perf_counter() - start
 
 
-def present_maps(run, indices):
+def present_maps(run, model, indices):
     budget, recipe = run.budget, run.budget.classify
-    found = iterate_present_maps(
-        run.classifier, run.weak, scales=budget.scales, resize=budget.resize, indices=indices,
+    return iterate_present_maps(
+        model, run.weak, scales=budget.scales, resize=budget.resize, indices=indices,
         workers=run.workers, precision=recipe.precision,
     )  # fmt: skip
-    return ((i, labels.nonzero().flatten().tolist(), maps) for i, labels, maps in found)
 
 
 def maps_ours(run):
     def work(indices):
         with open(run.folder / "maps.zip", "wb") as file:
-            stacks = present_maps(run, indices)
-            write_pngs(
-                file, ((str(i), (m * 255).round().byte().flatten(0, 1).cpu().numpy()) for i, _, m in stacks)
-            )
+            write_targets(file, present_maps(run, model, indices), run.weak.names)
 
-    run.classifier = run.network("classify").to(run.device, memory_format=torch.channels_last)
+    model = run.network("classify").to(run.device, memory_format=torch.channels_last)
     return timed(run, work, len(run.data))
 
 
 def labels_ours(run):
     def work(indices):
-        def pictures():
-            for i, classes, maps in present_maps(run, indices):
-                labels = pseudo_labels(maps[None], run.weak.saliency(i)[None])
-                yield str(i), of_classes(labels, classes)[0].cpu().numpy()
-
         with open(run.folder / "labels.zip", "wb") as file:
-            write_pngs(file, pictures(), indexed=True)
+            write_labels(file, present_maps(run, model, indices), run.weak)
 
-    run.classifier = run.network("classify").to(run.device, memory_format=torch.channels_last)
+    model = run.network("classify").to(run.device, memory_format=torch.channels_last)
     return timed(run, work, len(run.data))
 
 

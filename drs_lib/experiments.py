@@ -30,7 +30,7 @@ import numpy as np
 from drs_lib import crf, distributed
 from drs_lib.files import write_text
 from drs_lib.paper import NETWORKS, SOURCE, TITLES, Configuration, Row, table_rows
-from drs_lib.pipeline import STAGE_COST, Budget, Pipeline, Splits, get_budget
+from drs_lib.pipeline import STAGE_COST, TRAININGS, Budget, Pipeline, Splits, get_budget
 from drs_lib.store import RunStore, StoreError
 
 if TYPE_CHECKING:
@@ -233,7 +233,7 @@ def _in_order(jobs, pipelines):
     trainings, cost = {}, {}
     for job in jobs:
         stages = pipelines[job.seed].stages(job.configuration, job.measures)
-        trainings[job] = {(s.name, s.key) for s in stages if STAGE_COST.get(s.name, 1) >= 10}
+        trainings[job] = {(s.name, s.key) for s in stages if s.name in TRAININGS}
         cost[job] = sum(STAGE_COST.get(s.name, 1) for s in stages)
     claimed, makers, sharers = set(), [], []
     for job in sorted(jobs, key=lambda job: -cost[job]):

@@ -132,8 +132,7 @@ def iterate_present_maps(
     _check_scales(scales)
     if resize is not None and not (isinstance(resize, int) and resize > 0):
         raise ValueError(f"resize is the side of a square in pixels; got {resize!r}.")
-    context = autocast("cpu" if device is None else device, precision)  # refuses an unknown precision now
-    del context
+    autocast("cpu" if device is None else device, precision)  # refuses an unknown precision now, not later
     if device is not None:
         model.to(device)
     indices = range(len(dataset)) if indices is None else indices

@@ -172,18 +172,7 @@ def _at_critters_size(crf):
 
 def _critters_ci():
     laptop = _critters_laptop()
-    short = {"epochs": 1, "batch": 8}
-    return laptop.replace(
-        name="ci",
-        classify=laptop.classify.replace(**short),
-        refine=laptop.refine.replace(**short),
-        largefov=laptop.largefov.replace(**short),
-        largefov_resnet=laptop.largefov_resnet.replace(**short),
-        aspp=laptop.aspp.replace(**short),
-        train_images=36,
-        val_images=12,
-        image_size=64,
-    )
+    return laptop.for_all(epochs=1, batch=8).replace(name="ci", train_images=36, val_images=12, image_size=64)
 
 
 def _paper():
@@ -222,22 +211,12 @@ def _release():
 
 
 def _voc_ci():
-    paper = _paper()
     # Random weights under frozen batch norm: with the paper's rates the residual networks would diverge.
     short = {
         "weights": None, "epochs": None, "iterations": 2, "schedule": "constant", "lr": 1e-7, "batch": 2,
         "accumulate": 1, "crop": 65, "threads": 1, "workers": 0, "precision": "float32",
     }  # fmt: skip
-    return paper.replace(
-        name="ci",
-        classify=paper.classify.replace(**short),
-        refine=paper.refine.replace(**short),
-        largefov=paper.largefov.replace(**short),
-        largefov_resnet=paper.largefov_resnet.replace(**short),
-        aspp=paper.aspp.replace(**short),
-        scales=None,
-        resize=64,
-    )
+    return _paper().for_all(**short).replace(name="ci", scales=None, resize=64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -420,11 +399,9 @@ class Pipeline:
             )
 
     def _present_maps(self, configuration):
-        """(index, its classes, their maps (n, H, W) on the device; for no class one map of zeros)."""
         from drs_lib.localization import iterate_present_maps
 
-        for index, labels, maps in self._iterate(iterate_present_maps, configuration):
-            yield index, labels.nonzero().flatten().tolist(), maps
+        return self._iterate(iterate_present_maps, configuration)
 
     def labels(self, configuration: Configuration) -> Sequence:
         """The pseudo labels of the training images: a sequence of uint8 (H, W)."""
@@ -595,21 +572,9 @@ class Pipeline:
         plain = replace(configuration, refine=False)
 
         def make(writer):
-            from drs_lib.localization import keep_largest_class
-
-            classes = []
-
-            def pictures():
-                for index, present, maps in self._present_maps(plain):
-                    classes.append(present)
-                    # An image without any class is kept as its one map of zeros, which remembers its size.
-                    if self.budget.target == "largest":
-                        maps = keep_largest_class(maps)
-                    pixels = (maps * 255).round().byte().flatten(0, 1).cpu().numpy()
-                    yield self.data.train.names[index], pixels
-
             with writer.open("maps.zip") as file:
-                write_pngs(file, pictures())
+                names, largest = self.data.train.names, self.budget.target == "largest"
+                classes = write_targets(file, self._present_maps(plain), names, largest)
             writer.json("classes.json", classes)
 
         config = self._map_config(plain) | {"target": self.budget.target}
@@ -643,17 +608,8 @@ class Pipeline:
         }
 
         def make(writer):
-            from drs_lib.labels import of_classes, pseudo_labels
-
-            weak = self._weak_train
-
-            def pictures():
-                for index, classes, maps in self._present_maps(configuration):
-                    labels = pseudo_labels(maps[None], weak.saliency(index)[None], **rule)
-                    yield weak.names[index], of_classes(labels, classes)[0].cpu().numpy()
-
             with writer.open("labels.zip") as file:
-                write_pngs(file, pictures(), indexed=True)
+                write_labels(file, self._present_maps(configuration), self._weak_train, **rule)
 
         config, source = self._map_config(configuration) | rule, self._map_source(configuration)
         return self._derived("labels", configuration, config, source, make, data=self.data.train.fingerprint)
@@ -890,6 +846,44 @@ class TargetMaps(LabelArchive):
         """(classes, their maps as uint8 (n, H, W)); for no class, a map of zeros of the first."""
         classes, stack = self.classes[index] or [0], super().__getitem__(index)
         return classes, stack.reshape(len(classes), -1, stack.shape[1])
+
+
+def write_targets(file, found, names, largest=False):
+    """Targets of the refinement network as a zip file of PNGs, for `TargetMaps`: in 8 bits, an image's maps
+    one above the other; of no class, one map of zeros, which remembers the image's size.
+
+    found: what `drs_lib.localization.iterate_present_maps` yields. names: the images'. largest: each pixel
+    keeps its largest class only. Returns the classes of each image.
+    """
+    from drs_lib.localization import keep_largest_class
+
+    classes = []
+
+    def pictures():
+        for index, labels, maps in found:
+            classes.append(labels.nonzero().flatten().tolist())
+            maps = keep_largest_class(maps) if largest else maps
+            yield names[index], (maps * 255).round().byte().flatten(0, 1).cpu().numpy()
+
+    write_pngs(file, pictures())
+    return classes
+
+
+def write_labels(file, found, dataset, **rule):
+    """Pseudo labels as a zip file of PNGs, for `LabelArchive`.
+
+    found: what `drs_lib.localization.iterate_present_maps` yields. dataset: for saliency and names. rule: of
+    `drs_lib.labels.pseudo_labels`.
+    """
+    from drs_lib.labels import of_classes, pseudo_labels
+
+    def pictures():
+        for index, present, maps in found:
+            labels = pseudo_labels(maps[None], dataset.saliency(index)[None], **rule)
+            classes = present.nonzero().flatten().tolist()
+            yield dataset.names[index], of_classes(labels, classes)[0].cpu().numpy()
+
+    write_pngs(file, pictures(), indexed=True)
 
 
 def write_pngs(file, pictures, indexed=False):

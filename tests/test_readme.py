@@ -3,6 +3,7 @@ commands and figures that are there."""
 
 import ast
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -129,3 +130,17 @@ def test_hours_are_what_the_program_prints():
         for line in done.stdout.splitlines():
             if line.startswith("| ") and budget == "paper" or line.startswith(("| 1 |", "| 8 |")):
                 assert line in VOC, line
+
+
+def test_the_processor_s_figures_are_the_stored_ones():
+    """Images per second by `benchmarks/pipeline.py`."""
+    stored = json.loads((ROOT / "benchmarks" / "results" / "pipeline-cpu.json").read_text(encoding="utf-8"))
+    stages = {}
+    for row in stored["rows"]:
+        stages.setdefault(row["stage"], {})[row["path"]] = row
+    found = re.findall(r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", VOC, re.M)
+    assert [name for name, *_ in found] == [name for name, of in stages.items() if "plain" in of]
+    for name, plain, ours, ratio in found:
+        of = stages[name]
+        figures = (of["plain"]["images_per_second"], of["ours"]["images_per_second"], of["ours"]["speedup"])
+        assert (plain, ours, ratio) == tuple(f"{value:.2f}" for value in figures), name
