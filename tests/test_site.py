@@ -288,3 +288,11 @@ def test_search_finds_notebooks_and_the_library(site, chromium):
     )
     assert any("notebooks/" in link for link in found) and any("docs/api/" in link for link in found), found
     page.close()
+
+
+def test_no_delimiter_of_a_solution_became_a_heading(site):
+    found = [path for path in site.rglob("*.html") if "_modules" not in path.parts]
+    assert site / "CONTRIBUTING.html" in found
+    for path in found:
+        headings = re.findall(r"<h[1-6]>[^<]*", path.read_text(encoding="utf-8"))
+        assert not [text for text in headings if "SOLUTION" in text], path
