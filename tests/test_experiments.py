@@ -424,11 +424,15 @@ def test_threads_are_refused(finished, tmp_path):
 def test_a_row_takes_a_device_that_no_other_row_has(tmp_path, monkeypatch):
     """Rows end at different times: what counts is who is free, not whose turn it is."""
     slots = [(tmp_path / f"{k}.lock", f"cuda:{k}") for k in range(2)]
-    others = threading.Barrier(2)
+    begun, ended = threading.Event(), threading.Event()
 
     def run(row, common, device):
-        if row in ("long", "last"):
-            others.wait(timeout=60)  # the long row outlasts all the others
+        if row == "long":  # it outlasts all the others
+            begun.set()
+            assert ended.wait(timeout=60)
+        assert begun.wait(timeout=60)  # none of the others is over before it has begun
+        if row == "last":
+            ended.set()
         return device
 
     monkeypatch.setattr(experiments, "_run_job", run)
