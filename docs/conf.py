@@ -90,6 +90,8 @@ myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"
 nb_merge_streams = True
+nb_code_prompt_show = "Show the solution"
+nb_code_prompt_hide = "Hide the solution"
 
 # ---- the API, from docstrings
 
@@ -156,19 +158,24 @@ def _exists(page):
 
 def complete_notebook(app, docname, source):
     """What a notebook's page needs and its file doesn't have: a note that the page is a still, for every
-    picture among the outputs what it shows, from the caption under it, and solutions that are folded."""
+    picture among the outputs what it shows, from the caption under it, and, in the section of exercises,
+    solutions that are folded."""
     if not docname.startswith("notebooks/"):
         return
     notebook = json.loads(source[0])
     cells = notebook["cells"]
-    heading = ""
+    heading, exercises = "", False
     for cell, following in zip(cells, [*cells[1:], None], strict=True):
         text = "".join(cell["source"])
-        if "### BEGIN SOLUTION" in text and cell["cell_type"] == "code":
-            cell["metadata"].setdefault("tags", []).append("hide-cell")
         if cell["cell_type"] == "markdown":
+            for title in re.findall(r"^## (.+)$", text, re.M):
+                exercises = "Exercises" in title
             heading = (re.findall(r"^#+ (.+)$", text, re.M) or [heading])[-1]
-        elif any("image/png" in output.get("data", {}) for output in cell["outputs"]):
+        elif "### BEGIN SOLUTION" in text and exercises:
+            cell["metadata"].setdefault("tags", []).append("hide-cell")
+        if "### BEGIN SOLUTION" in text:
+            cell["source"] = _without_delimiters(text, cell["cell_type"])
+        if any("image/png" in output.get("data", {}) for output in cell.get("outputs", ())):
             below = "".join(following["source"]) if following else ""
             image = {"alt": _first_sentence(below) or f"Figure in the section: {_plain(heading)}"}
             cell["metadata"].setdefault("mystnb", {})["image"] = image
@@ -178,6 +185,16 @@ def complete_notebook(app, docname, source):
         note["id"] = "about-this-page"
     cells.insert(1, note)
     source[0] = json.dumps(notebook)
+
+
+def _without_delimiters(text, kind):
+    """A cell with a solution, as readers see it: in a text, the solution is folded."""
+    if kind == "code":
+        return re.sub(r"^[ \t]*### (BEGIN|END) SOLUTION[ \t]*(\n|$)", "", text, flags=re.M)
+    text = re.sub(
+        r"^(<!-- )?### BEGIN SOLUTION( -->)?$", "<details><summary>Answer</summary>\n", text, flags=re.M
+    )
+    return re.sub(r"^(<!-- )?### END SOLUTION( -->)?$", "\n</details>", text, flags=re.M)
 
 
 def _first_sentence(caption):

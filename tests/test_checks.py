@@ -203,9 +203,9 @@ def test_every_exercise_that_is_named_exists():
         exercise = getattr(checks, name).exercise
         [path] = NOTEBOOKS.glob(f"{exercise.notebook}_*.ipynb")
         if exercise.number:
-            assert re.search(
-                rf'"(\*\*{exercise.number}\. |{exercise.number}\. \*\*)', path.read_text(encoding="utf-8")
-            )
+            number = exercise.number
+            begins = rf'"(\*\*(Exercise )?{number}\. |{number}\. \*\*)'
+            assert re.search(begins, path.read_text(encoding="utf-8")), exercise
 
 
 def test_the_list_has_every_check_and_an_unknown_one_gets_help():

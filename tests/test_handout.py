@@ -278,6 +278,28 @@ def test_a_blank_in_a_class_may_be_used_later(tool):
     assert handed.source.cells[2].metadata.nbgrader.grade_id == "project-1"
 
 
+def test_an_exercise_in_the_text_has_a_letter_and_ends_at_the_next_heading(tool):
+    below = code("len('kept')", text="4")
+    handed = convert(
+        tool, notebook("## The idea", "**Exercise A. Write** it.", code(SQUARE), "### Next", below)
+    )
+    assert handed.exercises == ["Exercise A"]
+    assert handed.source.cells[2].metadata.nbgrader.grade_id == "exercise-a"
+    assert handed.student.cells[2].source.count("Exercise A: your code here.") == 1
+    assert handed.student.cells[4].outputs
+
+
+def test_solutions_are_folded_and_blanks_are_not(tool):
+    spec = importlib.util.spec_from_file_location("notebooks_tool", ROOT / "tools" / "notebooks.py")
+    notebooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(notebooks)
+    made = notebooks.clean(small())
+    folded = [k for k, cell in enumerate(made.cells) if cell.metadata.get("jupyter", {}).get("source_hidden")]
+    assert folded == [3, 6, 7]
+    handed = convert(tool, made)
+    assert not [c for c in (*handed.student.cells, *handed.source.cells) if "jupyter" in c.metadata]
+
+
 # The folder and the zip, of a small course under git.
 
 

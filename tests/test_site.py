@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import nbformat
@@ -197,7 +198,21 @@ def elsewhere(tmp_path_factory):
     notebook = json.loads((ROOT / "notebooks" / "lab.ipynb").read_text(encoding="utf-8"))
     output = next(o for cell in notebook["cells"] for o in cell.get("outputs", []) if "text" in o)
     output["text"] = ["no cell printed this: 31.41592\n"]
-    notebook["cells"][-1]["source"] = ["### BEGIN SOLUTION\n", "answer = 42\n", "### END SOLUTION"]
+    solution = ["x = 1\n", "### BEGIN SOLUTION\n", "answer = {}\n", "### END SOLUTION"]
+    in_the_text, under_exercises = (deepcopy(notebook["cells"][-1]) for _ in range(2))
+    in_the_text["source"] = [line.format(41) for line in solution]
+    under_exercises["source"] = [line.format(42) for line in solution]
+    lines = [
+        "**1. Why?**\n",
+        "\n",
+        "<!-- ### BEGIN SOLUTION -->\n",
+        "Because *of it*.\n",
+        "<!-- ### END SOLUTION -->",
+    ]
+    texts = [{"cell_type": "markdown", "metadata": {}, "source": text} for text in (["## Exercises"], lines)]
+    notebook["cells"] += [in_the_text, texts[0], under_exercises, texts[1]]
+    for number, cell in enumerate(notebook["cells"]):
+        cell["id"] = f"cell-{number}"
     (copy / "notebooks" / "lab.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
     return build(copy, tmp_path_factory.mktemp("elsewhere"))
 
@@ -216,10 +231,13 @@ def test_pages_that_are_yet_to_come_have_their_place(elsewhere):
     )
 
 
-def test_solutions_are_folded(elsewhere):
+def test_solutions_of_the_exercises_are_folded(elsewhere):
     page = (elsewhere / "notebooks" / "lab.html").read_text(encoding="utf-8")
-    (folded,) = re.findall(r"<details.*?</details>", article(page), re.S)
-    assert "answer = 42" in text_of(folded) and "open" not in folded[: folded.index(">")]
+    code, text = re.findall(r"<details.*?</details>", article(page), re.S)
+    assert "answer = 42" in text_of(code) and "Show the solution" in text_of(code)
+    assert "Because" in text_of(text) and "<em>of it</em>" in text
+    assert not any("open" in folded[: folded.index(">")] for folded in (code, text))
+    assert "answer = 41" in text_of(article(page)) and "SOLUTION" not in page
 
 
 def test_with_a_repository_notebooks_have_buttons(elsewhere):

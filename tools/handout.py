@@ -20,8 +20,9 @@ The format of an exercise
 -------------------------
 An exercise starts a markdown cell: ``**2. Write.** ...`` or ``2. **Write** ...`` in a section whose ``##``
 heading holds the word "Exercises" or "Projects", or, in any section, ``### Exercise 2 ...``, ``**Exercise
-2. ...**`` or ``**Project 1. ...**``. A number (of exercises, of projects) occurs once in a notebook. All
-cells up to the next exercise or the next heading of level 1 to 3 belong to it. They are of five kinds.
+2. ...**`` or ``**Project 1. ...**``. A number (of exercises, of projects) occurs once in a notebook; those
+that stand in the text before that section have a letter, ``**Exercise A. Write ...**``. All cells up to the
+next exercise or the next heading of level 1 to 3 belong to it. They are of five kinds.
 
 *Code to write.* What lies between the delimiters is the solution; the student gets a blank, and the rest as
 it is::
@@ -115,7 +116,7 @@ MEANT = re.compile(
     r"|^\s*(?:#+|<!--)[\s#]*(?i:BEGIN|END)[ _-]*(?i:SOLUTION)"
 )
 HEADING = re.compile(r"(#{1,3})\s+(.*)")
-NAMED = re.compile(r"(?:#{2,3}\s+|\*\*)(Exercise|Project)\s+(\d+)\b")
+NAMED = re.compile(r"(?:#{2,3}\s+|\*\*)(Exercise|Project)\s+(\d+|[A-Z])\b")
 NUMBERED = re.compile(r"(?:#{3}\s+|\*\*)?(\d+)\.\s")
 SECTION = re.compile(r"\b(Exercise|Project)s\b", re.I)
 LINK = re.compile(
@@ -545,6 +546,7 @@ def _add_metadata(handed, graded):
     counts = {}
     for cell in (*handed.student.cells, *handed.source.cells):
         cell.metadata.pop("nbgrader", None)
+        cell.metadata.pop("jupyter", None)  # solutions are folded, blanks are not
     for index, label, kind, where in graded:
         number = label.split()[1]
         name = f"check-{number}" if kind == "check" else label.lower().replace(" ", "-")

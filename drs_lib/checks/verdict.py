@@ -31,7 +31,7 @@ class Wrong(Exception):
 class Exercise:
     """Where a check belongs: a notebook ("02"), the number of the exercise, and the answer it expects.
 
-    ``number`` is "" where the notebook's text asks and no numbered exercise does.
+    ``number`` is a letter for an exercise that stands in the notebook's text, and "" where no exercise asks.
     """
 
     name: str
