@@ -32,7 +32,7 @@ COURSE_ARGS := $(RUN_ARGS) $(if $(JOBS),--jobs $(JOBS)) $(if $(TABLES),--tables 
 # tools/jupyter lets uploads over ten megabytes arrive, so that the lab can say that they are too large.
 JUPYTER = DRS_STORE="$(or $(DRS_STORE),$(CURDIR)/runs)" JUPYTER_CONFIG_PATH="$(CURDIR)/tools/jupyter"
 
-.PHONY: help course test lab lab-page figures notebooks check-course handout site check-links reference weights bench \
+.PHONY: help course test lab lab-page figures notebooks check-course handout slides site check-links reference weights bench \
   lint env crf clean-env
 
 help: ## show this list
@@ -64,7 +64,10 @@ check-course: $(READY) ## run all notebooks as tests at the laptop budget, again
 handout: $(READY) ## write handout/: student notebooks and their zip, solutions apart (NOTEBOOKS="01 02" for some)
 	$(PY) tools/handout.py $(if $(NOTEBOOKS),--notebooks $(NOTEBOOKS)) $(HANDOUT_ARGS)
 
-site: $(READY) ## build the course as a website, site/html, from the stored outputs
+slides: $(READY) ## write the deck of twenty minutes, site/html/slides, from the stored outputs
+	$(PY) tools/slides.py
+
+site: $(READY) ## build the course and the slides as a website, site/html, from the stored outputs
 	$(PY) -c "import shutil; shutil.rmtree('site', ignore_errors=True)"
 	$(PY) -m sphinx -q -n -W --keep-going -c docs -d site/doctrees . site/html
 	@echo "Open site/html/index.html."

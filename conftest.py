@@ -1,5 +1,5 @@
 """The notebooks run as tests, at the ci budget and with one run store for all of them, unless DRS_BUDGET and
-DRS_STORE say otherwise. In continuous integration a skipped notebook, browser or site test fails: what it
+DRS_STORE say otherwise. In continuous integration a skipped notebook, browser, site or slides test fails: what it
 needs is installed there.
 """
 
@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import pytest
 
-REQUIRED = ("test_notebook", "test_widgets", "test_browser", "test_site")
+REQUIRED = ("test_notebook", "test_widgets", "test_browser", "test_site", "test_slides")
 
 
 _STORE = pytest.StashKey()

@@ -11,6 +11,7 @@ import inspect
 import json
 import posixpath
 import re
+import runpy
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -83,6 +84,7 @@ include_patterns = ["docs/**.md", "docs/**.rst", "notebooks/*.ipynb", "CONTRIBUT
 exclude_patterns = [
     *(p.name for p in ROOT.iterdir() if p.is_dir() and p.name not in ("docs", "notebooks", "figures")),
     "**/.ipynb_checkpoints",
+    "docs/slides.md",  # becomes the deck
 ]
 templates_path = ["_templates"]
 
@@ -138,7 +140,8 @@ html_theme_options = {
 
 def adapt_markdown(app, docname, source):
     """The first page is README.md, whose links are relative to the project's folder, and the table of
-    contents, in which a page that isn't there yet is left out. Links to README.md elsewhere lead to it."""
+    contents, in which a page that isn't there yet is left out. Links to README.md elsewhere lead to it, links
+    to docs/slides.md to the deck."""
     if docname == root_doc:
         readme = (ROOT / "README.md").read_text(encoding="utf-8")
         app.env.note_dependency(ROOT / "README.md")
@@ -147,6 +150,9 @@ def adapt_markdown(app, docname, source):
     else:
         first = posixpath.relpath(f"{root_doc}.md", posixpath.dirname(docname) or ".")
         source[0] = re.sub(r"\]\((\.\./)*README\.md", f"]({first}", source[0])
+    deck = posixpath.relpath("slides/index.html", posixpath.dirname(docname) or ".")
+    link = r"\[([^\]]+)\]\([^()\s]*\bslides\.md\)"
+    source[0] = re.sub(link, rf'<a class="reference" href="{deck}">\1</a>', source[0])
 
 
 LATER = r"^(teaching|\.\./CONTRIBUTING)\n"
@@ -320,6 +326,13 @@ def write_math(translator, node):
     raise nodes.SkipNode
 
 
+def write_slides(app, error):
+    """The deck, beside the pages."""
+    tool = ROOT / "tools" / "slides.py"
+    if app.builder.name == "html" and error is None and tool.is_file():
+        runpy.run_path(str(tool))["write"](Path(app.outdir) / "slides")
+
+
 def setup(app):
     app.add_html_math_renderer("mathml", (write_math, None), (write_math, None))
     app.connect("source-read", adapt_markdown)
@@ -327,4 +340,5 @@ def setup(app):
     app.connect("autodoc-process-docstring", adapt_docstring, priority=400)  # before Napoleon
     app.connect("autodoc-skip-member", skip_fields)
     app.connect("missing-reference", resolve_alias)
+    app.connect("build-finished", write_slides)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
