@@ -1,6 +1,6 @@
 """The notebooks run as tests, at the ci budget and with one run store for all of them, unless DRS_BUDGET and
-DRS_STORE say otherwise. In continuous integration a skipped notebook, browser, site or slides test fails: what it
-needs is installed there.
+DRS_STORE say otherwise. In continuous integration a skipped notebook, browser, site or slides test fails:
+what it needs is installed there.
 """
 
 import os

@@ -66,7 +66,8 @@ def test_results_are_taken_from_notebooks_and_readme(tool):
 def test_a_small_deck(tool, tmp_path):
     deck = (
         "<!-- Note (9 min): no slide -->\n# T\n{{ 09_small > The idea > text }}\n|||\n"
-        "{{ README > Table 1 }}\nNote (2 min): say\n---\n## U\n{{ 09_small > The idea > code 1 }}\nNote (1 min): more\n"
+        "{{ README > Table 1 }}\nNote (2 min): say\n---\n"
+        "## U\n{{ 09_small > The idea > code 1 }}\nNote (1 min): more\n"
     )
     root = small(tmp_path, deck)
     first, note, second, _ = tool.deck(deck, root).cells
