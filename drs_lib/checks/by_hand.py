@@ -311,9 +311,9 @@ def delta_one(answer):
     chosen(answer, options, "CAM", dict.fromkeys(options, why))
 
 
-@check("03", "", '"flat", "empty", "sparse" or "unchanged"')
+@check("03", "6", '"flat", "empty", "sparse" or "unchanged"')
 def delta_near_zero(answer):
-    """A feature map, divided by its new maximum, when delta is close to 0 (break it: delta near 0).
+    """A feature map, divided by its new maximum, when delta is close to 0 (03, exercise 6).
 
     The answer is "flat" (one value wherever the map is active), "empty" (0 everywhere), "sparse" (the
     maximum alone) or "unchanged".
@@ -561,9 +561,9 @@ def all_ones_map(answer):
     chosen(answer, options, "flat", dict.fromkeys(options, why))
 
 
-@check("07", "", '{"recall": ..., "precision": ...}, each "up", "down" or "same"')
+@check("07", "6", '{"recall": ..., "precision": ...}, each "up", "down" or "same"')
 def without_saliency(answer):
-    """The cue "map > 0.2" of DRS, not cut off by saliency, compared with CAM's (break it: no saliency).
+    """Labels by "map > 0.2" alone, without saliency: learnable DRS compared with CAM (07, exercise 6).
 
     The answer is a dictionary with the words "up", "down" or "same" for "recall" and "precision", or the two
     words in this order.

@@ -72,9 +72,9 @@ def _raw_peak(x):
     return x.amax((2, 3), keepdim=True)
 
 
-@check("02", "", "a function f(x, delta), x (N, K, H, W): tensor like x")
+@check("02", "B", "a function f(x, delta), x (N, K, H, W): tensor like x")
 def suppress(answer):
-    """Algorithm 1 with a constant controller, in three lines (02, *Six lines of PyTorch*).
+    """Algorithm 1 with a constant controller, in three lines (02, exercise B).
 
     The answer is a function f(x, delta): x what a convolution returns, a floating-point tensor (N, K, H, W);
     delta a number in (0, 1]. It returns a tensor like x,
@@ -188,9 +188,9 @@ def _control(X, theta):
 _THETA_SMALL = torch.tensor([[0.4, -1.0], [0.2, 0.1]])
 
 
-@check("03", "", "a function f(features, theta), (N, K, H, W) and (K, K): tensor (N, K)")
+@check("03", "A", "a function f(features, theta), (N, K, H, W) and (K, K): tensor (N, K)")
 def learnable_controller(answer):
-    """The learnable controller, equation 2 (03, *The learnable controller*).
+    """The learnable controller, equation 2 (03, exercise A).
 
     The answer is a function f(features, theta): features a tensor (N, K, H, W) of values >= 0, theta (K, K),
     laid out like the weight of nn.Linear(K, K). It returns the control values, (N, K),
@@ -238,9 +238,9 @@ def _algorithm_1(x, theta, features=None):
     return suppress_plain(x, _control(x.relu() if features is None else features, theta))
 
 
-@check("02", "", "a function f(x, theta), (N, K, H, W) and (K, K): tensor like x")
+@check("02", "A", "a function f(x, theta), (N, K, H, W) and (K, K): tensor like x")
 def algorithm_1(answer):
-    """Algorithm 1 with the learnable controller of equation 2, the whole module (02, *Algorithm 1*).
+    """Algorithm 1 with the learnable controller of equation 2, the whole module (02, exercise A).
 
     The answer is a function f(x, theta): x what a convolution returns, (N, K, H, W), theta (K, K) laid out
     like the weight of nn.Linear(K, K). It returns a tensor like x,
