@@ -234,6 +234,7 @@ def test_layer_mean_is_figure_5s_scaling():
         (lambda: plots.profile(np.ones((2, 3, 3)), 0.5), "one channel"),
         (lambda: plots.profile(np.full((3, 3), np.nan), 0.5), "finite"),
         (lambda: plots.profile(heat(), float("nan")), "between 0 and 1"),
+        (lambda: plots.suppression(image(), np.ones((2, 3, 3)), 0.5), "one channel"),
         (lambda: plots.cue_changes(heat() > 0.5, heat(), label_map(), 1), "cues are bool"),
         (lambda: plots.cue_changes(heat() > 0.5, heat() > 0.5, label_map(4, 4), 1), "4, 4"),
         (lambda: plots.overlay_changes(image(4, 4), label_map(4, 5)), "4x5 and its image 4x4"),
@@ -405,6 +406,25 @@ def test_profile_cuts_through_the_maximum():
     layout.png(plots.profile(np.zeros((3, 4)), 0.5), 50)  # a dead map
 
 
+def test_suppression_shows_the_map_and_what_is_left_of_it_on_one_scale():
+    features = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
+    picture = image(60, 80)
+    figure = plots.suppression(picture, features, 0.5)
+    first, before, after, cut = figure.axes
+    np.testing.assert_array_equal(first.images[0].get_array(), picture)
+    large, small = (ax.images[0].get_array().astype(int) for ax in (before, after))
+    assert large.shape == small.shape == (60, 80, 3)
+    row, column = divmod(int(features.argmax()), 8)
+    peak = np.s_[10 * row + 5, 10 * column + 5]
+    assert (large[peak] - small[peak]).max() > 20, "the maximum comes down"
+    low = (features[row] < 0.4 * features.max()).nonzero().flatten()
+    assert len(low) and before.get_lines()[0].get_ydata()[0] == 10 * row + 5
+    kept, *_ = (patch.get_data() for patch in cut.patches)
+    assert kept.values.max() == pytest.approx(0.5 * float(features.max()))
+    assert_nothing_is_cut_or_covered(figure)
+    layout.png(plots.suppression(image(), np.zeros((3, 4)), 0.5), 50)  # a dead map
+
+
 def table1(sd=0.8, shift=2.0):
     deltas = [np.nan, 0.9, 0.8, 0.7, 0.6, 0.55, 0.5, 0.4]
     paper = [62.9, 51.9, 56.0, 58.7, 62.3, 62.8, 62.3, 59.6]
@@ -519,7 +539,7 @@ def test_make_figures_draws_them_all_and_trains_nothing(run, tmp_path, capsys):
     store, data, budget = run
     before = entries(store)
     paths = plots.make_figures(tmp_path / "figures", store=store, data=data, budget=budget)
-    names = ["samples", "figure1", "figure4", "figure5", "figure6", "table1"]
+    names = ["samples", "suppression", "figure1", "figure4", "figure5", "figure6", "table1"]
     assert [path.name for path in paths] == [f"{name}.png" for name in names]
     for path in paths:
         assert path.stat().st_size <= 300_000
@@ -533,7 +553,7 @@ def test_make_figures_names_what_is_not_in_the_store(run, tmp_path, capsys):
     paths = plots.make_figures(tmp_path, store=store, data=data, budget=budget, seed=5)
     assert [path.name for path in paths] == ["samples.png"]
     said = capsys.readouterr().out
-    for name in ("figure1", "figure4", "figure5", "figure6", "table1"):
+    for name in ("suppression", "figure1", "figure4", "figure5", "figure6", "table1"):
         assert f"{name} is left out" in said
     assert "with seed 5" in said
 

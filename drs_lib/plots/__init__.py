@@ -6,6 +6,7 @@
     figure5   mean features of every layer, CAM above DRS        paper, Figure 5
     figure6   image, truth, segmentations                        paper, Figure 6
     profile   one feature map, cut through its maximum, before and after suppression
+    suppression    an image, one channel's map over it, before and after, and the cut
     table1_curve   Table 1 as a curve over delta
     panels    pictures, maps and label maps in rows
     cue_figure     what one object cue recovers and removes of another
@@ -22,7 +23,7 @@ label maps are uint8 (H, W), 0 background, 1..C classes, 255 ignored. Each may b
     python -m drs_lib.plots      draws figures/ from the stored runs (`make figures`)
 """
 
-from drs_lib.plots.charts import labelled_scatter, loss_curve, profile, table1_curve, threshold_curves
+from drs_lib.plots.charts import labelled_scatter, loss_curve, table1_curve, threshold_curves
 from drs_lib.plots.colors import (
     CHANGES,
     MAP_COLORS,
@@ -34,7 +35,7 @@ from drs_lib.plots.colors import (
     overlay_changes,
     overlay_labels,
 )
-from drs_lib.plots.drs_figure import figure2
+from drs_lib.plots.drs_figure import figure2, profile, suppression
 from drs_lib.plots.grids import cue_figure, figure1, figure4, figure5, figure6, panels, show_samples
 from drs_lib.plots.layout import WIDTH, Panel, save_figure
 from drs_lib.plots.stored import first_of_each_class, make_figures
@@ -65,6 +66,7 @@ __all__ = [
     "profile",
     "save_figure",
     "show_samples",
+    "suppression",
     "table1_curve",
     "threshold_curves",
 ]

@@ -1,4 +1,4 @@
-"""Figures with axes: Table 1 as a curve, a score over a threshold, a loss, a profile, named points."""
+"""Figures with axes: Table 1 as a curve, a score over a threshold, a loss, named points."""
 
 import matplotlib
 import numpy as np
@@ -7,7 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from drs_lib.plots.colors import MAP_COLORS, OKABE_ITO, array
+from drs_lib.plots.colors import OKABE_ITO
 from drs_lib.plots.layout import DPI, STYLE, NotebookFigure
 
 
@@ -44,7 +44,7 @@ def table1_curve(table):
         ax.set_xticks(constant["delta"], [f"{delta:.2f}" for delta in constant["delta"]])
         ax.margins(y=0.08)
         sns.despine(ax=ax)
-        _label_at_right(ax, labels)
+        label_at_right(ax, labels)
     return figure
 
 
@@ -73,7 +73,7 @@ def threshold_curves(alphas, curves, chosen=None, ylabel="pseudo-label mIoU (%)"
         ax.set(xlabel="threshold α (logarithmic)", ylabel=ylabel)
         ax.margins(y=0.1)
         sns.despine(ax=ax)
-        _label_at_right(ax, labels)
+        label_at_right(ax, labels)
     return figure
 
 
@@ -149,50 +149,7 @@ def loss_curve(history, title=""):
     return figure
 
 
-def profile(features, control, title=""):
-    """One feature map before and after suppression, along the row through its maximum.
-
-    features: (H, W), as it reaches a DRS module (ReLU is applied); control: its control value G. Left the
-    map X with that row marked; right X along the row, its maximum, and the upper bound tau = G max X, with
-    what lies above tau, and is cut off, shaded.
-    """
-    features = array(features).astype(np.float64)
-    if features.ndim != 2 or not features.size:
-        raise ValueError(f"A feature map is (H, W): one channel of one image; got shape {features.shape}.")
-    control = float(array(control))
-    if not np.isfinite(features).all() or not 0 <= control <= 1:
-        raise ValueError("The feature map must be finite and the control value between 0 and 1.")
-    features = features.clip(0)
-    peak = features.max()
-    row = features.argmax() // features.shape[1]
-    values, tau = features[row], peak * control
-    edges = np.arange(len(values) + 1) - 0.5
-    with sns.axes_style("ticks", STYLE), matplotlib.rc_context(STYLE):
-        figure = NotebookFigure((7.4, 2.4), dpi=DPI, layout="constrained")
-        left, ax = figure.subplots(1, 2, width_ratios=(1, 2.3))
-        left.imshow(features, cmap=MAP_COLORS, vmin=0, interpolation="nearest")
-        left.axhline(row, color="white", linewidth=1.2)
-        left.set(xticks=[], yticks=[row], yticklabels=[f"row {row}"], title=title)
-        sns.despine(ax=left, left=True, bottom=True)
-        kept = np.minimum(values, tau)
-        ax.stairs(kept, edges, fill=True, color="0.8", label=r"$\hat{X}=\min(X,\tau)$")
-        ax.stairs(values, edges, baseline=kept, fill=True, color=OKABE_ITO[0], label="suppressed")
-        ax.stairs(values, edges, color="0.25", linewidth=1.2, label="$X$")
-        ax.axhline(peak, color=OKABE_ITO[4], linestyle=":", linewidth=1.5)
-        ax.axhline(tau, color=OKABE_ITO[6], linestyle="--", linewidth=1.5)
-        ax.set(xlim=(edges[0], edges[-1]), ylim=(0, 1.08 * peak or 1), xlabel=f"position in row {row}")
-        ax.xaxis.get_major_locator().set_params(integer=True)
-        sns.despine(ax=ax)
-        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False, handlelength=1.2)
-        names = (
-            (peak, rf"$X_{{\mathrm{{max}}}}$ = {peak:.2f}", OKABE_ITO[4]),
-            (tau, rf"$\tau$ = {control:.2f} $X_{{\mathrm{{max}}}}$", OKABE_ITO[6]),
-        )
-        _label_at_right(ax, names)
-    return figure
-
-
-def _label_at_right(ax, labels):
+def label_at_right(ax, labels):
     """Direct labels (y, text, colour) right of the axes, moved apart where they would overlap."""
     low, high = ax.get_ylim()
     gap = 0.062 * (high - low)

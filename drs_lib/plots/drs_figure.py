@@ -1,10 +1,13 @@
-"""The paper's Figure 2: a DRS module at work, drawn from real maps and control values."""
+"""A DRS module at work, drawn from real maps and control values: the paper's Figure 2, and one channel."""
 
 import matplotlib
 import numpy as np
+import seaborn as sns
 from matplotlib.patches import FancyBboxPatch, Rectangle
+from PIL import Image
 
-from drs_lib.plots.colors import MAP_COLORS, OKABE_ITO, array
+from drs_lib.plots.charts import label_at_right
+from drs_lib.plots.colors import MAP_COLORS, OKABE_ITO, array, as_picture, overlay
 from drs_lib.plots.layout import DPI, STYLE, WIDTH, NotebookFigure
 
 
@@ -103,3 +106,88 @@ def figure2(features, control):
         arrow((6.75, center), (7.55, center))
         column(7.6, np.minimum(maps, tau[:, None, None]), r"$\hat{X}$")
     return figure
+
+
+def profile(features, control, title=""):
+    """One feature map before and after suppression, along the row through its maximum.
+
+    features: (H, W), as it reaches a DRS module (ReLU is applied); control: its control value G. Left the
+    map X with that row marked; right X along the row, its maximum, and the upper bound tau = G max X, with
+    what lies above tau, and is cut off, shaded.
+    """
+    features, control = _one_map(features, control)
+    row = features.argmax() // features.shape[1]
+    with sns.axes_style("ticks", STYLE), matplotlib.rc_context(STYLE):
+        figure = NotebookFigure((7.4, 2.4), dpi=DPI, layout="constrained")
+        left, ax = figure.subplots(1, 2, width_ratios=(1, 2.3))
+        left.imshow(features, cmap=MAP_COLORS, vmin=0, interpolation="nearest")
+        left.axhline(row, color="white", linewidth=1.2)
+        left.set(xticks=[], yticks=[row], yticklabels=[f"row {row}"], title=title)
+        sns.despine(ax=left, left=True, bottom=True)
+        _draw_cut(ax, features[row], control, f"position in row {row}")
+    return figure
+
+
+def suppression(image, features, control):
+    """What DRS does, in one picture: a feature map over its image, cut at its bound, and what is left.
+
+    image: uint8 (3, H, W) or (H, W, 3). features: (h, w), one channel's map of that image as it reaches a DRS
+    module (ReLU is applied, and it is enlarged to the image's size); control: its control value G. Both maps
+    are on one scale, from 0 to the maximum of X. Below them the row through the maximum, as in `profile`.
+    """
+    features, control = _one_map(features, control)
+    picture = as_picture(image)
+    size = picture.shape[1::-1]
+    scale = features.max() or 1
+    kept = np.minimum(features, control * features.max())
+    enlarged = [
+        np.asarray(Image.fromarray((one / scale).astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
+        for one in (features, kept)
+    ]
+    row = features.argmax() // features.shape[1]
+    with sns.axes_style("ticks", STYLE), matplotlib.rc_context(STYLE):
+        figure = NotebookFigure((WIDTH, 5), dpi=DPI, layout="constrained")
+        above, below = figure.subfigures(2, 1, height_ratios=(1.15, 1))
+        pictures = {"image": picture, "one channel $X$ of it": overlay(picture, enlarged[0])}
+        pictures[rf"after DRS: $\min(X, {control:.2f}\ \max X)$"] = overlay(picture, enlarged[1])
+        for ax, (title, shown) in zip(above.subplots(1, 3), pictures.items(), strict=True):
+            ax.imshow(shown)
+            ax.set(xticks=[], yticks=[], title=title)
+            if title != "image":
+                ax.axhline((row + 0.5) * len(picture) / len(features), color="white", linewidth=1.2)
+            sns.despine(ax=ax, left=True, bottom=True)
+        _draw_cut(below.subplots(), features[row], control, "position along the white line, in $X$")
+    return figure
+
+
+def _one_map(features, control):
+    """A channel's map after the ReLU, float64, and its control value, both checked."""
+    features = array(features).astype(np.float64)
+    if features.ndim != 2 or not features.size:
+        raise ValueError(f"A feature map is (H, W): one channel of one image; got shape {features.shape}.")
+    control = float(array(control))
+    if not np.isfinite(features).all() or not 0 <= control <= 1:
+        raise ValueError("The feature map must be finite and the control value between 0 and 1.")
+    return features.clip(0), control
+
+
+def _draw_cut(ax, values, control, xlabel):
+    """A row through a map's maximum, and what its bound cuts off."""
+    peak = values.max()
+    tau = peak * control
+    edges = np.arange(len(values) + 1) - 0.5
+    kept = np.minimum(values, tau)
+    ax.stairs(kept, edges, fill=True, color="0.8", label=r"$\hat{X}=\min(X,\tau)$")
+    ax.stairs(values, edges, baseline=kept, fill=True, color=OKABE_ITO[0], label="suppressed")
+    ax.stairs(values, edges, color="0.25", linewidth=1.2, label="$X$")
+    ax.axhline(peak, color=OKABE_ITO[4], linestyle=":", linewidth=1.5)
+    ax.axhline(tau, color=OKABE_ITO[6], linestyle="--", linewidth=1.5)
+    ax.set(xlim=(edges[0], edges[-1]), ylim=(0, 1.08 * peak or 1), xlabel=xlabel)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    sns.despine(ax=ax)
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False, handlelength=1.2)
+    names = (
+        (peak, rf"$X_{{\mathrm{{max}}}}$ = {peak:.2f}", OKABE_ITO[4]),
+        (tau, rf"$\tau$ = {control:.2f} $X_{{\mathrm{{max}}}}$", OKABE_ITO[6]),
+    )
+    label_at_right(ax, names)

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import torch
 
+from drs_lib.drs import DRS
 from drs_lib.pipeline import BUDGETS
 from drs_lib.plots.charts import table1_curve
+from drs_lib.plots.drs_figure import suppression
 from drs_lib.plots.grids import figure1, figure4, figure5, figure6, show_samples
 from drs_lib.plots.layout import save_figure
 
@@ -32,6 +34,10 @@ def make_figures(out_dir, store=None, data="critters", budget=None, seed=0, voc_
     cam, learnable, refined = Configuration(drs_layers=()), Configuration(), Configuration(refine=True)
     controllers = {row.label.removeprefix("non-learnable with "): row.configuration for row in table_rows(1)}
     singles = first_of_each_class(pipeline.data.val, 3)
+
+    def draw_suppression():
+        image = pipeline.data.val[singles[0]][0]
+        return suppression(image, *_strongest_channel(pipeline.classifier(learnable), image))
 
     def draw_figure1():
         maps = [_val_maps(pipeline, c, singles) for c in (cam, learnable, refined)]
@@ -66,6 +72,7 @@ def make_figures(out_dir, store=None, data="critters", budget=None, seed=0, voc_
 
     drawings = {
         "samples": (lambda: show_samples(pipeline.data.val, range(min(6, len(pipeline.data.val)))), []),
+        "suppression": (draw_suppression, [("classify", learnable)]),
         "figure1": (draw_figure1, [("classify", cam), ("classify", learnable), ("refine", refined)]),
         "figure4": (draw_figure4, [("classify", c) for c in controllers.values()]),
         "figure5": (draw_figure5, [("classify", cam), ("classify", learnable)]),
@@ -135,6 +142,21 @@ def _features(model, image):
 
     images = normalize(image[None].to(next(model.parameters()).device))
     return [features[0] for features in model.layer_outputs(images)]
+
+
+@torch.no_grad()
+def _strongest_channel(model, image):
+    """In layer 6, which has two DRS modules: the first one's map with the highest peak, and its G."""
+    from drs_lib.data import normalize
+
+    first_of_last_layer = [module for module in model.modules() if isinstance(module, DRS)][-2]
+    seen = []
+    hook = first_of_last_layer.register_forward_hook(lambda module, given, _: seen.append(given[0][0].relu()))
+    model(normalize(image[None].to(next(model.parameters()).device)))
+    hook.remove()
+    [features] = seen
+    channel = int(features.amax((1, 2)).argmax())
+    return features[channel], first_of_last_layer.controller(features[None])[0, channel]
 
 
 def main(arguments=None):
