@@ -171,7 +171,7 @@ def complete_notebook(app, docname, source):
     notebook = json.loads(source[0])
     cells = notebook["cells"]
     heading, exercises = "", False
-    for cell, following in zip(cells, [*cells[1:], None], strict=True):
+    for number, cell in enumerate(cells):
         text = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
             for title in re.findall(r"^## (.+)$", text, re.M):
@@ -179,12 +179,15 @@ def complete_notebook(app, docname, source):
             heading = (re.findall(r"^#+ (.+)$", text, re.M) or [heading])[-1]
         elif "### BEGIN SOLUTION" in text and exercises:
             cell["metadata"].setdefault("tags", []).append("hide-cell")
-        if "### BEGIN SOLUTION" in text:
-            cell["source"] = _without_delimiters(text, cell["cell_type"])
-        if any("image/png" in output.get("data", {}) for output in cell.get("outputs", ())):
-            below = "".join(following["source"]) if following else ""
-            image = {"alt": _first_sentence(below) or f"Figure in the section: {_plain(heading)}"}
-            cell["metadata"].setdefault("mystnb", {})["image"] = image
+        cell["source"] = _without_marks(text, cell["cell_type"])
+        for output in cell.get("outputs", ()):
+            if "image/png" in output.get("data", {}):
+                alt = (
+                    _lab(output)
+                    or _caption(cells[number + 1 :])
+                    or f"Figure in the section: {_plain(heading)}"
+                )
+                cell["metadata"].setdefault("mystnb", {})["image"] = {"alt": alt}
     has_labs = any("drs_lib.widgets" in "".join(cell["source"]) for cell in cells)
     note = {"cell_type": "markdown", "metadata": {}, "source": _note(Path(docname).name, has_labs)}
     if "id" in cells[0]:
@@ -193,19 +196,32 @@ def complete_notebook(app, docname, source):
     source[0] = json.dumps(notebook)
 
 
-def _without_delimiters(text, kind):
-    """A cell with a solution, as readers see it: in a text, the solution is folded."""
+def _without_marks(text, kind):
+    """A cell as readers see it: without nbval's mark and delimiters; in a text, the solution is folded."""
     if kind == "code":
-        return re.sub(r"^[ \t]*### (BEGIN|END) SOLUTION[ \t]*(\n|$)", "", text, flags=re.M)
+        return re.sub(
+            r"^[ \t]*(# NBVAL_CHECK_OUTPUT|### (BEGIN|END) SOLUTION)[ \t]*(\n|$)", "", text, flags=re.M
+        )
     text = re.sub(
         r"^(<!-- )?### BEGIN SOLUTION( -->)?$", "<details><summary>Answer</summary>\n", text, flags=re.M
     )
     return re.sub(r"^(<!-- )?### END SOLUTION( -->)?$", "\n</details>", text, flags=re.M)
 
 
-def _first_sentence(caption):
-    found = re.match(r"\*(?!\*)(.+?)(?:\.\s|\.?\*(?!\*))", caption, re.S)
-    return _plain(found[1]) if found else ""
+def _lab(output):
+    """What a lab says of its own picture."""
+    text = "".join(output["data"].get("text/plain", ""))
+    return re.sub(r" \(run the cell.*", "", text) if ": " in text else ""
+
+
+def _caption(cells):
+    """The first sentence of the caption below a picture; several in a row may share one."""
+    for cell in cells:
+        text = "".join(cell["source"])
+        found = re.match(r"\*(?!\*)(.+?)(?:\.\s|\.?\*(?!\*))", text, re.S)
+        if cell["cell_type"] == "markdown" and (found or re.match("#", text)):
+            return _plain(found[1]) if found else ""
+    return ""
 
 
 def _plain(text):

@@ -129,6 +129,7 @@ def test_every_picture_says_what_it_shows(pages):
         for image in re.findall(r"<img [^>]*>", article(page) if "<article" in page else ""):
             alt = re.search(r'alt="([^"]*)"', image)
             assert alt and len(alt[1]) > 10 and not alt[1].endswith(".png"), (name, image)
+            assert not alt[1].startswith("Figure in the section"), f"{name}: no caption below {alt[1]}"
 
 
 def test_every_formula_is_drawn_by_the_browser_itself(pages):
@@ -238,6 +239,7 @@ def test_solutions_of_the_exercises_are_folded(elsewhere):
     assert "Because" in text_of(text) and "<em>of it</em>" in text
     assert not any("open" in folded[: folded.index(">")] for folded in (code, text))
     assert "answer = 41" in text_of(article(page)) and "SOLUTION" not in page
+    assert "NBVAL" not in page
 
 
 def test_with_a_repository_notebooks_have_buttons(elsewhere):
