@@ -185,9 +185,9 @@ def _swapped(maps, saliency, alpha, beta, conflict):
 _CLASSES_OF_FOUR = torch.tensor([[[0.5, 0.5, 0.1, 0.1]], [[0.3, 0.0, 0.15, 0.0]]])
 
 
-@check("06", "", "a function f(maps, saliency, alpha, beta, conflict), (C, H, W) and (H, W): labels (H, W)")
+@check("06", "A", "a function f(maps, saliency, alpha, beta, conflict), (C, H, W) and (H, W): labels (H, W)")
 def pseudo_labels(answer):
-    """The paper's rule for pseudo labels, with all its cases (06, *Object cue, background cue*).
+    """The paper's rule for pseudo labels, with all its cases (06, exercise A).
 
     The answer is a function f(maps, saliency, alpha, beta, conflict): maps a tensor (C, H, W) and saliency
     (H, W), in [0, 1]. It returns integers (H, W): where the largest map > alpha, its class, 1..C; where the
@@ -269,9 +269,9 @@ def _background_last(maps, saliency, alpha):
     return found
 
 
-@check("06", "", "a function f(maps, saliency, alpha), (C, H, W) and (H, W): labels (H, W)")
+@check("06", "B", "a function f(maps, saliency, alpha), (C, H, W) and (H, W): labels (H, W)")
 def release_rule(answer):
-    """The released code's rule for pseudo labels (06, *The rule in the released code*).
+    """The released code's rule for pseudo labels (06, exercise B).
 
     The answer is a function f(maps, saliency, alpha): maps a tensor (C, H, W) and saliency (H, W), in [0, 1].
     It returns integers (H, W): a pixel is salient where its saliency > 50/255; background scores 1 where it
