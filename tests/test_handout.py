@@ -289,6 +289,13 @@ def test_an_exercise_in_the_text_has_a_letter_and_ends_at_the_next_heading(tool)
     assert handed.student.cells[4].outputs
 
 
+def test_marks_for_the_tests_are_not_the_student_s(tool):
+    marked = code("# NBVAL_CHECK_OUTPUT\nprint('# NBVAL_CHECK_OUTPUT')")
+    handed = convert(tool, notebook("## The idea", marked))
+    assert handed.student.cells[1].source == "print('# NBVAL_CHECK_OUTPUT')"
+    assert handed.source.cells[1].source == marked.source
+
+
 def test_solutions_are_folded_and_blanks_are_not(tool):
     spec = importlib.util.spec_from_file_location("notebooks_tool", ROOT / "tools" / "notebooks.py")
     notebooks = importlib.util.module_from_spec(spec)

@@ -59,7 +59,7 @@ SOLUTION -->``, which no page shows. The student reads "*Your answer here.*".
 *Code to run*, or a comment to work from, and *text to read*: all other cells stay as they are.
 
 In the student's copy the code cells of exercises have no outputs (they would be the answers), all others
-keep theirs (unless ``--clear-outputs``), and nothing is numbered. For nbgrader, a cell with a region is a
+keep theirs (unless ``--clear-outputs``), nothing is numbered, and the marks for nbval are gone. For nbgrader, a cell with a region is a
 solution cell named ``exercise-2`` (the next ones of the exercise: ``exercise-2-b``); checks are locked
 grade cells, ``check-2``. Where an exercise has no check cell, and always where text is to be written, a
 human grades the solution cell. A graded cell has one point, or n points with the tag ``points-n``. The
@@ -122,6 +122,7 @@ SECTION = re.compile(r"\b(Exercise|Project)s\b", re.I)
 LINK = re.compile(
     r"""\]\(\s*<?([^)>\s]+)|\b(?:src|href)=["']([^"']+)["']|^\[[^\]]+\]:\s*<?(\S+?)>?\s*$""", re.M
 )
+MARK = re.compile(r"^# NBVAL_CHECK_OUTPUT\n", re.M)  # for the course's own tests
 POINTS = re.compile(r"points-(\d+)")
 
 
@@ -224,6 +225,9 @@ def convert(text, name, clear_outputs=False):
     for function, where in unused.items():
         raise HandoutError(_not_called(function, where))
     handed.outside = "\n".join(outside)
+    for cell in handed.student.cells:
+        if cell.cell_type == "code":
+            cell.source = MARK.sub("", cell.source)
     _add_metadata(handed, graded)
     for notebook in (handed.student, handed.source):
         nbformat.validate(notebook)
