@@ -323,6 +323,7 @@ def course(tmp_path, tool):
         "drs_lib/weights/mini.safetensors": "weights",
         "tests/test_solutions.py": "secret_result_of_square = 1",
         "tools/handout.py": "",
+        tool.STUDENTS_README: "for students\n",
         ".gitignore": "/handout/\n/runs/\n",
         "notebooks/02_small.ipynb": nbformat.writes(small()),
         "notebooks/03_next.ipynb": nbformat.writes(notebook("# 03 Next")),
@@ -529,6 +530,7 @@ def test_no_solution_is_in_the_students_folder(real):
     library = [path.read_text(encoding="utf-8") for path in files if path.suffix in (".py", ".md", ".toml")]
     elsewhere = "\n".join([*outside, *library])
     secret = {line for line in solutions if len(line) > 20 and line not in elsewhere}
+    assert len(secret) > 300
     for path in files:
         text = path.read_text(encoding="utf-8", errors="ignore")
         if path.suffix == ".ipynb":
@@ -544,6 +546,30 @@ def test_links_work_from_the_students_folders(real):
                     for link in re.findall(r"\]\(([^)\s]+)", cell.source):
                         if not re.match(r"https?://|#|attachment:", link):
                             assert (folder / link.split("#")[0]).exists(), f"{path}: {link}"
+
+
+def test_the_students_readme_is_theirs(real):
+    readme = (real[0] / "README.md").read_text(encoding="utf-8")
+    assert readme.startswith("# drs-course, for students") and "teaching" not in readme
+    for name in re.findall(r"`((?:notebooks/)?[\w-]+\.\w+)`", readme):
+        assert (real[0] / name).is_file(), name
+    assert not (real[0] / "tools" / "handout_readme.md").exists()
+
+
+def test_run_all_stops_at_a_blank_of_the_students_notebook(real, tmp_path):
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
+
+    path = real[0] / "notebooks" / "02_drs_module.ipynb"
+    student = nbformat.read(path, as_version=4)
+    client = NotebookClient(
+        student, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
+    )
+    environment = os.environ | {"DRS_BUDGET": "ci", "DRS_STORE": str(tmp_path)}
+    with pytest.raises(CellExecutionError) as error:
+        client.execute(env=environment)
+    assert error.value.ename == "NotImplementedError"
+    assert error.value.evalue.startswith("Exercise A: your code here. Hint: ")
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")

@@ -6,7 +6,7 @@ reads the notebooks of ``notebooks/``, the instructor's, and writes
 
 * ``handout/drs-course-students.zip``: the student's folder, from which ``make lab`` works. Student
   notebooks, what they link to, figures, the library with its weights, and what makes the environment; all
-  as git lists it.
+  as git lists it, with a README of its own, ``tools/handout_readme.md``.
 * ``handout/notebooks/``: the student notebooks, beside copies of the figures and pages that they link to.
 * ``handout/solutions/``: the instructor's notebooks as they are.
 * ``handout/source/drs-course/``: the instructor's notebooks for nbgrader, should you use it: with its
@@ -59,11 +59,12 @@ SOLUTION -->``, which no page shows. The student reads "*Your answer here.*".
 *Code to run*, or a comment to work from, and *text to read*: all other cells stay as they are.
 
 In the student's copy the code cells of exercises have no outputs (they would be the answers), all others
-keep theirs (unless ``--clear-outputs``), nothing is numbered, and the marks for nbval are gone. For nbgrader, a cell with a region is a
-solution cell named ``exercise-2`` (the next ones of the exercise: ``exercise-2-b``); checks are locked
-grade cells, ``check-2``. Where an exercise has no check cell, and always where text is to be written, a
-human grades the solution cell. A graded cell has one point, or n points with the tag ``points-n``. The
-instructor's notebook holds none of this metadata.
+keep theirs (unless ``--clear-outputs``), nothing is numbered, and the marks for nbval are gone.
+
+For nbgrader, a cell with a region is a solution cell named ``exercise-2`` (the next ones of the exercise:
+``exercise-2-b``); checks are locked grade cells, ``check-2``. Where an exercise has no check cell, and always
+where text is to be written, a human grades the solution cell. A graded cell has one point, or n points with
+the tag ``points-n``. The instructor's notebook holds none of this metadata.
 """
 
 import argparse
@@ -102,6 +103,7 @@ FILES = (
     "pyproject.toml",
     "tools/make_env.py",
 )
+STUDENTS_README = "tools/handout_readme.md"  # becomes README.md
 FOLDERS = ("drs_lib/", "figures/", "tools/jupyter/")
 # Never the student's, even where a notebook links to it.
 KEPT = ("tests/", "tools/handout.py", "docs/teaching")
@@ -614,7 +616,7 @@ def handout(root=ROOT, out=None, notebooks=(), clear_outputs=False):
     converted = [convert(text, posixpath.basename(t), clear_outputs) for t, text in texts.items()]
     linked = _linked(converted, tracked, every)
     files = {t for t in tracked if t in FILES or t.startswith(FOLDERS)} | linked
-    missing = [t for t in FILES if t not in tracked]
+    missing = [t for t in (*FILES, STUDENTS_README) if t not in tracked]
     if missing:
         raise HandoutError(f"git does not list {', '.join(missing)}, which students need: `git add` them.")
     written = {}
@@ -624,7 +626,8 @@ def handout(root=ROOT, out=None, notebooks=(), clear_outputs=False):
         written[f"source/{FOLDER}/{h.name}"] = _dump(_beside(h.source)).encode()
     for t in linked:
         written[t] = written[f"source/{FOLDER}/{t}"] = (root / t).read_bytes()
-    packed = _zip({**{t: (root / t).read_bytes() for t in files}, **{t: written[t] for t in chosen}})
+    contents = {t: (root / t).read_bytes() for t in files} | {t: written[t] for t in chosen}
+    packed = _zip(contents | {"README.md": (root / STUDENTS_README).read_bytes()})
     found = leaks(io.BytesIO(packed), converted)
     if found:
         raise HandoutError("\n".join(found))
