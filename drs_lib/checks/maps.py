@@ -443,9 +443,9 @@ def _largest(maps):
     return torch.zeros_like(maps).scatter_(0, index, largest)
 
 
-@check("05", "4", "a function f(maps), maps (C, H, W): tensor like maps")
+@check("05", "A", "a function f(maps), maps (C, H, W): tensor like maps")
 def keep_largest(answer):
-    """The released code's target: every pixel keeps its largest class (05, *The target* and exercise 4).
+    """The released code's target: every pixel keeps its largest class (05, *The target*, exercise A).
 
     The answer is a function f(maps), maps a floating-point tensor (C, H, W) with values in [0, 1], that
     returns a tensor like it: at each pixel the largest class as it was, 0 for the others.
