@@ -5,11 +5,13 @@ import ast
 import importlib
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from mutants import ANSWERS
 
 from drs_lib import doctor
 from drs_lib.__main__ import main
@@ -62,6 +64,26 @@ def test_every_notebook_is_listed_and_every_link_leads_somewhere():
     assert listed == sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "notebooks").glob("0*.ipynb"))
     for link in re.findall(r"\]\(([^)#\s]+)\)", README):
         assert link.startswith("http") or (ROOT / link).exists(), link
+
+
+def test_the_order_is_a_reader_s():
+    picture, sentence = README.index("!["), README.index("A course of eight notebooks that rebuilds")
+    headings = re.findall(r"^## (.+)$", README, re.M)
+    assert 0 < picture < sentence < README.index(f"## {headings[0]}")
+    wanted = ("Two commands", "The notebooks", "Results", "The path to PASCAL VOC 2012", "For lecturers")
+    order = [headings.index(name) for name in (*wanted, "How to cite", "How to contribute")]
+    assert order == sorted(order)
+
+
+def test_exercises_and_mutants_are_counted():
+    tool = runpy.run_path(str(ROOT / "tools" / "handout.py"))
+    notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    handed = [tool["convert"](path.read_text(encoding="utf-8"), path.name) for path in notebooks]
+    exercises = sum(name.startswith("Exercise") for one in handed for name in one.exercises)
+    mutants = sum(len(answers.wrong) for answers in ANSWERS.values())
+    assert sum(name.startswith("Project") for one in handed for name in one.exercises) == 3
+    assert f"There are {exercises} exercises and three open projects" in README.replace("\n", " ")
+    assert f"it rejects all of the {mutants} wrong answers" in README.replace("\n", " ")
 
 
 def test_every_make_target_it_names_exists():
