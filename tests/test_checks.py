@@ -10,7 +10,6 @@ import random
 import re
 import subprocess
 import sys
-import types
 import warnings
 from pathlib import Path
 
@@ -236,13 +235,8 @@ def functions_of(notebook, *names):
 
 
 def test_the_notebooks_own_functions_are_right_answers():
-    [equation1] = functions_of("01", "equation1")
-
-    def of_size(maps, size):
-        network = types.SimpleNamespace(class_maps=lambda images: maps)
-        return equation1(network, torch.empty(len(maps), 3, *size))
-
-    assert checks.map_of_image_size(of_size) == "correct"
+    equation_1, of_size = functions_of("01", "localization_map", "map_of_image_size")
+    assert checks.localization_map(equation_1) == checks.map_of_image_size(of_size) == "correct"
     algorithm1, constant = functions_of("02", "algorithm1", "my_suppress")
     assert checks.suppress(lambda x, delta: algorithm1(x, lambda X: delta)) == "correct"
     [learnable] = functions_of("03", "learnable_controller")

@@ -60,9 +60,9 @@ _MAP_SLIPS = (
 )
 
 
-@check("01", "", "a function f(F), F (N, C, h, w): tensor like F")
+@check("01", "A", "a function f(F), F (N, C, h, w): tensor like F")
 def localization_map(answer):
-    """Equation 1: from class maps to localization maps (01, *Equation 1*).
+    """Equation 1: from class maps to localization maps (01, exercise A).
 
     The answer is a function f(F), F the class maps, a floating-point tensor (N, C, h, w) with negative
     values. It returns a tensor like F with values in [0, 1],
@@ -88,9 +88,9 @@ def _upsampled(F, size):
     return interpolate(F, size, mode="bilinear", align_corners=True)
 
 
-@check("01", "", "a function f(F, size), F (N, C, h, w): tensor (N, C, *size)")
+@check("01", "A", "a function f(F, size), F (N, C, h, w): tensor (N, C, *size)")
 def map_of_image_size(answer):
-    """Localization maps as large as their image, enlarged first and divided after that (01, *Equation 1*).
+    """Localization maps as large as their image, enlarged first and divided after that (01, exercise A).
 
     The answer is a function f(F, size), F class maps (N, C, h, w), size a pair (H, W). It returns a tensor
     (N, C, H, W): F enlarged to size (bilinear, align_corners=True), then equation 1, so that the largest
