@@ -164,20 +164,17 @@ def _exists(page):
 
 def complete_notebook(app, docname, source):
     """What a notebook's page needs and its file doesn't have: a note that the page is a still, for every
-    picture among the outputs what it shows, from the caption under it, and, in the section of exercises,
-    solutions that are folded."""
+    picture among the outputs what it shows, from the caption under it, and solutions that are folded."""
     if not docname.startswith("notebooks/"):
         return
     notebook = json.loads(source[0])
     cells = notebook["cells"]
-    heading, exercises = "", False
+    heading = ""
     for number, cell in enumerate(cells):
         text = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            for title in re.findall(r"^## (.+)$", text, re.M):
-                exercises = "Exercises" in title
             heading = (re.findall(r"^#+ (.+)$", text, re.M) or [heading])[-1]
-        elif "### BEGIN SOLUTION" in text and exercises:
+        elif "### BEGIN SOLUTION" in text:
             cell["metadata"].setdefault("tags", []).append("hide-cell")
         cell["source"] = _without_marks(text, cell["cell_type"])
         for output in cell.get("outputs", ()):

@@ -20,7 +20,7 @@ from drs_lib.files import write_text
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 TIMEOUT = 3600  # seconds for one cell
-# Solutions that stand under "Exercises" are folded in JupyterLab: who works alone tries first, then unfolds.
+# Solutions are folded in JupyterLab: who works alone tries first, then unfolds.
 FOLDED = {"source_hidden": True, "outputs_hidden": True}
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -47,14 +47,11 @@ TEMPLATE = (
 def clean(notebook):
     """Remove timings, widget states, colours' and processes' traces, number the cells, fold solutions."""
     notebook.metadata = nbformat.NotebookNode(kernelspec=KERNEL, language_info={"name": "python"})
-    exercises = False
     for number, cell in enumerate(notebook.cells):
-        heading = re.match(r"## (.+)", cell.source) if cell.cell_type == "markdown" else None
-        exercises = "Exercises" in heading[1] if heading else exercises
         cell["id"] = f"cell-{number:02d}"
         tags = cell.metadata.get("tags")
         cell.metadata = nbformat.NotebookNode({"tags": tags} if tags else {})
-        if exercises and "### BEGIN SOLUTION" in cell.source:
+        if "### BEGIN SOLUTION" in cell.source:
             cell.metadata["jupyter"] = nbformat.from_dict(FOLDED)
         if cell.cell_type == "code":
             outputs = enumerate(cell.outputs)
