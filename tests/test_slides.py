@@ -55,7 +55,7 @@ def test_results_are_taken_from_notebooks_and_readme(tool):
     places = tool.PLACE.findall(DECK)
     assert len(places) >= 12 and {source for source, _, _ in places} >= {"README", "02_drs_module"}
     made = "\n".join(cell.source for cell in tool.deck(DECK).cells)
-    assert "{{" not in made and "|||" not in made and "](" not in made
+    assert "{{" not in made and "|||" not in made and "+++" not in made and "](" not in made
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for table in (2, 3, 4):
         for row in re.findall(rf"^\| Table {table}: (.+)$", readme, re.M):
@@ -66,13 +66,16 @@ def test_results_are_taken_from_notebooks_and_readme(tool):
 def test_a_small_deck(tool, tmp_path):
     deck = (
         "<!-- Note (9 min): no slide -->\n# T\n{{ 09_small > The idea > text }}\n|||\n"
-        "{{ README > Table 1 }}\nNote (2 min): say\n---\n"
+        "before\n+++\n{{ README > Table 1 }}\nNote (2 min): say\n---\n"
         "## U\n{{ 09_small > The idea > code 1 }}\nNote (1 min): more\n"
     )
     root = small(tmp_path, deck)
     first, note, second, _ = tool.deck(deck, root).cells
     assert "<pre>a &lt; b</pre>" in first.source and "| mine | 1.0 | 2.0 |" in first.source
     assert first.source.count("<div>") == 2 and note.source == "say"
+    assert (
+        first.source.index("before") < first.source.index('class="fragment"') < first.source.index("| mine")
+    )
     assert "print('a < b')" in second.source and "NBVAL" not in second.source
     kinds = [cell.metadata.slideshow.slide_type for cell in tool.deck(deck, root).cells]
     assert kinds == ["slide", "notes"] * 2

@@ -27,6 +27,7 @@ PLACE = re.compile(r"\{\{ *([^>{}]+?) *(?:> *([^>{}]+?) *)?> *([^>{}]+?) *\}\}")
 NOTE = re.compile(r"^Note \((\d+) min\): ", re.M)
 PICTURE = re.compile(r"!\[([^\]]*)\]\(([^)]+)\)")
 COLUMN = "\n|||\n"  # what follows stands to the right
+STEP = "\n+++\n"  # what follows appears with the next key
 UNSHOWN = re.compile(r"^[ \t]*(### (BEGIN|END) SOLUTION|# NBVAL_CHECK_OUTPUT|# Hint:.*)[ \t]*\n", re.M)
 
 
@@ -68,13 +69,19 @@ def deck(text, root=ROOT):
     for shown, note, _ in slides(text):
         shown = PICTURE.sub(lambda match: _picture(root, match[2], match[1]), shown)
         shown = PLACE.sub(lambda match: _taken(root, *match.groups()), shown)
-        if COLUMN in shown:
-            heading, body = shown.split("\n", 1)
-            columns = "\n\n</div><div>\n\n".join(body.split(COLUMN))
-            shown = f'{heading}\n\n<div class="columns"><div>\n\n{columns}\n\n</div></div>'
+        heading, body = shown.split("\n", 1)
+        columns = [_stepwise(column) for column in body.split(COLUMN)]
+        if len(columns) > 1:
+            columns = ['<div class="columns"><div>', "\n\n</div><div>\n\n".join(columns), "</div></div>"]
+        shown = "\n\n".join([heading, *columns])
         for kind, source in (("slide", shown), ("notes", note)):
             cells.append(new_markdown_cell(source, metadata={"slideshow": {"slide_type": kind}}))
     return new_notebook(cells=cells, metadata={"language_info": {"name": "python"}})
+
+
+def _stepwise(text):
+    first, *later = text.split(STEP)
+    return "\n\n".join([first, *(f'<div class="fragment">\n\n{part}\n\n</div>' for part in later), ""])
 
 
 def _picture(root, link, alt):
