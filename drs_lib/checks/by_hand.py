@@ -131,13 +131,13 @@ def broken_inputs(answer):
     )
 
 
-_DELTA, _TAU = 0.45, 4.5
+_DELTA, _TAU = 0.44, 4.4
 _SUPPRESSED = {(1, 3), (2, 2), (2, 3), (2, 4)}
 
 
 @check("02", "1", "three things: (tau, suppressed positions (row, column) from 0, gradient of the maximum)")
 def five_by_five(answer):
-    """The 5 x 5 map of notebook 02 with delta = 0.45 (02, exercise 1).
+    """The 5 x 5 map of notebook 02 with delta = 0.44 (02, exercise 1).
 
     The answer is (tau, positions, gradient): the upper bound, the suppressed positions as pairs (row, column)
     counted from 0, or as a 5 x 5 mask, and the gradient that the maximum receives if g = 1 everywhere. A
@@ -155,9 +155,10 @@ def five_by_five(answer):
                 _DELTA * 51 / 15,
                 "tau is a share of the map's maximum, not of the mean of its active positions",
             ),
-            (5.5, "That is 1 - delta of the maximum; a map may keep the share delta"),
+            (5.6, "That is 1 - delta of the maximum; a map may keep the share delta"),
             (10, "That is the maximum; which share of it may the map keep?"),
             (6.9, "That is the bound with G = 0.69; here G is delta"),
+            (6, 'That is the bound of "Where the gradient goes", with 0.6; here delta is 0.44'),
         )
         raise Wrong(
             f"tau is not {tau:g}. "
@@ -184,6 +185,11 @@ def five_by_five(answer):
         raise Wrong(f"tau is right, but the positions are not {sorted(positions)}. {why}")
     if not close(gradient, _DELTA * 4, 0.01):
         slips = (
+            (
+                1.8,
+                'That is 0.6 of three gradients, as in "Where the gradient goes". Here delta is 0.44, and '
+                "other positions are suppressed",
+            ),
             (1, "Without DRS it would be 1; what do the other suppressed positions hand to tau?"),
             (4, "Four gradients reach tau; which share of them does the maximum get?"),
             (_DELTA, "That is its own share; the others' gradients go through tau as well"),

@@ -206,7 +206,8 @@ def _run(function, task, case, wanted=None):
             raise Wrong(f"backpropagation through the result failed: {_short(error)}") from None
     for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
         gradient = torch.zeros_like(leaf) if gradient is None else gradient
-        outcome[f"the gradient that {name} receives"] = gradient.double()
+        verb = "receive" if name.endswith("s") else "receives"
+        outcome[f"the gradient that {name} {verb}"] = gradient.double()
     return outcome
 
 

@@ -38,6 +38,23 @@ _OF_X_AND_DELTA = (
 )
 
 
+# Wrong maxima: over which dimensions, and what to say of it.
+_PEAKS = (
+    ((0, 2, 3), "the maximum is taken over the batch too, not of every image"),
+    ((1, 2, 3), "all channels of an image share one maximum"),
+    ((0, 1, 2, 3), "there is one maximum for the whole batch"),
+    ((1,), "the maximum is taken over the channels, at every position"),
+    ((3,), "every row of a map has its own maximum"),
+    ((2,), "every column of a map has its own maximum"),
+    ((0,), "the maximum is taken over the images, at every position"),
+)
+_MEAN_FOR_PEAK = "the mean of a map takes the place of its maximum"
+
+
+def _mean(x):
+    return x.relu().mean((2, 3), keepdim=True)
+
+
 def _peak_slips(form):
     """The slips of any module that takes a maximum; form(X, tau) is what it does with its bound."""
 
@@ -45,19 +62,8 @@ def _peak_slips(form):
         return lambda x, delta: form(x.relu(), delta * peak(x))
 
     return (
-        Slip(
-            of(lambda x: _peak(x, (0, 2, 3))), "the maximum is taken over the batch too, not of every image"
-        ),
-        Slip(of(lambda x: _peak(x, (1, 2, 3))), "all channels of an image share one maximum"),
-        Slip(of(lambda x: _peak(x, (0, 1, 2, 3))), "there is one maximum for the whole batch"),
-        Slip(of(lambda x: _peak(x, (1,))), "the maximum is taken over the channels, at every position"),
-        Slip(of(lambda x: _peak(x, (3,))), "every row of a map has its own maximum"),
-        Slip(of(lambda x: _peak(x, (2,))), "every column of a map has its own maximum"),
-        Slip(of(lambda x: _peak(x, (0,))), "the maximum is taken over the images, at every position"),
-        Slip(
-            of(lambda x: x.relu().mean((2, 3), keepdim=True)),
-            "the mean of a map takes the place of its maximum",
-        ),
+        *(Slip(of(lambda x, dims=dims: _peak(x, dims)), sentence) for dims, sentence in _PEAKS),
+        Slip(of(_mean), _MEAN_FOR_PEAK),
         Slip(
             of(lambda x: torch.ones_like(x[:1, :1, :1, :1])), "the bound is delta itself, without the maximum"
         ),
@@ -188,6 +194,12 @@ def _control(X, theta):
 _THETA_SMALL = torch.tensor([[0.4, -1.0], [0.2, 0.1]])
 
 
+def _sized(x, theta, name="x"):
+    """A case that a message describes by its shapes: theta's random numbers would only be in the way."""
+    kind = str(x.dtype).removeprefix("torch.")
+    return Case((x, theta), f"{name} of shape {tuple(x.shape)} and theta of {tuple(theta.shape)}, {kind}")
+
+
 @check("03", "A", "a function f(features, theta), (N, K, H, W) and (K, K): tensor (N, K)")
 def learnable_controller(answer):
     """The learnable controller, equation 2 (03, exercise A).
@@ -201,9 +213,11 @@ def learnable_controller(answer):
     """
     cases = (
         Case((torch.tensor([[[[1.0, 2.0], [0.0, 5.0]], [[0.0, 0.5], [1.0, 0.5]]]]), _THETA_SMALL)),
-        Case((_maps(3, 4, 5, 7, seed=4).relu(), randn(4, 4, seed=5))),
-        Case(
-            (_maps(2, 3, 4, 6, seed=6, dtype=torch.float64).relu(), randn(3, 3, seed=7, dtype=torch.float64))
+        _sized(_maps(3, 4, 5, 7, seed=4).relu(), randn(4, 4, seed=5), "features"),
+        _sized(
+            _maps(2, 3, 4, 6, seed=6, dtype=torch.float64).relu(),
+            randn(3, 3, seed=7, dtype=torch.float64),
+            "features",
         ),
     )
     gap = lambda X: X.mean((2, 3))  # noqa: E731
@@ -251,24 +265,37 @@ def algorithm_1(answer):
     """
     cases = (
         Case((SMALL, _THETA_SMALL)),
-        Case((_maps(3, 4, 5, 7, seed=8), randn(4, 4, seed=9))),
-        Case((_maps(2, 3, 6, 4, seed=10, dtype=torch.float64), randn(3, 3, seed=11, dtype=torch.float64))),
+        _sized(_maps(3, 4, 5, 7, seed=8), randn(4, 4, seed=9)),
+        _sized(_maps(2, 3, 6, 4, seed=10, dtype=torch.float64), randn(3, 3, seed=11, dtype=torch.float64)),
     )
 
-    def with_peak(dims):
-        return lambda x, t: torch.minimum(x.relu(), _peak(x, dims) * _control(x.relu(), t)[:, :, None, None])
+    def with_form(form, peak=_peak):
+        """form(X, tau): what the module does with its bound."""
+        return lambda x, t: form(x.relu(), peak(x) * _control(x.relu(), t)[:, :, None, None])
+
+    def with_peak(peak):
+        return with_form(torch.minimum, peak)
 
     def with_control(control):
-        return lambda x, t: suppress_plain(x, control(x.relu(), t))
+        return lambda x, t: torch.minimum(x.relu(), _peak(x) * control(x.relu(), t)[:, :, None, None])
 
-    def detached(x, t):
-        tau = _peak(x) * _control(x.relu(), t)[:, :, None, None]
-        return torch.minimum(x.relu(), tau.detach())
+    def without_relu(x, t):
+        return torch.minimum(x, _raw_peak(x) * _control(x, t)[:, :, None, None])
 
     slips = (
+        Slip(lambda x, t: x.relu(), "nothing is suppressed: it is a plain ReLU"),
         Slip(lambda x, t: _algorithm_1(x, t, x), "GAP is taken of x, before the ReLU, instead of X"),
-        Slip(with_peak((0, 2, 3)), "the maximum is taken over the batch too, not of every image"),
-        Slip(with_peak((1, 2, 3)), "all channels of an image share one maximum"),
+        Slip(without_relu, "the ReLU is left out everywhere: X is relu(x)"),
+        *(Slip(with_peak(lambda x, dims=dims: _peak(x, dims)), sentence) for dims, sentence in _PEAKS),
+        Slip(with_peak(_mean), _MEAN_FOR_PEAK),
+        Slip(
+            lambda x, t: x.relu() * _control(x.relu(), t)[:, :, None, None],
+            "all of X is multiplied by G, which is the share that the maximum may keep: tau = G * X_max",
+        ),
+        Slip(with_form(_erase), "values at or above tau are set to 0: that is erasing, not suppressing"),
+        Slip(with_form(torch.maximum), "the maximum of X and tau is taken"),
+        Slip(with_control(lambda X, t: X.mean((2, 3)) @ t.T), "the sigmoid is left out"),
+        Slip(with_control(lambda X, t: 1 - _control(X, t)), "the share is 1 - G instead of G"),
         Slip(with_control(lambda X, t: torch.sigmoid(X.mean((2, 3)) @ t)), "theta is not transposed"),
         Slip(
             with_control(lambda X, t: torch.softmax(X.mean((2, 3)) @ t.T, 1)),
@@ -281,7 +308,10 @@ def algorithm_1(answer):
         Slip(with_control(lambda X, t: torch.sigmoid(X.sum((2, 3)) @ t.T)), "GAP is a sum instead of a mean"),
         Slip(with_control(lambda X, t: _control(X.detach(), t)), "the controller's input is detached"),
         Slip(with_control(lambda X, t: _control(X, t).detach()), "the control values are detached"),
-        Slip(detached, "tau is treated as a constant, so that its gradient is lost"),
+        Slip(
+            with_form(lambda X, tau: torch.minimum(X, tau.detach())),
+            "tau is treated as a constant, so that its gradient is lost",
+        ),
         Slip(
             lambda x, t: torch.minimum(x, _peak(x) * _control(x.relu(), t)[:, :, None, None]),
             "the minimum is taken of x, not of relu(x)",
@@ -369,6 +399,10 @@ def channel_controller(answer):
         _try_channel_controller(answer, k, n)
 
 
+def _counted(number, what):
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def _try_channel_controller(answer, k, n):
     about = f"with K = {k}"
     try:
@@ -387,8 +421,8 @@ def _try_channel_controller(answer, k, n):
             k * k + k: "K * K and a bias is a whole nn.Linear.",
         }.get(count, "")
         raise Wrong(
-            f"{about}, the module's trainable numbers are {count}, in {len(parameters)} nn.Parameter(s); "
-            f"expected {k}, in one. {why}".rstrip()
+            f"{about}, the module has {_counted(count, 'trainable number')} in "
+            f"{_counted(len(parameters), 'nn.Parameter')}; expected {k} in 1. {why}".rstrip()
         )
     [theta] = parameters
     with torch.no_grad():

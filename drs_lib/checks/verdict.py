@@ -126,8 +126,12 @@ def as_list(value, names, what="the answer"):
         raise Wrong(f"{what} is {found(value)}; expected {len(names)} things: {', '.join(map(str, names))}")
     values = list(value)
     if len(values) != len(names):
-        raise Wrong(f"{what} has {len(values)} entries; expected {len(names)}: {', '.join(map(str, names))}")
+        raise Wrong(f"{what} has {_entries(values)}; expected {len(names)}: {', '.join(map(str, names))}")
     return values
+
+
+def _entries(values):
+    return f"{len(values)} {'entry' if len(values) == 1 else 'entries'}"
 
 
 def close(one, other, tolerance):
