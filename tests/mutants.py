@@ -1490,22 +1490,23 @@ LARGEST = Answers(
 
 PIXEL = Answers(
     [
-        (0, 2, 255, 0),
-        {"release": 0, "background": 0, "object": 2, "ignore": 255},
-        np.array([0, 2, 255, 0], np.uint8),
+        (2, 2, 2, 0),
+        {"release": 0, "background": 2, "object": 2, "ignore": 2},
+        np.array([2, 2, 2, 0], np.uint8),
     ],
     [
-        Mutant("the object always", (2, 2, 2, 2), "who wins"),
-        Mutant("ignored always", (255, 255, 255, 255), "names a winner"),
-        Mutant("class 5", (0, 5, 255, 0), "largest wins"),
-        Mutant("from 0", (0, 1, 255, 0), "from 1"),
-        Mutant("one too high", (0, 3, 255, 0), "from 1"),
-        Mutant("release by 0.06 and 0.05", (0, 2, 255, 255), "salient"),
-        Mutant("release gives the class", (0, 2, 255, 2), "50/255"),
-        Mutant("background always", (0, 0, 0, 0), "who wins"),
-        Mutant("ignored is 0", (0, 2, 0, 0), "neither win"),
-        Mutant("-1 for ignored", (0, 2, -1, 0), "255"),
-        Mutant("three labels", (0, 2, 255), "3 entries"),
+        Mutant("the object always", (2, 2, 2, 2), "'release' is not 2: is 0.10 above 50/255"),
+        Mutant("ignored always", (255, 255, 255, 255), "neither cue"),
+        Mutant("a conflict", (0, 2, 255, 0), "both cues are there"),
+        Mutant("class 5", (5, 5, 5, 0), "largest wins"),
+        Mutant("from 0", (1, 1, 1, 0), "from 1"),
+        Mutant("one too high", (3, 3, 3, 0), "from 1"),
+        Mutant("two maps are none", (2, 255, 2, 0), "no reason to ignore"),
+        Mutant("release ignores", (2, 2, 2, 255), "only salient"),
+        Mutant("release gives class 5", (2, 2, 2, 5), "50/255"),
+        Mutant("background always", (0, 0, 0, 0), "'ignore' is not 0: a pixel is background if"),
+        Mutant("-1 for ignored", (2, 2, -1, 0), "255"),
+        Mutant("three labels", (2, 2, 0), "3 entries"),
         Mutant("the maps", (0.30, 0.30, 0.25, 0.05), "labels are 0"),
     ],
 )
@@ -1559,6 +1560,30 @@ def background_in_front(maps, saliency, alpha, beta, conflict):
     return rule_mutant(label=lambda best: best + 2)(maps, saliency, alpha, beta, conflict)
 
 
+def rule_written_over(backwards=False):
+    """Each class written over those before it."""
+
+    def labels(maps, saliency, alpha, beta, conflict):
+        found = torch.full(saliency.shape, 255)
+        found[saliency < beta] = 0
+        numbered = list(enumerate(maps, start=1))
+        for number, own in reversed(numbered) if backwards else numbered:
+            found[own > alpha] = number
+        if conflict != "object":
+            found[(maps > alpha).any(0) & (saliency < beta)] = 0 if conflict == "background" else 255
+        return found
+
+    return labels
+
+
+def rule_of_two_winners(maps, saliency, alpha, beta, conflict, default=True):
+    """Looks at one value of `conflict` and lets the other two be."""
+    found = rule_mutant(conflict="object" if default else "background")(maps, saliency, alpha, beta, None)
+    if conflict == ("background" if default else "object"):
+        found = rule_mutant(conflict=conflict)(maps, saliency, alpha, beta, None)
+    return found
+
+
 RULE = Answers(
     [
         lambda m, s, a, b, c: pseudo_labels(m[None], s[None], a, b, conflict=c)[0],
@@ -1580,9 +1605,18 @@ RULE = Answers(
         Mutant("the smallest map", lambda m, *rest: rule_mutant()(1 - m, *rest), "smallest"),
         Mutant("thresholds exchanged", lambda m, s, a, b, c: rule_mutant()(m, s, b, a, c), "exchanged"),
         Mutant("the mean map", rule_mutant(score=lambda m: (m.mean(0), m.argmax(0)))),
+        Mutant("the last class above alpha", rule_written_over(), "last class above alpha"),
+        Mutant("the first class above alpha", rule_written_over(backwards=True), "first class above alpha"),
+        Mutant("ignore forgotten", rule_of_two_winners, '"ignore" is treated like "object"'),
         Mutant(
-            "the last class above alpha",
+            "ignore forgotten, background by default",
+            lambda *args: rule_of_two_winners(*args, default=False),
+            '"ignore" is treated like "background"',
+        ),
+        Mutant(
+            "the last class above a half",
             rule_mutant(score=lambda m: (m.amax(0), len(m) - 1 - (m > 0.5).flip(0).int().argmax(0))),
+            "the labels are",
         ),
         Mutant("floats", lambda *args: rule_mutant()(*args).float(), "whole numbers"),
         Mutant("-1 for 255", lambda *args: rule_mutant()(*args).char()),
@@ -1617,16 +1651,30 @@ def release_by_loops(maps, saliency, alpha):
     return labels
 
 
-def release_mutant(cut=lambda m, a: m >= a, calm=lambda s: s <= 50 / 255, crowd=2, first=0, seam=255):
+def release_mutant(
+    cut=lambda m, a: m >= a,
+    calm=lambda s: s <= 50 / 255,
+    crowd=2,
+    first=0,
+    seam=255,
+    high=lambda s: s > 0.9,
+):
     def labels(maps, saliency, alpha):
         background = calm(saliency).to(maps)
         scores = torch.cat([background[None], maps * cut(maps, alpha)])
         found = scores.argmax(0)
         found[(background == 0) & (found == 0)] = seam
-        found[(scores[first:] > 0.9).sum(0) > crowd] = 255
+        found[high(scores[first:]).sum(0) > crowd] = 255
         return found
 
     return labels
+
+
+def release_upside_down(maps, saliency, alpha):
+    salient = saliency > 50 / 255
+    scores = torch.cat([salient[None].to(maps), maps.where(maps >= alpha, torch.zeros(()))])
+    found = scores.argmax(0).masked_fill(salient & (scores.argmax(0) == 0), 255)
+    return found.masked_fill((scores > 0.9).sum(0) > 2, 255)
 
 
 RELEASE = Answers(
@@ -1648,10 +1696,14 @@ RELEASE = Answers(
         Mutant("maps not cut", release_mutant(cut=lambda m, a: m >= 0), "keep their score"),
         Mutant("< 50/255", release_mutant(calm=lambda s: s < 50 / 255), "exactly 50/255"),
         Mutant("0.06", release_mutant(calm=lambda s: s < 0.06), "0.06"),
+        Mutant("> 0.2", release_mutant(calm=lambda s: ~(s > 0.2)), "saliency is compared with 0.2"),
+        Mutant(">= 0.2", release_mutant(calm=lambda s: ~(s >= 0.2)), "saliency = [[0.199]]"),
         Mutant("50 of 1", release_mutant(calm=lambda s: s <= 50), "0..255"),
         Mutant(
             "salient is background", release_mutant(calm=lambda s: s > 50 / 255), "where a pixel is salient"
         ),
+        Mutant("background's score upside down", release_upside_down, "where a pixel is salient; it scores"),
+        Mutant(">= 0.9", release_mutant(high=lambda s: s >= 0.9), "0.9 itself"),
         Mutant("crowds allowed", release_mutant(crowd=99), "not ignored"),
         Mutant("two are a crowd", release_mutant(crowd=1), "more than two"),
         Mutant("background not counted", release_mutant(first=1), "not counted"),
@@ -1675,6 +1727,7 @@ SPAN = Answers(
         Mutant("middle twice", lambda a, b: 2 + 2 * a + 2 * b, "counted twice"),
         Mutant("no middle", lambda a, b: 2 * (a + b), "not counted"),
         Mutant("one side", lambda a, b: 1 + a + b, "one side"),
+        Mutant("the sum", lambda a, b: a + b, "reach to one side"),
         Mutant("product", lambda a, b: (2 * a + 1) * (2 * b + 1), "multiplied"),
         Mutant("dilations multiplied", lambda a, b: 1 + 2 * a * b, "multiplied"),
         Mutant("the wider one", lambda a, b: 2 * max(a, b) + 1, "ASPP"),
@@ -1700,6 +1753,7 @@ PAIRS = Answers(
         Mutant("without (1, 1)", [(1, 2), (1, 3)], "missing"),
         Mutant("with 0", [(0, 1), (1, 1), (1, 2), (1, 3)], "at least 1"),
         Mutant("numbers", [1, 2, 3], "pairs"),
+        Mutant("a word in a pair", [(1, 1), (1, "2")], "a number in the pairs is '2'"),
         Mutant("words", "1 and 2", "pairs"),
     ],
 )

@@ -378,7 +378,7 @@ def test_refinement_means_by_search():
 def test_the_conflict_pixel_by_the_library():
     maps = torch.zeros(1, 6, 1, 1)
     maps[0, 1], maps[0, 4] = 0.30, 0.25
-    saliency = torch.full((1, 1, 1), 0.05)
+    saliency = torch.full((1, 1, 1), 0.10)
     found = [
         pseudo_labels(maps, saliency, 0.2, 0.06, conflict=c).item()
         for c in ("background", "object", "ignore")

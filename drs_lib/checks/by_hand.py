@@ -472,7 +472,7 @@ def shuffled_targets(answer):
 
 @check("06", "1", "four labels: for conflict background, object, ignore, and by the release's rule")
 def conflict_pixel(answer):
-    """The label of a pixel with maps 0.30 (class 2) and 0.25 (class 5) and saliency 0.05 (06, exercise 1).
+    """The label of a pixel with maps 0.30 (class 2) and 0.25 (class 5) and saliency 0.10 (06, exercise 1).
 
     The answer is four labels, in the order "background", "object", "ignore" (the values of `conflict`, at
     alpha 0.2 and beta 0.06) and "release", or a dictionary with these keys.
@@ -482,25 +482,24 @@ def conflict_pixel(answer):
         as_number(value, f"the label for {name!r}")
         for value, name in zip(as_list(answer, names), names, strict=True)
     ]
-    right = (0, 2, 255, 0)
+    right = (2, 2, 2, 0)
     slips = {
-        ("background", 2): "both cues are there; who wins with this setting?",
-        ("background", 255): "both cues are there; this setting names a winner",
-        ("background", 5): "saliency 0.05 is below beta, and class 5 is not the largest either",
-        ("object", 1): "classes count from 1, and class 2 is named in the text",
-        ("object", 3): "classes count from 1, and class 2 is named in the text",
-        ("object", 5): "of several maps above alpha the largest wins",
-        ("object", 0): "both cues are there; who wins with this setting?",
+        ("background", 0): "is saliency 0.10 below beta? A setting decides only where both cues are there",
+        ("background", 255): "a pixel is ignored if it has neither cue. Is its largest map above alpha?",
+        ("object", 0): "is its largest map above alpha?",
         ("object", 255): "two maps above alpha are no reason to ignore; the largest wins",
-        ("ignore", 0): "both cues are there, and this setting lets neither win",
-        ("ignore", 2): "both cues are there, and this setting lets neither win",
-        ("release", 2): "is 0.05 above 50/255? What does background then score?",
-        ("release", 5): "is 0.05 above 50/255? What does background then score?",
+        ("ignore", 0): "a pixel is background if saliency is below beta. Is 0.10?",
+        ("ignore", 255): "is saliency 0.10 below beta? A setting decides only where both cues are there",
+        ("release", 2): "is 0.10 above 50/255? What does background then score?",
+        ("release", 5): "is 0.10 above 50/255? What does background then score?",
         (
             "release",
             255,
         ): "only salient pixels, or those with more than two scores above 0.9, are ignored by this rule",
     }
+    for name in names[:3]:
+        slips[name, 1] = slips[name, 3] = "classes count from 1, and class 2 is named in the text"
+        slips[name, 5] = "of several maps above alpha the largest wins"
     wrong = []
     for name, value, wanted in zip(names, given, right, strict=True):
         if value != wanted:

@@ -139,6 +139,10 @@ def span_of_two(answer):
         Slip(lambda a, b: 2 + 2 * a + 2 * b, "both spans are added and the middle is counted twice"),
         Slip(lambda a, b: 2 * a + 2 * b, "the position in the middle is not counted"),
         Slip(lambda a, b: 1 + a + b, "only one side of each kernel is counted"),
+        Slip(
+            lambda a, b: a + b,
+            "only the reach to one side is counted, without the other side and the position in the middle",
+        ),
         Slip(lambda a, b: (2 * a + 1) * (2 * b + 1), "the spans are multiplied"),
         Slip(lambda a, b: 1 + 2 * a * b, "the dilations are multiplied"),
         Slip(lambda a, b: 1 + 4 * a * b, "the dilations are multiplied"),

@@ -295,14 +295,15 @@ def _difference(outcome, wanted):
         if not differs.any():
             continue
         before = f"{task_result} is right, but for a loss that weighs it from -1 to 1.5, " if number else ""
+        one_of_it, verb = ("the label", "are") if what == "the labels" else (what, "is")
         if one.numel() == 1:
-            return f"{before}{what} is {one.item():.4g}; expected {other.item():.4g}"
+            return f"{before}{one_of_it} is {one.item():.4g}; expected {other.item():.4g}"
         if one.numel() <= 12:
-            return f"{before}{what} is {_listed(one.tolist())}; expected {_listed(other.tolist())}"
+            return f"{before}{what} {verb} {_listed(one.tolist())}; expected {_listed(other.tolist())}"
         place = tuple(differs.nonzero()[0].tolist())
         return (
-            f"{before}{what} at {list(place)} is {one[place].item():.4g}; expected {other[place].item():.4g} "
-            f"({int(differs.sum())} of {differs.numel()} values differ)"
+            f"{before}{one_of_it} at {list(place)} is {one[place].item():.4g}; "
+            f"expected {other[place].item():.4g} ({int(differs.sum())} of {differs.numel()} values differ)"
         )
     raise AssertionError("no difference was found")
 

@@ -177,6 +177,25 @@ def _added(maps, saliency, alpha, beta, conflict):
     return _plain_rule(maps.sum(0) > alpha, saliency < beta, best + 1, conflict)
 
 
+def _like_other(conflict, other):
+    """Treats one value of `conflict` like another one."""
+    return lambda maps, saliency, alpha, beta, wanted: _rule(
+        maps, saliency, alpha, beta, other if wanted == conflict else wanted
+    )
+
+
+def _written_over(classes):
+    """The classes one after the other, each written over the one before wherever it is above alpha."""
+
+    def labels(maps, saliency, alpha, beta, conflict):
+        label = torch.full(saliency.shape, 255)
+        for c in classes(len(maps)):
+            label[maps[c] > alpha] = c + 1
+        return _plain_rule(label < 255, saliency < beta, label, conflict)
+
+    return labels
+
+
 def _swapped(maps, saliency, alpha, beta, conflict):
     other = {"background": "object", "object": "background", "ignore": "ignore"}
     return _rule(maps, saliency, alpha, beta, other[conflict])
@@ -228,6 +247,22 @@ def pseudo_labels(answer):
         Slip(_always("object"), "conflict is not looked at: the object always wins"),
         Slip(_always("ignore"), "conflict is not looked at: pixels with both cues are always ignored"),
         Slip(_swapped, "the two winners of a conflict are exchanged"),
+        Slip(
+            _like_other("ignore", "object"),
+            '"ignore" is treated like "object"; it makes pixels with both cues 255',
+        ),
+        Slip(
+            _like_other("ignore", "background"),
+            '"ignore" is treated like "background"; it makes pixels with both cues 255',
+        ),
+        Slip(
+            _written_over(range),
+            "the last class above alpha wins, not the largest map: it is written over the others",
+        ),
+        Slip(
+            _written_over(lambda classes: reversed(range(classes))),
+            "the first class above alpha wins, not the largest map",
+        ),
         Slip(_added, "the maps of all classes are added before they are compared with alpha"),
         Slip(
             lambda m, s, a, b, c: _rule(1 - m, s, a, b, c),
@@ -244,7 +279,12 @@ def _release(maps, saliency, alpha):
 
 
 def _like_release(
-    cut=lambda m, a: m >= a, calm=lambda s: s <= 50 / 255, crowd=2, uses_background=True, seam=255
+    cut=lambda m, a: m >= a,
+    calm=lambda s: s <= 50 / 255,
+    crowd=2,
+    high=lambda s: s > 0.9,
+    uses_background=True,
+    seam=255,
 ):
     def labels(maps, saliency, alpha):
         background = calm(saliency).float()
@@ -252,10 +292,20 @@ def _like_release(
         found = scores.argmax(0)
         found[(background == 0) & (found == 0)] = seam
         if crowd is not None:
-            found[(scores[0 if uses_background else 1 :] > 0.9).sum(0) > crowd] = 255
+            found[high(scores[0 if uses_background else 1 :]).sum(0) > crowd] = 255
         return found
 
     return labels
+
+
+def _flipped(maps, saliency, alpha):
+    """Background scores 1 where a pixel is salient; which pixels are salient is right."""
+    salient = saliency > 50 / 255
+    scores = torch.cat([salient[None].float(), maps * (maps >= alpha)])
+    found = scores.argmax(0)
+    found[salient & (found == 0)] = 255
+    found[(scores > 0.9).sum(0) > 2] = 255
+    return found
 
 
 def _background_last(maps, saliency, alpha):
@@ -269,6 +319,22 @@ def _background_last(maps, saliency, alpha):
     return found
 
 
+# The three maps and the saliency of a pixel, for alpha 0.5: each is one sentence of the rule.
+_PIXELS = (
+    ((0.8, 0.6, 0.1), 1.0),
+    ((0.3, 0.2, 0.1), 1.0),  # no map reaches alpha
+    ((0.1, 0.5, 0.2), 1.0),  # alpha itself
+    ((0.8, 0.1, 0.0), 0.0),
+    ((0.8, 0.1, 0.0), 50 / 255),
+    ((0.8, 0.1, 0.0), 0.199),  # above 50/255, below 0.2
+    ((0.1, 1.0, 0.2), 0.0),  # as high as background
+    ((0.95, 0.92, 0.97), 1.0),  # three scores above 0.9
+    ((0.95, 0.92, 0.1), 0.0),  # background is the third
+    ((0.95, 0.92, 0.9), 1.0),  # two above 0.9, one not
+    ((0.95, 0.9, 0.1), 0.0),
+)
+
+
 @check("06", "B", "a function f(maps, saliency, alpha), (C, H, W) and (H, W): labels (H, W)")
 def release_rule(answer):
     """The released code's rule for pseudo labels (06, exercise B).
@@ -279,7 +345,10 @@ def release_rule(answer):
     pixels that come out as background are 255, and so are pixels with more than two scores, background's
     included, above 0.9.
     """
-    cases = []
+    cases = [
+        Case((torch.tensor(values)[:, None, None], torch.tensor([[level]], dtype=torch.float64), 0.5))
+        for values, level in _PIXELS
+    ]
     for seed, classes, shape in ((80, 5, (9, 12)), (81, 4, (13, 6))):
         maps = _distinct(classes, shape, seed, 64)
         levels = torch.tensor([0, 10, 40, 50, 51, 100, 255])
@@ -295,11 +364,15 @@ def release_rule(answer):
         Slip(_like_release(cut=lambda m, a: m > a), "maps equal to alpha score 0; only those below it do"),
         Slip(_like_release(cut=lambda m, a: m >= 0), "maps below alpha keep their score"),
         Slip(_like_release(calm=lambda s: s < 50 / 255), "saliency of exactly 50/255 counts as salient"),
+        Slip(_like_release(calm=lambda s: s <= 0.2), "saliency is compared with 0.2; 50/255 is lower, 0.196"),
+        Slip(_like_release(calm=lambda s: s < 0.2), "saliency is compared with 0.2; 50/255 is lower, 0.196"),
         Slip(_like_release(calm=lambda s: s < 0.06), "saliency is compared with 0.06, the paper's beta"),
         Slip(_like_release(calm=lambda s: s <= 50), "saliency is compared with 50, as if it were in 0..255"),
         Slip(_like_release(calm=lambda s: s > 50 / 255), "background scores 1 where a pixel is salient"),
+        Slip(_flipped, "background scores 1 where a pixel is salient; it scores 1 where it is not"),
         Slip(_like_release(crowd=None), "pixels with more than two scores above 0.9 are not ignored"),
         Slip(_like_release(crowd=1), "two scores above 0.9 are enough to be ignored; it takes more than two"),
+        Slip(_like_release(high=lambda s: s >= 0.9), "a score of 0.9 itself counts as above 0.9"),
         Slip(_like_release(uses_background=False), "background is not counted among the scores above 0.9"),
         Slip(_like_release(seam=0), "salient pixels without a class are background; they are 255"),
         Slip(_background_last, "a class wins a tie against background"),

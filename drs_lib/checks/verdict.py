@@ -205,7 +205,7 @@ def as_pairs(answer, what):
     for pair in answer:
         if isinstance(pair, (str, bytes)) or not isinstance(pair, Iterable) or len(pair := list(pair)) != 2:
             raise Wrong(f"{what} hold {found(pair)}; expected pairs of whole numbers such as (1, 2)")
-        pair = [as_number(value, what) for value in pair]
+        pair = [as_number(value, f"a number in {what}") for value in pair]
         if not all(value.is_integer() for value in pair):
             raise Wrong(f"{what} hold {tuple(pair)}; expected whole numbers")
         pairs.append(tuple(int(value) for value in pair))
