@@ -180,6 +180,12 @@ def test_the_sentence_says_what_was_tried_what_came_out_and_what_was_expected():
         "expected 1.657 (39 of 420 values differ). Your result equals what comes out if the maximum is taken "
         "over the batch too, not of every image."
     )
+    one_for_all = next(m for m in ANSWERS["algorithm_1"].wrong if m.what == "one maximum")
+    assert checks.algorithm_1(one_for_all.answer) == (
+        "Not yet: with x of shape (3, 4, 5, 7) and theta of (4, 4), float32, the result at [0, 1, 0, 6] is "
+        "5.87; expected 2.843 (70 of 420 values differ). Your result equals what comes out if there is one "
+        "maximum for the whole batch."
+    )
     assert checks.receptive_field(lambda layers: 3) == (
         "Not yet: with layers = [(3, 1, 1), (3, 1, 1), (2, 2, 1), (3, 1, 1)], the result is 3; expected 10."
     )
