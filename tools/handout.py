@@ -6,7 +6,7 @@ reads the notebooks of ``notebooks/``, the instructor's, and writes
 
 * ``handout/drs-course-students.zip``: the student's folder, from which ``make lab`` works. Student
   notebooks, what they link to, figures, the library with its weights, and what makes the environment; all
-  as git lists it, with a README of its own, ``tools/handout_readme.md``.
+  as git lists it, with a README of its own, ``tools/handout_readme.md``, and a shorter Makefile.
 * ``handout/notebooks/``: the student notebooks, beside copies of the figures and pages that they link to.
 * ``handout/solutions/``: the instructor's notebooks as they are.
 * ``handout/source/drs-course/``: the instructor's notebooks for nbgrader, should you use it: with its
@@ -59,7 +59,8 @@ SOLUTION -->``, which no page shows. The student reads "*Your answer here.*".
 *Code to run*, or a comment to work from, and *text to read*: all other cells stay as they are.
 
 In the student's copy the code cells of exercises have no outputs (they would be the answers), all others
-keep theirs (unless ``--clear-outputs``), nothing is numbered, and the marks for nbval are gone.
+keep theirs (unless ``--clear-outputs``), and nothing is numbered. The marks for nbval are gone there and in
+nbgrader's.
 
 For nbgrader, a cell with a region is a solution cell named ``exercise-2`` (the next ones of the exercise:
 ``exercise-2-b``); checks are locked grade cells, ``check-2``. Where an exercise has no check cell, and always
@@ -104,6 +105,8 @@ FILES = (
     "tools/make_env.py",
 )
 STUDENTS_README = "tools/handout_readme.md"  # becomes README.md
+STUDENTS_TARGETS = ("help", "course", "lab", "lab-page", "env", "crf", "clean-env")
+TARGET = re.compile(r"([a-z-]+):.*## ")  # of the Makefile
 FOLDERS = ("drs_lib/", "figures/", "tools/jupyter/")
 # Never the student's, even where a notebook links to it.
 KEPT = ("tests/", "tools/handout.py", "docs/teaching")
@@ -227,7 +230,7 @@ def convert(text, name, clear_outputs=False):
     for function, where in unused.items():
         raise HandoutError(_not_called(function, where))
     handed.outside = "\n".join(outside)
-    for cell in handed.student.cells:
+    for cell in (*handed.student.cells, *handed.source.cells):
         if cell.cell_type == "code":
             cell.source = MARK.sub("", cell.source)
     _add_metadata(handed, graded)
@@ -627,7 +630,8 @@ def handout(root=ROOT, out=None, notebooks=(), clear_outputs=False):
     for t in linked:
         written[t] = written[f"source/{FOLDER}/{t}"] = (root / t).read_bytes()
     contents = {t: (root / t).read_bytes() for t in files} | {t: written[t] for t in chosen}
-    packed = _zip(contents | {"README.md": (root / STUDENTS_README).read_bytes()})
+    own = {"README.md": (root / STUDENTS_README).read_bytes(), "Makefile": _makefile(contents["Makefile"])}
+    packed = _zip(contents | own)
     found = leaks(io.BytesIO(packed), converted)
     if found:
         raise HandoutError("\n".join(found))
@@ -704,6 +708,14 @@ def _beside(notebook):
         if cell.cell_type == "markdown":
             cell.source = LINK.sub(lambda match: match[0].replace("../", "", 1), cell.source)
     return notebook
+
+
+def _makefile(content):
+    """The Makefile without the targets that need what students don't have."""
+    blocks = content.decode().split("\n\n")
+    return "\n\n".join(
+        block for block in blocks if (m := TARGET.match(block)) is None or m[1] in STUDENTS_TARGETS
+    ).encode()
 
 
 def _dump(notebook):
