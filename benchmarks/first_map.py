@@ -22,6 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from machine import processor
+
 from drs_lib.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,7 +64,7 @@ with client.setup_kernel():
 
 def main():
     options = arguments()
-    result = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    result = {"processor": processor(), "cores": os.cpu_count()}
     result["python"] = platform.python_version()
     print(f"{result['cores']} processors, Python {result['python']}")
     if "imports" in options.parts:

@@ -18,7 +18,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -26,6 +25,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from machine import processor
 
 from drs_lib.crf import available
 from drs_lib.files import write_text
@@ -87,15 +87,6 @@ def main():
     if options.json:
         conditions = {"processor": processor(), "cpus": os.cpu_count(), "budget": budget}
         write_text(options.json, json.dumps({**conditions, "rows": rows, "memory": memory}, indent=2) + "\n")
-
-
-def processor():
-    """The processor's name where the system tells it, else its kind."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def arguments():

@@ -93,6 +93,20 @@ def test_every_make_target_it_names_exists():
     assert named and named <= targets
 
 
+def test_the_first_map_s_times_are_the_stored_ones():
+    stored = json.loads((ROOT / "benchmarks" / "results" / "first_map.json").read_text(encoding="utf-8"))
+    minutes, seconds = divmod(round(sum(stored["first_map"].values())), 60)
+    environment = divmod(round(stored["first_map"]["make env"]), 60)
+    text = README.replace("\n", " ")
+    assert (
+        f"it takes {minutes} minutes and {seconds} seconds, {environment[0]}:{environment[1]:02} of them"
+        in text
+    )
+    torch, names = (f"{stored['imports'][name]:.1f}" for name in ("torch", "all public names"))
+    assert f"all of its public names {names} s besides torch's {torch}" in text
+    assert stored["imports"]["drs_lib"] < 0.05
+
+
 VOC = (ROOT / "docs" / "voc.md").read_text(encoding="utf-8")
 COMMANDS = {
     "drs_lib": main,
