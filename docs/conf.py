@@ -150,6 +150,7 @@ def adapt_markdown(app, docname, source):
     else:
         first = posixpath.relpath(f"{root_doc}.md", posixpath.dirname(docname) or ".")
         source[0] = re.sub(r"\]\((\.\./)*README\.md", f"]({first}", source[0])
+    source[0] = _keep_percent(source[0])
     deck = posixpath.relpath("slides/index.html", posixpath.dirname(docname) or ".")
     link = r"\[([^\]]+)\]\([^()\s]*\bslides\.md\)"
     source[0] = re.sub(link, rf'<a class="reference" href="{deck}">\1</a>', source[0])
@@ -177,6 +178,8 @@ def complete_notebook(app, docname, source):
         elif "### BEGIN SOLUTION" in text:
             cell["metadata"].setdefault("tags", []).append("hide-cell")
         cell["source"] = _without_marks(text, cell["cell_type"])
+        if cell["cell_type"] == "markdown":
+            cell["source"] = _keep_percent(cell["source"])
         for output in cell.get("outputs", ()):
             if "image/png" in output.get("data", {}):
                 alt = (
@@ -191,6 +194,11 @@ def complete_notebook(app, docname, source):
         note["id"] = "about-this-page"
     cells.insert(1, note)
     source[0] = json.dumps(notebook)
+
+
+def _keep_percent(text):
+    """A line that begins with a percent sign is a comment to MyST, and text to everybody else."""
+    return re.sub(r"^( *)%", r"\1\\%", text, flags=re.M)
 
 
 def _without_marks(text, kind):

@@ -191,7 +191,9 @@ def elsewhere(tmp_path_factory):
     shutil.copytree(ROOT / "drs_lib", copy / "drs_lib", ignore=shutil.ignore_patterns("__pycache__"))
     with open(copy / "pyproject.toml", "a", encoding="utf-8") as stream:
         stream.write('\n[project.urls]\nRepository = "https://github.com/OWNER/NAME.git"\n')
-    (copy / "docs" / "teaching.md").write_text("# For lecturers\n\n[README](../README.md#results)\n")
+    (copy / "docs" / "teaching.md").write_text(
+        "# For lecturers\n\nOf these, 20\n% are kept.\n\n[README](../README.md#results)\n"
+    )
     (copy / "CONTRIBUTING.md").write_text(
         "# How to contribute\n\n[README](README.md), [VOC](docs/teaching.md)\n"
     )
@@ -209,7 +211,10 @@ def elsewhere(tmp_path_factory):
         "Because *of it*.\n",
         "<!-- ### END SOLUTION -->",
     ]
-    texts = [{"cell_type": "markdown", "metadata": {}, "source": text} for text in (["## Exercises"], lines)]
+    texts = [
+        {"cell_type": "markdown", "metadata": {}, "source": text}
+        for text in (["## Exercises\n\nOf these, 20\n% are kept."], lines)
+    ]
     notebook["cells"] += [texts[0], solved, texts[1]]
     for number, cell in enumerate(notebook["cells"]):
         cell["id"] = f"cell-{number}"
@@ -306,6 +311,12 @@ def test_search_finds_notebooks_and_the_library(site, chromium):
     )
     assert any("notebooks/" in link for link in found) and any("docs/api/" in link for link in found), found
     page.close()
+
+
+def test_lines_that_begin_with_a_percent_sign_are_there(elsewhere):
+    for name in ("docs/teaching.html", "notebooks/lab.html"):
+        text = " ".join(text_of((elsewhere / name).read_text(encoding="utf-8")).split())
+        assert "Of these, 20 % are kept." in text, name
 
 
 def test_no_delimiter_of_a_solution_became_a_heading(site):
