@@ -75,7 +75,8 @@ def noted(notes):
 
 
 def stored(store):
-    return sorted((path.parent.parent.name, path.parent.name) for path in store.root.glob("*/*/meta.json"))
+    folders = (path.parent for path in store.root.glob("*/*/meta.json"))
+    return sorted((one.parent.name, one.name) for one in folders if not one.name.startswith(".tmp-"))
 
 
 @pytest.fixture(scope="module")

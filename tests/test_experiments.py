@@ -63,9 +63,9 @@ def finished(tmp_path_factory):
 
 
 def stored(store):
-    return {
-        (path.parent.parent.name, path.parent.name): path.parent for path in store.root.glob("*/*/meta.json")
-    }
+    folders = (path.parent for path in store.root.glob("*/*/meta.json"))
+    # What is being written, or was when its process was killed, is no entry.
+    return {(one.parent.name, one.name): one for one in folders if not one.name.startswith(".tmp-")}
 
 
 def contents(store, names=("model.safetensors", "scores.json", "labels.zip", "maps.zip")):
