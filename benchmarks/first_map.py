@@ -57,8 +57,9 @@ with client.setup_kernel():
             after = notebook.cells[index + 1].source
             if inside and after.startswith("*Figure: the image, and the map"):
                 assert any("image/png" in output.get("data", {{}}) for output in cell.outputs)
-                print("shown")
                 break
+    else:
+        raise SystemExit("no cell of '{HEADING}' showed the map: has the notebook or its caption changed?")
 """
 
 

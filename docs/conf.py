@@ -140,13 +140,11 @@ html_theme_options = {
 
 def adapt_markdown(app, docname, source):
     """The first page is README.md, whose links are relative to the project's folder, and the table of
-    contents, in which a page that isn't there yet is left out. Links to README.md elsewhere lead to it, links
-    to docs/slides.md to the deck."""
+    contents. Links to README.md elsewhere lead to it, links to docs/slides.md to the deck."""
     if docname == root_doc:
         readme = (ROOT / "README.md").read_text(encoding="utf-8")
         app.env.note_dependency(ROOT / "README.md")
-        contents = re.sub(LATER, lambda page: page[0] * _exists(page[1]), source[0], flags=re.M)
-        source[0] = re.sub(r"\]\((?!\w+:|#)", "](../", readme) + "\n" + contents
+        source[0] = re.sub(r"\]\((?!\w+:|#)", "](../", readme) + "\n" + source[0]
     else:
         first = posixpath.relpath(f"{root_doc}.md", posixpath.dirname(docname) or ".")
         source[0] = re.sub(r"\]\((\.\./)*README\.md", f"]({first}", source[0])
@@ -154,13 +152,6 @@ def adapt_markdown(app, docname, source):
     deck = posixpath.relpath("slides/index.html", posixpath.dirname(docname) or ".")
     link = r"\[([^\]]+)\]\([^()\s]*\bslides\.md\)"
     source[0] = re.sub(link, rf'<a class="reference" href="{deck}">\1</a>', source[0])
-
-
-LATER = r"^(teaching|\.\./CONTRIBUTING)\n"
-
-
-def _exists(page):
-    return (ROOT / "docs" / f"{page}.md").is_file()
 
 
 def complete_notebook(app, docname, source):

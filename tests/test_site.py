@@ -227,7 +227,7 @@ def test_nothing_is_executed(elsewhere):
     assert "no cell printed this: 31.41592" in text_of(page)
 
 
-def test_pages_that_are_yet_to_come_have_their_place(elsewhere):
+def test_the_guides_have_their_place(elsewhere):
     contents = (elsewhere / "docs" / "index.html").read_text(encoding="utf-8")
     assert 'href="teaching.html"' in contents and 'href="../CONTRIBUTING.html"' in contents
     assert "index.html#results" in check_links.Page(elsewhere / "docs" / "teaching.html").links

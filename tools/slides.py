@@ -28,7 +28,6 @@ NOTE = re.compile(r"^Note \((\d+) min\): ", re.M)
 PICTURE = re.compile(r"!\[([^\]]*)\]\(([^)]+)\)")
 COLUMN = "\n|||\n"  # what follows stands to the right
 STEP = "\n+++\n"  # what follows appears with the next key
-UNSHOWN = re.compile(r"^[ \t]*(### (BEGIN|END) SOLUTION|# NBVAL_CHECK_OUTPUT|# Hint:.*)[ \t]*\n", re.M)
 
 
 class SlidesError(ValueError):
@@ -107,7 +106,7 @@ def _taken(root, source, heading, wanted):
     if not 0 < int(number or 1) <= len(found):
         raise SlidesError(
             f"the deck asks for {wanted!r} of {path.name}, section {heading!r}, which has {len(found)} of "
-            f"kind {kind!r} (kinds: code, figure, table, text)."
+            f"kind {kind!r} (kinds: figure, table, text)."
         )
     return found[int(number or 1) - 1]
 
@@ -130,8 +129,6 @@ def _section(notebook, heading, kind):
         if cell.cell_type == "markdown":
             for title in re.findall(r"^#{1,3} (.+)$", cell.source, re.M):
                 inside = title == heading
-        elif inside and kind == "code":
-            found.append(f"```python\n{UNSHOWN.sub('', cell.source)}\n```")
         elif inside:
             shown = (_shown(output, kind, following) for output in cell.outputs)
             found += [text for text in shown if text]
@@ -165,7 +162,10 @@ def html(text, root=ROOT):
         )
     package = Path(spec.origin).parent
     reveal = next(package.rglob("dist/reveal.js")).parents[1]
-    read = lambda *names: "\n".join((reveal / name).read_text(encoding="utf-8") for name in names)  # noqa: E731
+
+    def read(*names):
+        return "\n".join((reveal / name).read_text(encoding="utf-8") for name in names)
+
     exporter = SlidesExporter(extra_template_basedirs=[str(TEMPLATES)], template_name="slides")
     resources = {
         "deck": {
