@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import nbformat
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
 from drs_lib.files import write_text
 
@@ -45,7 +46,8 @@ TEMPLATE = (
 
 
 def clean(notebook):
-    """Remove timings, widget states, colours' and processes' traces, number the cells, fold solutions."""
+    """Remove timings, widget states, colours' and processes' traces, join what was printed in pieces, number
+    the cells, fold solutions."""
     notebook.metadata = nbformat.NotebookNode(kernelspec=KERNEL, language_info={"name": "python"})
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number:02d}"
@@ -57,6 +59,7 @@ def clean(notebook):
             outputs = enumerate(cell.outputs)
             cell.outputs = [o for k, o in outputs if _clean_output(o, f"T_{number:02d}{k:02d}") is not None]
     notebook.nbformat, notebook.nbformat_minor = 4, 5
+    notebook, _ = CoalesceStreamsPreprocessor().preprocess(notebook, {})
     return notebook
 
 
