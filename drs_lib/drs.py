@@ -6,7 +6,10 @@ so for the ReLUs of a network somebody else wrote.
 
 import logging
 import numbers
+import threading
+import weakref
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +59,12 @@ def _checked_control(x, control):
         raise ValueError(f"control is on {control.device}, x on {x.device}; move one with .to(device)")
     if control.ndim == 1:
         control = control.expand(n, k)
-    return control.reshape(n, k).to(x.dtype)
+    # Not x's type: in bfloat16 a control value would have 8 bits.
+    return control.reshape(n, k).to(_at_least_float32(x))
+
+
+def _at_least_float32(x):
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _suppressor(features, control):
@@ -64,7 +72,7 @@ def _suppressor(features, control):
     if features.numel() == 0:
         return features
     peak = features.flatten(2).max(dim=2).values
-    tau = (peak * control)[:, :, None, None]
+    tau = (peak * control).to(features.dtype)[:, :, None, None]
     # torch.minimum halves the gradient where both are equal; here an element at its upper bound counts as
     # suppressed, so that the gradient at a control value of 1 continues the one below 1.
     return torch.where((features < tau) | (features == 0), features, tau)
@@ -78,6 +86,9 @@ def suppress_plain(x: torch.Tensor, control) -> torch.Tensor:
     return _suppressor(F.relu(x), control)
 
 
+# torch.fx traces a network with stand-ins for tensors, of which nothing can be asked: what is wrapped stays a
+# call.
+@torch.fx.wrap
 def suppress(x: torch.Tensor, control) -> torch.Tensor:
     """Algorithm 1 on X = relu(x): min(X, tau) with tau = X_max * G, X_max the maximum of each map.
 
@@ -106,13 +117,27 @@ def suppress(x: torch.Tensor, control) -> torch.Tensor:
             return F.relu(x)
         kernel = kernels.for_input(x)
         if kernel is not None:
-            return kernel.suppress(x, torch.full(x.shape[:2], control, device=x.device))
+            control = torch.full(x.shape[:2], control, dtype=torch.float32, device=x.device)
     else:
         kernel = kernels.for_input(x)
-        # The compiled backward pass tells suppressed from dead elements by value; at control 0 both are 0.
-        if kernel is not None and not (control.requires_grad and (control == 0).any()):
-            return kernel.suppress(x, control)
-    return _suppressor(F.relu(x), control)
+    return _suppressor(F.relu(x), control) if kernel is None else kernel.suppress(x, control)
+
+
+@torch.fx.wrap
+def _suppress_by(x, weight):
+    """Algorithm 1 with the control values of equation 2, f being ``weight`` (K, K)."""
+    kernel = kernels.for_input(x)
+    if kernel is not None and type(weight) in (torch.Tensor, nn.Parameter):
+        return kernel.suppress_by(x, weight)
+    features = F.relu(x)
+    return _suppressor(features, _control_values(features, lambda a: F.linear(a, weight.to(a.dtype))))
+
+
+def _control_values(features, f):
+    """Equation 2, G = sigmoid(f(GAP(X))): (N, K), in float32 whatever the type of the maps (N, K, H, W)."""
+    average = features.mean(dim=(2, 3), dtype=_at_least_float32(features))
+    with torch.autocast(features.device.type, enabled=False):
+        return torch.sigmoid(f(average))
 
 
 class ConstantController(nn.Module):
@@ -146,7 +171,36 @@ class LearnableController(nn.Module):
         nn.init.normal_(self.f.weight, std=0.01)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return torch.sigmoid(self.f(features.mean(dim=(2, 3))))
+        return _control_values(features, lambda average: self.f(average.to(self.f.weight.dtype)))
+
+
+def _weight_of(controller):
+    """The weight of a `LearnableController` that is equation 2 and nothing else, for the compiled form.
+
+    None where somebody listens to the controller or has put something else in the place of a part of it.
+    """
+    if type(controller) is not LearnableController or type(controller.f) is not nn.Linear:
+        return None
+    if controller.f.bias is not None or any(map(_is_watched, (controller, controller.f))):
+        return None
+    return controller.f.weight
+
+
+def _is_watched(module):
+    # There is no public question; these are what a module's own call looks at.
+    forward = module._forward_hooks or module._forward_pre_hooks
+    backward = module._backward_hooks or module._backward_pre_hooks
+    return forward or backward or "forward" in vars(module) or nn.modules.module._has_any_global_hook()
+
+
+@torch.fx.wrap
+def _with_channels(x, channels):
+    _checked_features(x)
+    if x.shape[1] != channels:
+        raise ValueError(
+            f"x has {x.shape[1]} channels (shape {tuple(x.shape)}); this DRS was made for {channels}"
+        )
+    return x
 
 
 class DRS(nn.Module):
@@ -167,21 +221,14 @@ class DRS(nn.Module):
         self.controller = LearnableController(channels) if delta is None else ConstantController(delta)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        _checked_features(x)
-        if x.shape[1] != self.channels:
-            raise ValueError(
-                f"x has {x.shape[1]} channels (shape {tuple(x.shape)}); this DRS was made for {self.channels}"
-            )
+        x = _with_channels(x, self.channels)
         if type(self.controller) is ConstantController:
             return suppress(x, self.controller(x))
-        kernel = kernels.for_input(x)
-        if kernel is not None and type(self.controller) is LearnableController:
-            return kernel.suppress_by(x, self.controller)
+        weight = _weight_of(self.controller)
+        if weight is not None:
+            return _suppress_by(x, weight)
         features = F.relu(x)
-        control = self.controller(features)
-        if kernel is not None:
-            return suppress(features, control)
-        return _suppressor(features, _checked_control(features, control))
+        return suppress(features, self.controller(features))
 
     def extra_repr(self):
         return str(self.channels)
@@ -238,24 +285,45 @@ class PlugReport:
         return "\n".join([*map(str, self.calls), *(f"left alone: {line}" for line in self.left_alone())])
 
 
+class _Place:
+    """Whose calls are counted: a copy of a :class:`DRSCalls` gets one of its own, a replica shares it."""
+
+
+class _Counts(threading.local):
+    """How many calls of each place there were in the forward pass that a thread is in."""
+
+    def __init__(self):
+        self.of = weakref.WeakKeyDictionary()
+
+
+_counts = _Counts()
+
+
 class DRSCalls(nn.ModuleList):
-    """Stands in for a ReLU that one block calls several times in a forward pass: call k gets module k."""
+    """Stands in for a ReLU that one block calls several times in a forward pass: call k gets module k.
+
+    The count belongs to the thread, so that threads may share the network.
+    """
 
     def __init__(self, modules):
         super().__init__(modules)
-        self.calls = 0
+        self.place = _Place()
 
     def restart(self, *_):
         """Forward pre-hook of the block: an exception half way through must not shift the next pass."""
-        self.calls = 0
+        _counts.of[self.place] = 0
 
     def forward(self, x):
-        module = self[self.calls % len(self)]
-        self.calls += 1
-        return module(x)
+        call = _counts.of.get(self.place, 0)
+        _counts.of[self.place] = call + 1
+        return self[call % len(self)](x)
 
 
 _FUNCTIONS = {F.relu, F.relu_, torch.relu, torch.relu_, torch.Tensor.relu, torch.Tensor.relu_}
+
+
+def _tensors(model):
+    return (*model.named_parameters(), *model.named_buffers())
 
 
 class _Recorder(TorchFunctionMode):
@@ -281,28 +349,16 @@ class _Recorder(TorchFunctionMode):
         self.stack.pop()
 
     def run(self, example):
-        hooks = [
-            hook
-            for module in self.model.modules()
-            for hook in (
-                module.register_forward_pre_hook(self._enter),
-                module.register_forward_hook(self._leave),
-            )
-        ]
         modes = {module: module.training for module in self.model.modules()}
-        tensors = {
-            name: torch.empty_like(tensor, device="meta")
-            for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers())
-        }
-        try:
+        tensors = {name: torch.empty_like(t, device="meta") for name, t in _tensors(self.model)}
+        with ExitStack() as stack:
+            for module, mode in modes.items():
+                stack.callback(setattr, module, "training", mode)
+                stack.callback(module.register_forward_pre_hook(self._enter).remove)
+                stack.callback(module.register_forward_hook(self._leave).remove)
             self.model.eval()
             with torch.no_grad(), self:
                 torch.func.functional_call(self.model, tensors, (example.to("meta"),))
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-            for hook in hooks:
-                hook.remove()
         return self
 
 
@@ -421,11 +477,17 @@ def plug_drs(model: nn.Module, layers=None, delta: float | None = None, example:
 
     Raises:
         ValueError: ``delta`` isn't in (0, 1]; no ReLU on feature maps was found; ``layers`` names positions
-            that aren't there; the model is itself a ReLU. The model is unchanged then.
+            that aren't there; the model is itself a ReLU, or has lazy modules that have seen no batch. The
+            model is unchanged then.
         RuntimeError: the dry run failed; pass an ``example`` the model accepts.
     """
     if delta is not None:
         delta = _checked_delta(delta)
+    if lazy := [name for name, p in _tensors(model) if nn.parameter.is_lazy(p)]:
+        raise ValueError(
+            f"{lazy[0]} of {type(model).__name__} is lazy, without a shape as yet: run the model on a batch, "
+            "then call plug_drs"
+        )
     if isinstance(model, nn.ReLU):
         raise ValueError("the model is itself an nn.ReLU; use DRS(channels, delta) instead")
     recorder = _Recorder(model)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import wraps
 
 import numpy as np
 import pytest
@@ -138,15 +139,39 @@ def test_tensor_control_is_the_formula(form, inputs, memory_format):
         assert_close(control.grad.reshape(-1, k), g_control)
 
 
-def test_a_control_of_zero_keeps_its_gradient():
-    x = maps((2, 3, 4, 5), torch.contiguous_format)
-    g = maps((2, 3, 4, 5), torch.contiguous_format, seed=1)
-    control = torch.tensor([0.0, 0.4, 1.0], requires_grad=True)
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("zero", [0.0, 1e-45])
+def test_a_bound_of_zero_keeps_its_gradient(zero, memory_format):
+    """The control value is 0, or its product with a maximum below 1 is too small for float32."""
+    x = maps((2, 3, 4, 5), memory_format)
+    x[:, 0] *= 0.1
+    g = maps((2, 3, 4, 5), memory_format, seed=1)
+    control = torch.tensor([zero, 0.4, 1.0], requires_grad=True)
     y = suppress(x, control)
+    assert type(y.grad_fn).__name__ == "_SuppressBackward", "the compiled form did not run"
+    assert (y[:, 0] == 0).all()
     y.backward(g)
-    expected, _, g_control, _ = reference(x, g, control=control.detach().double().numpy())
+    values = control.detach().double().numpy()
+    values[0] = 0
+    expected, _, g_control, _ = reference(x, g, control=values)
     assert_close(y, expected)
     assert_close(control.grad[None], g_control.sum(0, keepdims=True))
+
+
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+def test_a_controller_that_shuts_a_map_passes_its_gradient_on(memory_format):
+    drs = DRS(3)
+    drs.controller.f.weight.data = torch.tensor([[-1e4, 0.0, 0.0], [0.0, 0.1, 0.0], [0.0, 0.0, 0.2]])
+    x = maps((2, 3, 4, 5), memory_format).requires_grad_()
+    y = drs(x)
+    y.backward(maps((2, 3, 4, 5), memory_format, seed=1))
+    found = x.grad, drs.controller.f.weight.grad
+    x.grad = drs.controller.f.weight.grad = None
+    with kernels.disabled():
+        drs(x).backward(maps((2, 3, 4, 5), memory_format, seed=1))
+    for a, b in zip(found, (x.grad, drs.controller.f.weight.grad), strict=True):
+        torch.testing.assert_close(a, b)
+    assert (y[1, 0] == 0).all()
 
 
 @pytest.mark.parametrize("how", ["sliced", "strided", "transposed", "expanded gradient"])
@@ -182,11 +207,8 @@ def test_the_average_of_a_large_map_is_accurate(memory_format):
     x = torch.rand((1, 2, 512, 513), generator=torch.Generator().manual_seed(0)).contiguous(
         memory_format=memory_format
     )
-    seen = []
-    drs = DRS(2)
-    drs.controller.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    drs(x)
-    assert_close(seen[0][:, :, 0, 0], x.double().mean(dim=(2, 3)).numpy(), tolerance=1e-7)
+    *_, total = kernels.for_input(x).extracted(x)
+    assert_close(total / (512 * 513), x.double().mean(dim=(2, 3)).numpy(), tolerance=1e-7)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
@@ -255,10 +277,10 @@ def test_forms_lists_what_for_input_picks(monkeypatch):
         y = form.module.suppress(x, x.new_full((2, 5), DELTA))
         expected, *_ = reference(x.cpu(), x.cpu(), control=DELTA)
         assert_close(y.cpu(), expected)
-        learned = form.module.suppress_by(x, LearnableController(5).to(form.device))
+        learned = form.module.suppress_by(x, LearnableController(5).to(form.device).f.weight)
         assert learned.shape == x.shape and learned.requires_grad
-    monkeypatch.setattr(kernels, "available", lambda: False)
-    assert "numba" not in [form.name for form in kernels.forms()]
+    monkeypatch.setitem(kernels._checked, (torch.device("cpu"), torch.float32), None)
+    assert "numba" not in [form.name for form in kernels.forms()] and not kernels.available()
 
 
 def test_torch_export_sees_library_calls():
@@ -343,16 +365,61 @@ def test_nowhere_to_write_the_compiled_code():
 
 
 def test_without_numba_the_plain_form_runs_and_says_so(monkeypatch, caplog):
+    monkeypatch.setattr(kernels, "_checked", {})
     monkeypatch.setitem(sys.modules, "drs_lib.kernels.cpu", None)
-    kernels._cpu_module.cache_clear()
-    try:
-        x = torch.rand(1, 2, 3, 3)
-        assert not kernels.available() and kernels.for_input(x) is None
-        assert suppress(x, 0.5).equal(suppress_plain(x, 0.5))
-        assert [record.levelname for record in caplog.records] == ["WARNING"]
-        assert "pip install numba" in caplog.text
-    finally:
-        kernels._cpu_module.cache_clear()
+    monkeypatch.delattr(kernels, "cpu", raising=False)
+    x = torch.rand(1, 2, 3, 3)
+    assert not kernels.available() and kernels.for_input(x) is None
+    assert suppress(x, 0.5).equal(suppress_plain(x, 0.5))
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "pip install numba" in caplog.text
+
+
+def test_what_numba_stored_is_damaged(tmp_path):
+    """A file of its cache that was cut off made every call raise; now the plain form runs, with a warning."""
+    code = """if True:
+        from pathlib import Path
+        import torch
+        from drs_lib.drs import DRS
+        from drs_lib.kernels import cpu
+        index = Path(cpu.suppress_planes._cache._cache_file._index_path)
+        index.parent.mkdir(parents=True, exist_ok=True)
+        index.write_bytes(b"")
+        print(DRS(2)(torch.ones(1, 2, 3, 3)).shape)
+    """
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
+    assert found.stdout == "torch.Size([1, 2, 3, 3])\n"
+    assert "EOFError" in found.stderr and "delete what it stored" in found.stderr
+
+
+@pytest.mark.parametrize("function", ["suppress", "suppress_by"])
+def test_the_check_before_use_compares_both_functions(function, monkeypatch):
+    from drs_lib.kernels import cpu
+
+    kernels.check(cpu, torch.device("cpu"), torch.float32)
+    right = getattr(cpu, function)
+    wrong = wraps(right)(lambda x, other: right(x, other * 1.01))
+    monkeypatch.setattr(cpu, function, wrong)
+    with pytest.raises(RuntimeError, match=f"{function} gives other results"):
+        kernels.check(cpu, torch.device("cpu"), torch.float32)
+
+
+def test_a_failure_that_passes_is_not_remembered(monkeypatch, caplog):
+    monkeypatch.setattr(kernels, "_checked", {})
+    check, errors = kernels.check, [torch.OutOfMemoryError("full"), MemoryError("full")]
+
+    def full(*args):
+        if errors:
+            raise errors.pop()
+        check(*args)
+
+    monkeypatch.setattr(kernels, "check", full)
+    x = torch.rand(1, 2, 3, 3)
+    assert [kernels.for_input(x) is None for _ in range(3)] == [True, True, False]
+    assert caplog.text.count("the next call tries again") == 2
 
 
 @pytest.mark.parametrize(

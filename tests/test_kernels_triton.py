@@ -1,17 +1,24 @@
 """The GPU's kernels against Algorithm 1 written out in numpy, in float64: on the device where there is one,
 else in Triton's interpreter."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from test_kernels import maps, reference
 
 from drs_lib import kernels
-from drs_lib.drs import DRS, LearnableController, suppress
+from drs_lib.drs import DRS, LearnableController, suppress, suppress_plain
 
 pytest.importorskip("triton", reason="Triton comes with PyTorch for Linux")
 cuda = pytest.importorskip("drs_lib.kernels.cuda")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+REGISTERS = Path(__file__).resolve().parents[1] / "benchmarks" / "registers.py"
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 SHAPES = [(1, 1, 1, 1), (3, 5, 7, 3), (2, 17, 1, 70), (1, 33, 13, 11)]
 # What a result may be off by, relative to the largest: rounding to the type, once for y and once for gx.
@@ -30,6 +37,11 @@ def tiles(request, monkeypatch):
 def tensors(shape, dtype, memory_format):
     x, g = (maps(shape, memory_format, seed).to(DEVICE, dtype) for seed in (0, 1))
     return x.to(memory_format=memory_format).requires_grad_(), g
+
+
+def plain_by(x, weight):
+    average = x.relu().mean((2, 3), dtype=torch.float32)
+    return suppress_plain(x, torch.sigmoid(average @ weight.T))
 
 
 def rounded(values, dtype):
@@ -63,7 +75,7 @@ def exactly(x, g, control, dtype):
 def test_suppress_is_the_formula(shape, memory_format, dtype, tiles):
     x, g = tensors(shape, dtype, memory_format)
     generator = torch.Generator().manual_seed(2)
-    control = (0.1 + 0.85 * torch.rand(shape[:2], generator=generator)).to(DEVICE, dtype).requires_grad_()
+    control = (0.1 + 0.85 * torch.rand(shape[:2], generator=generator)).to(DEVICE).requires_grad_()
     y = cuda.suppress(x, control)
     y.backward(g)
     expected, gx, g_control = exactly(x, g, control.detach().cpu().double().numpy(), dtype)
@@ -80,13 +92,36 @@ def test_the_learnable_controller_is_the_formula(shape, memory_format, tiles):
     controller = LearnableController(shape[1]).to(DEVICE)
     torch.nn.init.normal_(controller.f.weight, std=0.5)
     x, g = tensors(shape, torch.float32, memory_format)
-    y = cuda.suppress_by(x, controller)
+    y = cuda.suppress_by(x, controller.f.weight)
     y.backward(g)
     weight = controller.f.weight.detach().cpu()
     expected, gx, _, g_weight = reference(x.detach().cpu(), g.cpu(), weight=weight)
     assert_close(y, expected, 2e-6)
     assert_close(x.grad, gx, 4e-6)
     assert_close(controller.f.weight.grad, g_weight, 4e-6)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+def test_a_bound_of_zero_keeps_its_gradient(memory_format, dtype, tiles):
+    """The control value is 0, or its product with the maximum is too small for the type."""
+    x, g = tensors((2, 3, 4, 5), dtype, memory_format)
+    small = 1e-8 if dtype == torch.float16 else 0.0
+    control = torch.tensor([[0.0, small, 0.4]], device=DEVICE).expand(2, 3).contiguous().requires_grad_()
+    y = cuda.suppress(x, control)
+    y.backward(g)
+    values = torch.tensor([[0.0, 0.0, 0.4]]).double().expand(2, 3).numpy()
+    _, _, g_control = exactly(x, g, values, dtype)
+    assert (y[:, :2] == 0).all() and control.grad[:, :2].any()
+    assert_close(control.grad, g_control, 2 * TOLERANCE[dtype])
+    weight = torch.diag(torch.tensor([-1e4, 0.1, 0.2])).to(DEVICE).requires_grad_()
+    results = []
+    for form in (lambda x: cuda.suppress_by(x, weight), lambda x: plain_by(x, weight)):
+        leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        y = form(leaf)
+        results.append((y, *torch.autograd.grad(y, (leaf, weight), g)))
+    for found, expected in zip(*results, strict=True):
+        assert_close(found, expected.detach().cpu().double().numpy(), 4 * TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
@@ -129,18 +164,52 @@ def test_only_the_result_and_numbers_per_channel_are_saved():
     assert len(large) == 1 and large[0].data_ptr() == y.data_ptr()
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_the_check_before_use_can_say_no(dtype, monkeypatch):
-    cuda.check(DEVICE, dtype)
-    whole = cuda.gradients
-    monkeypatch.setattr(cuda, "gradients", lambda *args: (whole(*args)[0] * 1.1, whole(*args)[1]))
-    with pytest.raises(RuntimeError, match="not those of the plain one"):
-        cuda.check(DEVICE, dtype)
+WRONG = {
+    "gradients": lambda right: lambda g, *rest: right(1.1 * g, *rest),
+    "extracted": lambda right: lambda x: right(1.1 * x),
+    "clamped": lambda right: lambda x, peak, control: right(x, peak, 1.1 * control),
+    "suppressed": lambda right: lambda x, control: right(x, 1.1 * control),
+    "average_gradient": lambda right: lambda y, share, gx: right(y, 1.1 * share, gx),
+}
 
 
-def test_the_check_is_none_of_the_caller_s_mode():
-    with torch.inference_mode():
-        cuda.check(DEVICE)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("part", WRONG)
+def test_the_check_before_use_compares_every_part(part, dtype, monkeypatch):
+    """Also on the larger maps alone, which are cut into parts."""
+    device = torch.device(DEVICE)
+    kernels.check(cuda, device, dtype)
+    right = getattr(cuda, part)
+    wrong = WRONG[part](right)
+    monkeypatch.setattr(cuda, part, lambda x, *rest: (right if x.shape[2] < 100 else wrong)(x, *rest))
+    with pytest.raises(RuntimeError, match="other results than the plain one"):
+        kernels.check(cuda, device, dtype)
+
+
+def test_no_program_spills_registers_or_needs_more_than_there_are():
+    """Compiled ahead of time for Turing, Ampere, Hopper; the first row shows that a spill would be seen."""
+    code = f"""if True:
+        import importlib.util, json
+        spec = importlib.util.spec_from_file_location("registers", {str(REGISTERS)!r})
+        registers = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(registers)
+        launch = registers.launches((5, 128, 96, 96), torch.float32, torch.contiguous_format)["constant"][0]
+        *kinds, warps = registers.specialised(*launch)
+        rows = [registers.usage(*kinds, 4, 90)]
+        rows += registers.register_table([75], 5, ["float32", "float16"])  # which has no bfloat16
+        rows += registers.register_table([80, 90], 5, ["float32", "bfloat16"])
+        print(json.dumps(rows))
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    code = "import torch\n" + code
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert found.returncode == 0, found.stderr
+    spilling, *rows = json.loads(found.stdout)
+    assert spilling["spilled"] > 0
+    assert len({row["kernel"] for row in rows}) == 7 and {row["sm"] for row in rows} == {75, 80, 90}
+    assert [row for row in rows if row["spilled"] > 0] == []
+    # A multiprocessor has 65,536 registers; a block that needs more can't start.
+    assert [row for row in rows if row["registers"] * row["warps"] * 32 > 65_536] == []
 
 
 def test_no_map_has_more_parts_than_a_grid_can_have():
@@ -152,14 +221,15 @@ def test_no_map_has_more_parts_than_a_grid_can_have():
 
 @pytest.mark.parametrize("trouble", [RuntimeError("no such target"), ImportError("no triton")])
 def test_a_gpu_on_which_it_does_not_work_gets_the_plain_form(trouble, monkeypatch, caplog):
-    def fails(device, dtype):
+    def fails(form, device, dtype):
         if dtype == torch.bfloat16:
             raise trouble
 
-    monkeypatch.setattr(cuda, "check", fails)
+    monkeypatch.setattr(kernels, "_checked", {})
+    monkeypatch.setattr(kernels, "check", fails)
     gpu = torch.device("cuda", 1)
-    assert kernels._gpu_module.__wrapped__(gpu, torch.float32) is cuda and not caplog.text
-    assert kernels._gpu_module.__wrapped__(gpu, torch.bfloat16) is None
+    assert kernels._form_for(gpu, torch.float32) is cuda and not caplog.text
+    assert kernels._form_for(gpu, torch.bfloat16) is None
     assert "uncompiled on cuda:1 in torch.bfloat16" in caplog.text and str(trouble) in caplog.text
 
 

@@ -5,18 +5,20 @@ is compiled, and neither is imported, before the first call that can use it. Res
 of :func:`drs_lib.drs.suppress_plain` up to rounding.
 """
 
-import importlib
 import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from itertools import product
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
-__all__ = ["Form", "available", "disabled", "for_input", "forms"]
+__all__ = ["Form", "available", "check", "disabled", "for_input", "forms"]
 
 _TYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.float16, torch.bfloat16)}
 _disabled = ContextVar("drs_lib.kernels.disabled", default=os.environ.get("DRS_LIB_KERNELS", "1") == "0")
@@ -37,42 +39,85 @@ def disabled():
         _disabled.reset(token)
 
 
-@cache
-def _cpu_module():
-    try:
-        return importlib.import_module(f"{__name__}.cpu")
-    except ImportError as error:
-        logging.getLogger(__name__).warning(
-            "DRS runs uncompiled on this machine, a training step takes about twice as long: %s. "
-            "`pip install numba` provides the compiled form.",
-            error,
-        )
-        return None
+_REMEDIES = {
+    "cpu": "pip install numba; if it is there, delete what it stored, the files cpu.*.nb* in "
+    f"{Path(__file__).with_name('__pycache__')} or in $NUMBA_CACHE_DIR, and start Python again",
+    "cuda": "install PyTorch for Linux, which brings Triton",
+}
+_checked = {}
 
 
-@cache
-def _gpu_module(device, dtype):
+def _form_for(device, dtype):
+    """The module for a device and a type, once it was found equal to the plain form; None if it isn't.
+
+    What passes, such as a GPU that was full at that moment, is not remembered.
+    """
+    if (device, dtype) in _checked:
+        return _checked[device, dtype]
+    module, passing = None, False
     try:
-        module = importlib.import_module(f"{__name__}.cuda")
-        module.check(device, dtype)
+        if device.type == "cpu":
+            from drs_lib.kernels import cpu as form
+        else:
+            from drs_lib.kernels import cuda as form
+        # In a thread of its own none of the caller's modes holds: inference, autocast, checkpoints, devices.
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(check, form, device, dtype).result()
+        module = form
     except Exception as error:
-        # Triton may be missing, or meet a GPU or a driver that it does not know, or that lacks bfloat16, and
-        # then fails in many ways.
+        # numba or Triton may be missing, meet a processor, a GPU or a driver that it does not know, or find
+        # damaged what it stored of an earlier compilation, and then fails in many ways.
+        passing = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        remedy = "the next call tries again" if passing else _REMEDIES[device.type]
         logging.getLogger(__name__).warning(
-            "DRS runs uncompiled on %s in %s, and slower: %s: %s. PyTorch for Linux brings the Triton that "
-            "compiles it.",
-            device,
-            dtype,
-            type(error).__name__,
-            error,
-        )
-        return None
+            "DRS runs uncompiled on %s in %s, and slower: %s: %s. What to do: %s.",
+            device, dtype, type(error).__name__, error, remedy,
+        )  # fmt: skip
+    if not passing:
+        _checked[device, dtype] = module
     return module
 
 
+def check(form, device, dtype):
+    """Compares a compiled form with the plain one: both of its functions with their gradients, both memory
+    formats, a small map and one that a GPU cuts into parts.
+
+    Draws no random numbers. Raises RuntimeError where they differ, and whatever the compiler raises.
+    """
+    from drs_lib.drs import _control_values, suppress_plain
+
+    def plain_by(x, weight):
+        return suppress_plain(x, _control_values(x.relu(), lambda average: F.linear(average, weight)))
+
+    exact = dtype == torch.float32
+    close = dict(rtol=1e-4, atol=1e-5) if exact else dict(rtol=3e-2, atol=3e-2)
+    with torch.device(device):
+        layouts = (torch.contiguous_format, torch.channels_last)
+        for (n, k, h, w), layout in product(((2, 3, 9, 7), (1, 2, 130, 131)), layouts):
+            x = torch.sin(torch.arange(n * k * h * w, dtype=torch.float32) ** 1.1).reshape(n, k, h, w)
+            x = x.to(dtype=dtype, memory_format=layout)
+            control = torch.linspace(0.3, 0.9, n * k, dtype=torch.float32).reshape(n, k)
+            weight = torch.linspace(-3, 3, k * k, dtype=torch.float32).reshape(k, k)
+            for compiled, plain, other in (
+                (form.suppress, suppress_plain, control), (form.suppress_by, plain_by, weight)
+            ):  # fmt: skip
+                results = []
+                for function in (compiled, plain):
+                    inputs = [x.clone().requires_grad_(), other.clone().requires_grad_()]
+                    y = function(*inputs)
+                    gx, g_other = torch.autograd.grad((y * y.detach().cos()).sum(), inputs)
+                    # In sixteen bits several elements are the maximum; the plain form may take another one.
+                    results.append((y, gx if exact else gx.float().sum((2, 3)), g_other))
+                for found, expected in zip(*results, strict=True):
+                    if not torch.allclose(found, expected, **close):
+                        raise RuntimeError(
+                            f"the compiled form's {compiled.__name__} gives other results than the plain one"
+                        )
+
+
 def available() -> bool:
-    """Whether the compiled form can be used here at all (numba imports)."""
-    return _cpu_module() is not None
+    """Whether the processor's compiled form can be used here."""
+    return _form_for(torch.device("cpu"), torch.float32) is not None
 
 
 class Form(NamedTuple):
@@ -88,28 +133,31 @@ def forms() -> list[Form]:
 
     For whoever checks or times them all: the notebook on the DRS module runs each one in this list.
     """
-    found = [Form("numba", "cpu", _cpu_module())] if available() else []
+    devices = {"numba": torch.device("cpu")}
     if torch.cuda.is_available():
-        module = _gpu_module(torch.device("cuda", torch.cuda.current_device()), torch.float32)
-        found += [] if module is None else [Form("triton", "cuda", module)]
-    return found
+        devices["triton"] = torch.device("cuda", torch.cuda.current_device())
+    found = [Form(name, d.type, _form_for(d, torch.float32)) for name, d in devices.items()]
+    return [form for form in found if form.module is not None]
 
 
 def for_input(x: torch.Tensor):
     """The module whose ``suppress`` and ``suppress_by`` take ``x``, or None where the plain form is needed.
 
     The compiled forms cover dense NCHW or channels-last memory, one element or more: float32 on a processor,
-    float32, float16 or bfloat16 on a GPU. Anything else, and whatever torch is tracing or compiling, is left
-    to the plain form.
+    float32, float16 or bfloat16 on a GPU. Anything else, and whatever torch is tracing, compiling or
+    transforming, is left to the plain form.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or _disabled.get():
+        return None
+    # What autograd asks before it runs a function that torch.func can't transform; nothing public tells it.
+    if torch._C._are_functorch_transforms_active():
         return None
     if type(x) not in (torch.Tensor, torch.nn.Parameter):
         return None
     if x.dtype not in _TYPES.get(x.device.type, ()):
         return None
-    if x.layout != torch.strided or x.numel() == 0 or x.shape[2] * x.shape[3] >= 2**31:
+    if x.layout != torch.strided or x.numel() == 0 or x.numel() // len(x) >= 2**31:
         return None
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
         return None
-    return _cpu_module() if x.device.type == "cpu" else _gpu_module(x.device, x.dtype)
+    return _form_for(x.device, x.dtype)

@@ -41,11 +41,11 @@ def _compiled(function):
 
 
 @_compiled
-def _extract(x, peak, where, total, part):
+def _extract(x, peak, argmax, total, part):
     positions, lanes = x.shape
     for c in range(lanes):
         peak[c] = np.float32(0)
-        where[c] = np.int32(0)
+        argmax[c] = np.int32(0)
         total[c] = 0.0
     for start in range(0, positions, BLOCK):
         for c in range(lanes):
@@ -55,10 +55,22 @@ def _extract(x, peak, where, total, part):
                 v = x[p, c]
                 larger = (v > peak[c]) | (v != v)
                 peak[c] = v if larger else peak[c]
-                where[c] = np.int32(p) if larger else where[c]
+                argmax[c] = np.int32(p) if larger else argmax[c]
                 part[c] += np.float32(0) if v <= 0 else v
         for c in range(lanes):
             total[c] += part[c]
+
+
+@_compiled
+def _tau(peak, control):
+    """The upper bound; -0.0 in place of 0.0, so that what it suppresses can be told from what was dead."""
+    tau = np.float32(peak * control)
+    return tau if tau != 0 else np.float32(-0.0)
+
+
+@_compiled
+def _dead(y):
+    return (y <= 0) & (not np.signbit(y))
 
 
 @_compiled
@@ -81,7 +93,7 @@ def _backward(g, y, tau, gx, total, part):
             part[c] = np.float32(0)
         for p in range(start, min(start + BLOCK, positions)):
             for c in range(lanes):
-                alive = np.float32(0) if y[p, c] <= 0 else g[p, c]
+                alive = np.float32(0) if _dead(y[p, c]) else g[p, c]
                 passed = y[p, c] < tau[c]
                 gx[p, c] = alive if passed else np.float32(0)
                 part[c] += np.float32(0) if passed else alive
@@ -90,35 +102,35 @@ def _backward(g, y, tau, gx, total, part):
 
 
 @_compiled
-def extract_last(x, peak, where, total):
+def extract_last(x, peak, argmax, total):
     part = np.empty(x.shape[2], np.float32)
     for i in range(x.shape[0]):
-        _extract(x[i], peak[i], where[i], total[i], part)
+        _extract(x[i], peak[i], argmax[i], total[i], part)
 
 
 @_compiled
-def clamp_last(x, tau, y):
+def clamp_last(x, peak, control, tau, y):
     for i in range(x.shape[0]):
+        for c in range(x.shape[2]):
+            tau[i, c] = _tau(peak[i, c], control[i, c])
         _clamp(x[i], tau[i], y[i])
 
 
 @_compiled
-def suppress_last(x, control, peak, where, total, tau, y):
+def suppress_last(x, control, peak, argmax, total, tau, y):
     for i in range(x.shape[0]):
         one = slice(i, i + 1)
-        extract_last(x[one], peak[one], where[one], total[one])
-        for c in range(x.shape[2]):
-            tau[i, c] = peak[i, c] * control[i, c]
-        clamp_last(x[one], tau[one], y[one])
+        extract_last(x[one], peak[one], argmax[one], total[one])
+        clamp_last(x[one], peak[one], control[one], tau[one], y[one])
 
 
 @_compiled
-def backward_last(g, y, tau, control, where, gx, total):
+def backward_last(g, y, tau, control, argmax, gx, total):
     part = np.empty(g.shape[2], np.float32)
     for i in range(g.shape[0]):
         _backward(g[i], y[i], tau[i], gx[i], total[i], part)
         for c in range(g.shape[2]):
-            gx[i, where[i, c], c] += np.float32(control[i, c] * total[i, c])
+            gx[i, argmax[i, c], c] += np.float32(control[i, c] * total[i, c])
 
 
 @_compiled
@@ -126,7 +138,7 @@ def spread_last(y, share, gx):
     for i in range(y.shape[0]):
         for p in range(y.shape[1]):
             for c in range(y.shape[2]):
-                gx[i, p, c] += np.float32(0) if y[i, p, c] <= 0 else share[i, c]
+                gx[i, p, c] += np.float32(0) if _dead(y[i, p, c]) else share[i, c]
 
 
 @_compiled
@@ -137,27 +149,27 @@ def _pieces(plane):
 
 
 @_compiled
-def extract_planes(x, peak, where, total):
+def extract_planes(x, peak, argmax, total):
     peaks, places = np.empty(LANES, np.float32), np.empty(LANES, np.int32)
     totals, part = np.empty(LANES, np.float64), np.empty(LANES, np.float32)
     for i in range(x.shape[0]):
-        peak[i], where[i], total[i] = np.float32(0), np.int32(0), 0.0
+        peak[i], argmax[i], total[i] = np.float32(0), np.int32(0), 0.0
         offset = 0
         for piece in _pieces(x[i]):
             _extract(piece, peaks, places, totals, part)
             for c in range(piece.shape[1]):
                 place = np.int32(offset + places[c] * LANES + c)
-                first = (peaks[c] == peak[i]) & (place < where[i])
+                first = (peaks[c] == peak[i]) & (place < argmax[i])
                 if (peaks[c] > peak[i]) | (peaks[c] != peaks[c]) | first:
-                    peak[i], where[i] = peaks[c], place
+                    peak[i], argmax[i] = peaks[c], place
                 total[i] += totals[c]
             offset += piece.size
 
 
 @_compiled
-def clamp_planes(x, tau, y):
+def clamp_planes(x, peak, control, tau, y):
     for i in range(x.shape[0]):
-        t = tau[i]
+        t = tau[i] = _tau(peak[i], control[i])
         for p in range(x.shape[1]):
             v = x[i, p]
             low = v if v < t else t
@@ -165,16 +177,15 @@ def clamp_planes(x, tau, y):
 
 
 @_compiled
-def suppress_planes(x, control, peak, where, total, tau, y):
+def suppress_planes(x, control, peak, argmax, total, tau, y):
     for i in range(x.shape[0]):
         one = slice(i, i + 1)
-        extract_planes(x[one], peak[one], where[one], total[one])
-        tau[i] = peak[i] * control[i]
-        clamp_planes(x[one], tau[one], y[one])
+        extract_planes(x[one], peak[one], argmax[one], total[one])
+        clamp_planes(x[one], peak[one], control[one], tau[one], y[one])
 
 
 @_compiled
-def backward_planes(g, y, tau, control, where, gx, total):
+def backward_planes(g, y, tau, control, argmax, gx, total):
     taus, totals, part = np.empty(LANES, np.float32), np.empty(LANES, np.float64), np.empty(LANES, np.float32)
     for i in range(g.shape[0]):
         taus[:], total[i] = tau[i], 0.0
@@ -183,7 +194,7 @@ def backward_planes(g, y, tau, control, where, gx, total):
             _backward(gs[k], ys[k], taus, gxs[k], totals, part)
             for c in range(gs[k].shape[1]):
                 total[i] += totals[c]
-        gx[i, where[i]] += np.float32(control[i] * total[i])
+        gx[i, argmax[i]] += np.float32(control[i] * total[i])
 
 
 @_compiled
@@ -191,7 +202,7 @@ def spread_planes(y, share, gx):
     for i in range(y.shape[0]):
         s = share[i]
         for p in range(y.shape[1]):
-            gx[i, p] += np.float32(0) if y[i, p] <= 0 else s
+            gx[i, p] += np.float32(0) if _dead(y[i, p]) else s
 
 
 _pool = None
@@ -264,50 +275,44 @@ class _Layout:
         return x.detach().contiguous().numpy().reshape(self.channels_shape)
 
 
+def _per_channel(x, *types):
+    """Empty (N, K) of each type."""
+    return [x.new_empty(x.shape[:2], dtype=dtype) for dtype in types]
+
+
 def extracted(x):
-    """Maximum, its first position and the sum of relu(x), each (N, K)."""
-    layout, size = _Layout(x), x.shape[:2]
-    peak, where = torch.empty(size, dtype=torch.float32), torch.empty(size, dtype=torch.int32)
-    total = torch.empty(size, dtype=torch.float64)
-    _run(layout.extract, layout.maps(x), *map(layout.channels, (peak, where, total)))
-    return peak, where, total
+    """Maximum (float32), its first position (int32) and the sum (float64) of relu(x), each (N, K)."""
+    layout, found = _Layout(x), _per_channel(x, torch.float32, torch.int32, torch.float64)
+    _run(layout.extract, layout.maps(x), *map(layout.channels, found))
+    return found
 
 
-def clamped(x, tau):
-    layout, y = _Layout(x), torch.empty_like(x)
-    _run(layout.clamp, layout.maps(x), layout.channels(tau), layout.maps(y))
-    return y
+def clamped(x, peak, control):
+    """min(relu(x), tau) and tau = peak * control, float32 (N, K)."""
+    layout, y, (tau,) = _Layout(x), torch.empty_like(x), _per_channel(x, torch.float32)
+    _run(layout.clamp, layout.maps(x), *map(layout.channels, (peak, control, tau)), layout.maps(y))
+    return y, tau
 
 
 def suppressed(x, control):
     """y, tau, the maxima and their positions, for control values (N, K) that are known beforehand."""
     layout, y = _Layout(x), torch.empty_like(x)
-    peak, tau = (torch.empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
-    where = torch.empty(x.shape[:2], dtype=torch.int32)
-    total = torch.empty(x.shape[:2], dtype=torch.float64)
-    channels = map(layout.channels, (control, peak, where, total, tau))
+    peak, argmax, total, tau = _per_channel(x, torch.float32, torch.int32, torch.float64, torch.float32)
+    channels = map(layout.channels, (control, peak, argmax, total, tau))
     _run(layout.suppress, layout.maps(x), *channels, layout.maps(y))
-    return y, tau, peak, where
+    return y, tau, peak, argmax
 
 
-def gradients(g, y, tau, control, where):
+def gradients(g, y, tau, control, argmax):
     """The gradient that reaches x through the suppressor and the maximum, and the one that reaches tau."""
-    layout, gx = _Layout(y), torch.empty_like(y)
-    total = torch.empty(tau.shape, dtype=torch.float64)
-    _run(
-        layout.backward,
-        layout.maps(g),
-        layout.maps(y),
-        layout.channels(tau),
-        layout.channels(control),
-        layout.channels(where),
-        layout.maps(gx),
-        layout.channels(total),
-    )
+    layout, gx, (total,) = _Layout(y), torch.empty_like(y), _per_channel(y, torch.float64)
+    channels = map(layout.channels, (tau, control, argmax))
+    _run(layout.backward, layout.maps(g), layout.maps(y), *channels, layout.maps(gx), layout.channels(total))
     return gx, total.float()
 
 
 def average_gradient(y, share, gx):
+    """Adds ``share`` (N, K) to gx wherever x was positive."""
     layout = _Layout(y)
     _run(layout.spread, layout.maps(y), layout.channels(share), layout.maps(gx))
 
@@ -317,6 +322,6 @@ def suppress(x, control):
     return autograd.suppress(sys.modules[__name__], x, control)
 
 
-def suppress_by(x, controller):
+def suppress_by(x, weight):
     """See `drs_lib.kernels.autograd.suppress_by`."""
-    return autograd.suppress_by(sys.modules[__name__], x, controller)
+    return autograd.suppress_by(sys.modules[__name__], x, weight)

@@ -10,10 +10,8 @@ compared, so that the backward pass, which looks at the result alone, sees exact
 With ``TRITON_INTERPRET=1`` set before the import, everything here runs on the CPU, slowly: for tests.
 """
 
-import math
 import sys
 from contextlib import nullcontext
-from itertools import product
 
 import torch
 import triton
@@ -27,23 +25,39 @@ SECTOR = 32  # bytes: what memory delivers at least; a row of a tile is no short
 
 
 @triton.jit
-def _places(n, k, p, channels, positions, LAST: tl.constexpr):
-    """Offsets of positions p (P,) of channels k (B,) of image n: (P, B)."""
-    base = n.to(tl.int64) * channels * positions
+def _tile(channels, positions, P: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr):
+    """What a program works on: positions, int32 (P,); whether they lie inside a map, bool (P, B); places in
+    an array (N, K), int32 (B,), and whether they exist, bool (B,); the offset of the image, int64, and those
+    of the elements within it, int32 (P, B)."""
+    n, k = tl.program_id(0), tl.program_id(1) * B + tl.arange(0, B)
+    p = tl.program_id(2) * P + tl.arange(0, P)
+    real = k < channels
+    inside = (p < positions)[:, None] & real[None, :]
     if LAST:
-        return base + p.to(tl.int64)[:, None] * channels + k[None, :]
-    return base + k.to(tl.int64)[None, :] * positions + p[:, None]
+        at = p[:, None] * channels + k[None, :]
+    else:
+        at = k[None, :] * positions + p[:, None]
+    return p, inside, n * channels + k, real, n.to(tl.int64) * channels * positions, at
 
 
 @triton.jit
-def _maxima(v, p, there, positions):
+def _maxima(v, p, inside, positions):
     """Of a tile v (P, B): the maximum of its ReLU (NaN if there is one), its first position, the sum."""
-    positive = tl.where(there & (v > 0), v, 0.0)
+    positive = tl.where(inside & (v > 0), v, 0.0)
     peak = tl.max(positive, axis=0)
-    broken = tl.max(tl.where(there & (v != v), 1, 0), axis=0) > 0
-    first = tl.min(tl.where(there & (positive == peak[None, :]), p[:, None], positions), axis=0)
+    broken = tl.max(tl.where(inside & (v != v), 1, 0), axis=0) > 0
+    first = tl.min(tl.where(inside & (positive == peak[None, :]), p[:, None], positions), axis=0)
     total = tl.sum(positive, axis=0)
-    return tl.where(broken, float("nan"), peak), first, tl.where(broken, float("nan"), total)
+    nan = float("nan")
+    return tl.where(broken, nan, peak), tl.minimum(first, positions - 1), tl.where(broken, nan, total)
+
+
+@triton.jit
+def _tau(peak, control, kind: tl.constexpr):
+    """The upper bound (B,), rounded to the maps' type; -0.0 in place of 0.0, so that what it suppresses can
+    be told from what was dead."""
+    tau = (peak * control).to(kind).to(tl.float32)
+    return tl.where(tau == 0, -1.0 * tau, tau)  # Triton reads the constant -0.0 as 0.0
 
 
 @triton.jit
@@ -52,23 +66,25 @@ def _clamp(v, tau):
 
 
 @triton.jit
+def _dead(y):
+    return (y <= 0) & (y.to(tl.int32, bitcast=True) >= 0)
+
+
+@triton.jit
 def _suppress_tile(
-    x, control, y, tau, peak, where,
+    x, control, y, tau, peak, argmax,
     channels, positions, P: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    n, k, p = tl.program_id(0), tl.program_id(1) * B + tl.arange(0, B), tl.arange(0, P)
-    real = k < channels
-    there = (p < positions)[:, None] & real[None, :]
-    at = _places(n, k, p, channels, positions, LAST)
-    v = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
-    highest, first, _ = _maxima(v, p, there, positions)
-    entry = n * channels + k
-    share = tl.load(control + entry, mask=real, other=0.0).to(tl.float32)
-    bound = (highest * share).to(tau.dtype.element_ty)
+    """All positions of B maps: reads x, writes y, x's type (N, K, H, W); control, tau, peak are float32 and
+    argmax int32 (N, K)."""
+    p, inside, entry, real, image, at = _tile(channels, positions, P, B, LAST)
+    v = tl.load(x + image + at, mask=inside, other=0.0).to(tl.float32)
+    highest, first, _ = _maxima(v, p, inside, positions)
+    bound = _tau(highest, tl.load(control + entry, mask=real, other=0.0), y.dtype.element_ty)
     tl.store(peak + entry, highest, mask=real)
-    tl.store(where + entry, tl.minimum(first, positions - 1), mask=real)
+    tl.store(argmax + entry, first, mask=real)
     tl.store(tau + entry, bound, mask=real)
-    tl.store(y + at, _clamp(v, bound.to(tl.float32)).to(y.dtype.element_ty), mask=there)
+    tl.store(y + image + at, _clamp(v, bound).to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -76,21 +92,19 @@ def _extract_part(
     x, peaks, firsts, totals,
     images, channels, positions, P: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    n, k = tl.program_id(0), tl.program_id(1) * B + tl.arange(0, B)
-    part = tl.program_id(2)
-    p = part * P + tl.arange(0, P)
-    real = k < channels
-    there = (p < positions)[:, None] & real[None, :]
-    v = tl.load(x + _places(n, k, p, channels, positions, LAST), mask=there, other=0.0).to(tl.float32)
-    highest, first, total = _maxima(v, p, there, positions)
-    entry = (part * images + n) * channels + k
+    """P positions of B maps: their maxima and sums float32, first positions int32, each (parts, N, K)."""
+    p, inside, entry, real, image, at = _tile(channels, positions, P, B, LAST)
+    v = tl.load(x + image + at, mask=inside, other=0.0).to(tl.float32)
+    highest, first, total = _maxima(v, p, inside, positions)
+    entry += tl.program_id(2) * images * channels
     tl.store(peaks + entry, highest, mask=real)
     tl.store(firsts + entry, first, mask=real)
     tl.store(totals + entry, total, mask=real)
 
 
 @triton.jit
-def _combine(peaks, firsts, totals, peak, where, total, parts, entries, positions, E: tl.constexpr):
+def _combine(peaks, firsts, totals, peak, argmax, total, parts, entries, E: tl.constexpr):
+    """What `_extract_part` found, (parts, N, K), put together: (N, K)."""
     e = tl.program_id(0) * E + tl.arange(0, E)
     real = e < entries
     highest, first = tl.zeros((E,), tl.float32), tl.full((E,), 0, tl.int32)
@@ -105,57 +119,54 @@ def _combine(peaks, firsts, totals, peak, where, total, parts, entries, position
         broken = broken | tl.where(one != one, 1, 0)
         sums += tl.load(totals + at, mask=real, other=0.0)
     tl.store(peak + e, tl.where(broken > 0, float("nan"), highest), mask=real)
-    tl.store(where + e, tl.minimum(first, positions - 1), mask=real)
+    tl.store(argmax + e, first, mask=real)
     tl.store(total + e, sums, mask=real)
 
 
 @triton.jit
-def _clamp_part(x, tau, y, channels, positions, P: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr):
-    n, k = tl.program_id(0), tl.program_id(1) * B + tl.arange(0, B)
-    p = tl.program_id(2) * P + tl.arange(0, P)
-    real = k < channels
-    there = (p < positions)[:, None] & real[None, :]
-    at = _places(n, k, p, channels, positions, LAST)
-    v = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
-    bound = tl.load(tau + n * channels + k, mask=real, other=0.0).to(tl.float32)
-    tl.store(y + at, _clamp(v, bound).to(y.dtype.element_ty), mask=there)
+def _clamp_part(
+    x, peak, control, y, tau,
+    channels, positions, P: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """P positions of B maps: reads x, writes y, x's type (N, K, H, W), and tau, float32 (N, K)."""
+    p, inside, entry, real, image, at = _tile(channels, positions, P, B, LAST)
+    v = tl.load(x + image + at, mask=inside, other=0.0).to(tl.float32)
+    highest = tl.load(peak + entry, mask=real, other=0.0)
+    bound = _tau(highest, tl.load(control + entry, mask=real, other=0.0), y.dtype.element_ty)
+    tl.store(tau + entry, bound, mask=real)  # the same from every part
+    tl.store(y + image + at, _clamp(v, bound).to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _gradient_part(
-    g, y, tau, control, where, gx, totals,
+    g, y, tau, control, argmax, gx, totals,
     images, channels, positions, P: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """A part's gradient of x below tau, and its sum above; WHOLE: the part is all, so the maximum gets its
-    share here."""
-    n, k = tl.program_id(0), tl.program_id(1) * B + tl.arange(0, B)
-    part = tl.program_id(2)
-    p = part * P + tl.arange(0, P)
-    real = k < channels
-    there = (p < positions)[:, None] & real[None, :]
-    at = _places(n, k, p, channels, positions, LAST)
-    result = tl.load(y + at, mask=there, other=0.0).to(tl.float32)
-    incoming = tl.load(g + at, mask=there, other=0.0).to(tl.float32)
-    entry = n * channels + k
-    bound = tl.load(tau + entry, mask=real, other=0.0).to(tl.float32)
-    alive = tl.where(result <= 0, 0.0, incoming)
+    """Of P positions of B maps: the gradient below tau, in gx, x's type (N, K, H, W), and its sum above, in
+    totals, float32 (parts, N, K). WHOLE: the part is all, so the maximum gets its share here."""
+    p, inside, entry, real, image, at = _tile(channels, positions, P, B, LAST)
+    result = tl.load(y + image + at, mask=inside, other=0.0).to(tl.float32)
+    incoming = tl.load(g + image + at, mask=inside, other=0.0).to(tl.float32)
+    bound = tl.load(tau + entry, mask=real, other=0.0)
+    alive = tl.where(_dead(result), 0.0, incoming)
     passed = result < bound[None, :]
     total = tl.sum(tl.where(passed, 0.0, alive), axis=0)
-    tl.store(totals + (part * images + n) * channels + k, total, mask=real)
+    tl.store(totals + tl.program_id(2) * images * channels + entry, total, mask=real)
     gradient = tl.where(passed, alive, 0.0)
     if WHOLE:
-        first = tl.load(where + entry, mask=real, other=0)
-        share = tl.load(control + entry, mask=real, other=0.0).to(tl.float32) * total
+        first = tl.load(argmax + entry, mask=real, other=0)
+        share = tl.load(control + entry, mask=real, other=0.0) * total
         gradient += tl.where(p[:, None] == first[None, :], share[None, :], 0.0)
-    tl.store(gx + at, gradient.to(gx.dtype.element_ty), mask=there)
+    tl.store(gx + image + at, gradient.to(gx.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _finish(
-    totals, control, where, gx, total,
+    totals, control, argmax, gx, total,
     parts, channels, positions, entries, E: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """Sums over the parts, and one add per channel: what reaches x through the maximum."""
+    """Sums over the parts, (parts, N, K) to (N, K), and an add for each map: what reaches x through its
+    maximum."""
     e = tl.program_id(0) * E + tl.arange(0, E)
     real = e < entries
     sums = tl.zeros((E,), tl.float32)
@@ -163,29 +174,25 @@ def _finish(
         sums += tl.load(totals + part * entries + e, mask=real, other=0.0)
     tl.store(total + e, sums, mask=real)
     n, k = (e // channels).to(tl.int64), e % channels
-    first = tl.load(where + e, mask=real, other=0).to(tl.int64)
-    base = n * channels * positions
+    first = tl.load(argmax + e, mask=real, other=0)
     if LAST:
-        at = base + first * channels + k
+        at = n * channels * positions + first * channels + k
     else:
-        at = base + k.to(tl.int64) * positions + first
-    share = tl.load(control + e, mask=real, other=0.0).to(tl.float32) * sums
+        at = n * channels * positions + k * positions + first
+    share = tl.load(control + e, mask=real, other=0.0) * sums
     before = tl.load(gx + at, mask=real, other=0.0).to(tl.float32)
     tl.store(gx + at, (before + share).to(gx.dtype.element_ty), mask=real)
 
 
 @triton.jit
 def _spread_part(y, share, gx, channels, positions, P: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr):
-    n, k = tl.program_id(0), tl.program_id(1) * B + tl.arange(0, B)
-    p = tl.program_id(2) * P + tl.arange(0, P)
-    real = k < channels
-    there = (p < positions)[:, None] & real[None, :]
-    at = _places(n, k, p, channels, positions, LAST)
-    result = tl.load(y + at, mask=there, other=0.0)
-    more = tl.load(share + n * channels + k, mask=real, other=0.0).to(tl.float32)
-    before = tl.load(gx + at, mask=there, other=0.0).to(tl.float32)
-    after = before + tl.where(result <= 0, 0.0, more[None, :])
-    tl.store(gx + at, after.to(gx.dtype.element_ty), mask=there)
+    """Adds share, float32 (N, K), to gx, x's type (N, K, H, W), wherever x was positive."""
+    p, inside, entry, real, image, at = _tile(channels, positions, P, B, LAST)
+    result = tl.load(y + image + at, mask=inside, other=0.0).to(tl.float32)
+    more = tl.load(share + entry, mask=real, other=0.0)
+    before = tl.load(gx + image + at, mask=inside, other=0.0).to(tl.float32)
+    after = before + tl.where(_dead(result), 0.0, more[None, :])
+    tl.store(gx + image + at, after.to(gx.dtype.element_ty), mask=inside)
 
 
 class _Cut:
@@ -209,7 +216,8 @@ class _Cut:
         self.parts = triton.cdiv(self.positions, self.rows)
         self.grid = (self.images, triton.cdiv(self.channels, self.block), self.parts)
         self.shape = {"P": self.rows, "B": self.block, "LAST": self.last}
-        self.warps = 8 if self.rows * self.block >= 8192 else 4
+        # 32 elements a thread at the most: more would not fit into its registers.
+        self.warps = max(4, self.rows * self.block // 1024)
 
     def run(self, kernel, *arguments, grid=None, **options):
         """Triton launches on the current device, which need not be the one that the tensors lie on."""
@@ -224,7 +232,7 @@ class _Cut:
 
 
 def extracted(x):
-    """Maximum, its first position and the sum of relu(x), each (N, K)."""
+    """Maximum (float32), its first position (int32) and the sum (float32) of relu(x), each (N, K)."""
     cut = _Cut(x)
     x = cut.lay(x)
     peaks, totals = (cut.channel_values(cut.parts, like=x) for _ in range(2))
@@ -233,49 +241,53 @@ def extracted(x):
         _extract_part, x, peaks, firsts, totals, cut.images, cut.channels, cut.positions,
         **cut.shape, num_warps=cut.warps,
     )  # fmt: skip
+    if cut.parts == 1:
+        return peaks[0], firsts[0], totals[0]
     peak, total = (cut.channel_values(like=x) for _ in range(2))
-    where = cut.channel_values(dtype=torch.int32, like=x)
+    argmax = cut.channel_values(dtype=torch.int32, like=x)
     entries = peak.numel()
     cut.run(
-        _combine, peaks, firsts, totals, peak, where, total, cut.parts, entries, cut.positions,
+        _combine, peaks, firsts, totals, peak, argmax, total, cut.parts, entries,
         grid=(triton.cdiv(entries, 128),), E=128,
     )  # fmt: skip
-    return peak, where, total
+    return peak, argmax, total
 
 
-def clamped(x, tau):
-    """min(relu(x), tau), with tau (N, K) of x's type."""
+def clamped(x, peak, control):
+    """min(relu(x), tau) and tau = peak * control, rounded to x's type, as float32 (N, K)."""
     cut = _Cut(x)
-    x, tau = cut.lay(x), tau.contiguous()
-    y = torch.empty_like(x)
-    cut.run(_clamp_part, x, tau, y, cut.channels, cut.positions, **cut.shape, num_warps=cut.warps)
-    return y
+    x, control = cut.lay(x), control.detach().contiguous()
+    y, tau = torch.empty_like(x), cut.channel_values(like=x)
+    cut.run(
+        _clamp_part, x, peak, control, y, tau, cut.channels, cut.positions,
+        **cut.shape, num_warps=cut.warps,
+    )  # fmt: skip
+    return y, tau
 
 
 def suppressed(x, control):
     """y, tau, the maxima and their positions, for control values (N, K) that are known beforehand."""
     cut = _Cut(x)
     if not cut.whole:
-        peak, where, _ = extracted(x)
-        tau = (peak * control).to(x.dtype)
-        return clamped(x, tau), tau, peak, where
+        peak, argmax, _ = extracted(x)
+        return *clamped(x, peak, control), peak, argmax
     x, control = cut.lay(x), control.detach().contiguous()
-    y, peak = torch.empty_like(x), cut.channel_values(like=x)
-    tau, where = (cut.channel_values(dtype=dtype, like=x) for dtype in (x.dtype, torch.int32))
+    y, tau, peak = torch.empty_like(x), cut.channel_values(like=x), cut.channel_values(like=x)
+    argmax = cut.channel_values(dtype=torch.int32, like=x)
     cut.run(
-        _suppress_tile, x, control, y, tau, peak, where, cut.channels, cut.positions,
-        grid=cut.grid[:2], **cut.shape, num_warps=cut.warps,
+        _suppress_tile, x, control, y, tau, peak, argmax, cut.channels, cut.positions,
+        **cut.shape, num_warps=cut.warps,
     )  # fmt: skip
-    return y, tau, peak, where
+    return y, tau, peak, argmax
 
 
-def gradients(g, y, tau, control, where):
+def gradients(g, y, tau, control, argmax):
     """The gradient that reaches x through the suppressor and the maximum, and the one that reaches tau."""
     cut = _Cut(y)
     g, control = cut.lay(g), control.detach().contiguous()
     gx, totals = torch.empty_like(y), cut.channel_values(cut.parts, like=y)
     cut.run(
-        _gradient_part, g, y, tau, control, where, gx, totals, cut.images, cut.channels, cut.positions,
+        _gradient_part, g, y, tau, control, argmax, gx, totals, cut.images, cut.channels, cut.positions,
         **cut.shape, WHOLE=cut.whole, num_warps=cut.warps,
     )  # fmt: skip
     if cut.whole:
@@ -283,14 +295,14 @@ def gradients(g, y, tau, control, where):
     total = cut.channel_values(like=y)
     entries = total.numel()
     cut.run(
-        _finish, totals, control, where, gx, total, cut.parts, cut.channels, cut.positions, entries,
+        _finish, totals, control, argmax, gx, total, cut.parts, cut.channels, cut.positions, entries,
         grid=(triton.cdiv(entries, 128),), E=128, LAST=cut.last,
     )  # fmt: skip
     return gx, total
 
 
 def average_gradient(y, share, gx):
-    """Adds ``share`` (N, K) to gx wherever y > 0."""
+    """Adds ``share`` (N, K) to gx wherever x was positive."""
     cut = _Cut(y)
     share = share.contiguous()
     cut.run(_spread_part, y, share, gx, cut.channels, cut.positions, **cut.shape, num_warps=cut.warps)
@@ -301,42 +313,6 @@ def suppress(x, control):
     return autograd.suppress(sys.modules[__name__], x, control)
 
 
-def suppress_by(x, controller):
+def suppress_by(x, weight):
     """See `drs_lib.kernels.autograd.suppress_by`."""
-    return autograd.suppress_by(sys.modules[__name__], x, controller)
-
-
-def check(device="cuda", dtype=torch.float32):
-    """Compares `suppress` with the plain form on two inputs, one whole in a tile and one cut into parts, in
-    both memory formats; done once for each type before this form is used on a GPU.
-
-    Draws no random numbers. Raises RuntimeError where they differ, and whatever Triton raises.
-    """
-    from drs_lib.drs import suppress_plain
-
-    whole = dtype == torch.float32
-    close = dict(rtol=1e-4, atol=1e-5) if whole else dict(rtol=3e-2, atol=3e-2)
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast(torch.device(device).type, enabled=False),
-    ):
-        layouts = (torch.contiguous_format, torch.channels_last)
-        for shape, layout in product(((2, 3, 9, 7), (1, 2, 130, 131)), layouts):
-            x = torch.sin(torch.arange(float(math.prod(shape)), device=device) ** 1.1)
-            control = torch.linspace(0.3, 0.9, shape[0] * shape[1], device=device)
-            x, control = x.reshape(shape).to(dtype), control.reshape(shape[:2]).to(dtype)
-            results = []
-            for form in (suppress, suppress_plain):
-                inputs = [
-                    x.contiguous(memory_format=layout).requires_grad_(),
-                    control.clone().requires_grad_(),
-                ]
-                y = form(*inputs)
-                gx, g_control = torch.autograd.grad((y * y.detach().cos()).sum(), inputs)
-                # In sixteen bits several elements are the maximum, of which the plain form may take another.
-                gx = gx if whole else gx.float().sum((2, 3))
-                results.append((y, gx, g_control))
-            for found, expected in zip(*results, strict=True):
-                if not torch.allclose(found, expected, **close):
-                    raise RuntimeError("the compiled form's results are not those of the plain one")
+    return autograd.suppress_by(sys.modules[__name__], x, weight)

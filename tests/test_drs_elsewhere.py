@@ -1,0 +1,294 @@
+"""DRS inside other people's code: wrappers, hooks, threads, tracers, compilers, defaults."""
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.distributed as dist
+import torchvision
+from onnx.reference import ReferenceEvaluator
+from torch import nn
+from torch.func import functional_call, grad, vmap
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from drs_lib import kernels
+from drs_lib.drs import DRS, LearnableController, plug_drs, suppress
+from drs_lib.networks import classifier, deeplab, refinement_network
+
+DELTAS = pytest.mark.parametrize("delta", [None, 0.5], ids=["learnable", "constant"])
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 3, 9, 8, generator=torch.Generator().manual_seed(0))
+
+
+def gradients(module, x):
+    """Of the controllers' weights and of x."""
+    x = x.clone().requires_grad_()
+    weights = [m.f.weight for m in module.modules() if isinstance(m, LearnableController)]
+    return torch.autograd.grad(module(x).square().sum(), [x, *weights])
+
+
+def strong(module):
+    """Controllers whose values are far from 0.5, so that a wrong one shows."""
+    torch.manual_seed(1)
+    for m in module.modules():
+        if isinstance(m, LearnableController):
+            nn.init.normal_(m.f.weight, std=1.0)
+    return module
+
+
+def assert_all_close(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_controllers_train_where_a_wrapper_replaces_parameters(x, tmp_path):
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+    model = strong(nn.Sequential(nn.Conv2d(3, 4, 3), DRS(4)))
+    with kernels.disabled():
+        model(x).square().sum().backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        wrapped = FSDP(copy.deepcopy(model), device_id=torch.device("cpu"))
+        wrapped(x).square().sum().backward()
+        (flat,) = wrapped.parameters()
+        assert_all_close([flat.grad], [expected])
+    finally:
+        dist.destroy_process_group()
+
+
+def parametrized(controller):
+    nn.utils.parametrizations.weight_norm(controller.f)
+
+
+def shifted(controller):
+    controller.f.bias = nn.Parameter(torch.ones(controller.f.out_features))
+
+
+def halved(controller):
+    controller.f.register_forward_hook(lambda module, args, output: output / 2)
+
+
+def halved_from_outside(controller):
+    forward = controller.forward
+    controller.forward = lambda features: forward(features) / 2
+
+
+def adapted(controller):
+    inner = controller.f
+    controller.f = nn.Sequential(inner, nn.Tanh())
+    controller.f.weight = inner.weight
+
+
+@pytest.mark.parametrize("change", [parametrized, shifted, halved, halved_from_outside, adapted])
+def test_what_becomes_of_a_controller_is_computed_and_trained(change, x):
+    drs = strong(DRS(3))
+    change(drs.controller)
+    results = []
+    for _ in range(2):
+        drs.zero_grad()
+        leaf = x.clone().requires_grad_()
+        y = drs(leaf)
+        y.square().sum().backward()
+        results.append([y, leaf.grad, *(p.grad.clone() for p in drs.parameters())])
+        kernels._disabled.set(True)
+    kernels._disabled.set(False)
+    assert all(p.grad.any() for p in drs.parameters())
+    assert_all_close(*results)
+
+
+def test_a_loss_on_what_the_controller_returns(x):
+    for loss in (lambda y, g: y.sum() + g.mean(), lambda y, g: g.mean()):
+        results = []
+        for form in (kernels.disabled, torch.enable_grad):
+            drs, seen = strong(DRS(3)), []
+            drs.controller.register_forward_hook(
+                lambda module, args, control, seen=seen: seen.append(control)
+            )
+            leaf = x.clone().requires_grad_()
+            with form():
+                loss(drs(leaf), seen[0]).backward()
+            assert leaf.grad.any() and drs.controller.f.weight.grad.any()
+            results.append([leaf.grad, drs.controller.f.weight.grad])
+        assert_all_close(*results)
+
+
+def test_hooks_on_all_modules_see_the_controller(x):
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(module))
+    try:
+        drs = DRS(3)
+        drs(x)
+    finally:
+        handle.remove()
+    assert drs.controller in seen and drs.controller.f in seen
+
+
+def test_threads_share_a_plugged_network():
+    torch.manual_seed(0)
+    model = plug_drs(small_resnet()).eval()
+    images = torch.randn(24, 1, 3, 32, 32)
+    with torch.no_grad():
+        expected = [model(image) for image in images]
+
+    def run(image):
+        with torch.no_grad():
+            return model(image)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(map(torch.equal, pool.map(run, images), expected))
+
+
+@pytest.mark.parametrize("default", ["meta", "bfloat16"])
+@DELTAS
+def test_defaults_of_device_and_type_are_the_caller_s(default, delta, x):
+    drs = strong(DRS(3, delta))
+    expected = gradients(drs, x)
+    try:
+        if default == "meta":
+            torch.set_default_device("meta")
+        else:
+            torch.set_default_dtype(torch.bfloat16)
+        kernels._checked.clear()
+        found = gradients(drs, x)
+        y = suppress(x, 0.5)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert type(y.grad_fn) is type(None) and y.device.type == "cpu" and y.dtype == torch.float32
+    assert_all_close(found, expected)
+    assert kernels.available()
+
+
+@pytest.mark.parametrize("type_of", ["autocast", "module"])
+def test_control_values_have_more_than_eight_bits(type_of, x):
+    controller = strong(DRS(3)).controller
+    with torch.no_grad():
+        expected = torch.sigmoid(controller.f(x.relu().mean((2, 3))))
+        if type_of == "autocast":
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                found = controller(x.relu())
+        else:
+            found = controller(x.relu().bfloat16())
+            expected = controller(x.bfloat16().float().relu())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_upper_bound_is_rounded_once():
+    """A control value rounded to bfloat16 first, 0.5039 instead of 0.502, would give another tau."""
+    x, control = torch.tensor([[[[1.0, 0.75]]]], dtype=torch.bfloat16), torch.tensor([0.5019])
+    assert suppress(x, control).tolist() == [[[[0.5, 0.5]]]]
+
+
+def small_resnet():
+    """Its blocks call one ReLU twice."""
+    return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 0, 0], num_classes=3)
+
+
+NETWORKS = {
+    "learnable": lambda: strong(classifier("mini", 6)),
+    "plugged": lambda: plug_drs(small_resnet(), delta=0.5),
+}
+
+
+@pytest.fixture(params=NETWORKS)
+def network(request):
+    torch.manual_seed(0)
+    return NETWORKS[request.param]().eval()
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 48, 40, generator=torch.Generator().manual_seed(2))
+
+
+def test_symbolic_trace(network, images):
+    traced = torch.fx.symbolic_trace(network)
+    assert_all_close([traced(images)], [network(images)])
+    y = traced(images)
+    assert {node.target for node in traced.graph.nodes} & {suppress} or "_suppress_by" in traced.code
+    y.sum().backward()
+    with pytest.raises(ValueError, match="this DRS was made for"):
+        torch.fx.symbolic_trace(nn.Sequential(DRS(4)))(images)
+
+
+@pytest.mark.parametrize("make", [lambda: refinement_network("mini", 6), lambda: deeplab("aspp", "mini", 7)])
+def test_the_other_networks_are_traced_too(make, images):
+    network = make().eval()
+    assert_all_close([torch.fx.symbolic_trace(network)(images)], [network(images)])
+
+
+def test_feature_extractor(images):
+    network = strong(classifier("mini", 6)).eval()
+    extractor = create_feature_extractor(network, ["layers.layer6"])
+    assert_all_close([extractor(images)["layers.layer6"]], [network.layer_outputs(images)[-1]])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_jit_trace(network, images):
+    traced = torch.jit.trace(network, images)
+    other = torch.randn(2, 3, 48, 40)
+    assert_all_close([traced(other)], [network(other)])
+
+
+def test_export(network, images):
+    program = torch.export.export(network, (images,))
+    assert_all_close([program.module()(images)], [network(images)])
+
+
+def test_compile_without_a_break(network, images):
+    """The compiler's front end is what can fail on our code; "aot_eager" spares its back end's minute."""
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    assert_all_close([compiled(images)], [network(images)])
+    other = copy.deepcopy(network)
+    network(images).square().sum().backward()
+    torch.compile(other, fullgraph=True, backend="aot_eager")(images).square().sum().backward()
+    pairs = zip(other.parameters(), network.parameters(), strict=True)
+    for a, b in pairs:
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-3 * b.grad.abs().max().item())
+
+
+@DELTAS
+def test_functional_call_under_vmap_and_grad(delta, x):
+    drs = strong(DRS(3, delta))
+    expected = torch.stack([drs(image[None])[0] for image in x])
+    found = vmap(lambda image: functional_call(drs, dict(drs.named_parameters()), (image[None],))[0])(x)
+    assert_all_close([found], [expected])
+    (gx, *_) = gradients(drs, x)
+    found = vmap(grad(lambda image: drs(image[None]).square().sum()))(x)
+    assert_all_close([found], [gx])
+
+
+def test_functional_call_uses_the_parameters_it_is_given(x):
+    drs, other = DRS(3), strong(DRS(3))
+    assert_all_close([functional_call(drs, dict(other.named_parameters()), (x,))], [other(x)])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_onnx(network, images):
+    program = torch.onnx.export(network, (images,), dynamo=True, verbose=False)
+    onnx.checker.check_model(program.model_proto)
+    session = ReferenceEvaluator(program.model_proto)
+    (found,) = session.run(None, {session.input_names[0]: images.numpy()})
+    np.testing.assert_allclose(found, network(images).detach().numpy(), rtol=1e-3, atol=1e-4)
+
+
+def test_checkpointed_layers_are_recomputed_alike(x):
+    """The comparison before the first use must not be seen by the checkpoint that counts saved tensors."""
+    from torch.utils.checkpoint import checkpoint
+
+    drs = strong(DRS(3))
+    expected = gradients(drs, x)
+    kernels._checked.clear()
+    leaf = x.clone().requires_grad_()
+    checkpoint(drs, leaf, use_reentrant=False).square().sum().backward()
+    assert_all_close([leaf.grad, drs.controller.f.weight.grad], expected)
