@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import interpolate
 
-from drs_lib.runtime import autocast, evaluating, memory_format, move
+from drs_lib.runtime import autocast, evaluating, memory_format, move, require_finite
 
 EPSILON = 1e-5
 RELEASE_SCALES = (256, 320, 384)
@@ -268,12 +268,7 @@ def _assemble_present(outputs, present, size, kind, renormalize):
     chosen = None
     for output in outputs:
         # One image of many channels, because a batch of one-channel images would take a slower kernel.
-        output = output.flatten(0, 1).index_select(0, where)[None]
-        if not torch.isfinite(output).all():
-            raise ValueError(
-                "the network gives NaN or infinity: it has diverged, or its weights are damaged. Train it "
-                "again, with a lower learning rate, or load other weights."
-            )
+        output = require_finite(output.flatten(0, 1).index_select(0, where)[None])
         upsampled = interpolate(output, size, mode="bilinear", align_corners=True)[0]
         upsampled = upsampled.clamp_(0, 1) if kind == "refined" else upsampled.relu_()
         if kind == "classifier" or renormalize:

@@ -181,6 +181,17 @@ def evaluating(model):
             module.training = training
 
 
+def require_finite(output):
+    """A network's output. Raises ValueError if it holds NaN or infinity, which a score would take for an
+    answer."""
+    if not torch.isfinite(output).all():
+        raise ValueError(
+            "the network gives NaN or infinity: it has diverged, or its weights are damaged. Train it again, "
+            "with a lower learning rate, or load other weights."
+        )
+    return output
+
+
 @contextmanager
 def deterministic():
     """Ask CUDA for bitwise repeatable operations inside the block, at some cost in speed.

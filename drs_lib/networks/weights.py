@@ -228,9 +228,9 @@ def _read(path):
         found = hashlib.sha256(path.read_bytes()).hexdigest()
         if not found.startswith(expected):
             raise ValueError(
-                f"{path} is damaged or not torchvision's file of that name: its {path.stat().st_size:,} bytes "
-                f"have a SHA-256 that begins with {found[: len(expected)]} and not with {expected}. Delete it: "
-                "the next run downloads it again, or put a whole copy there"
+                f"{path} is damaged or not torchvision's file of that name: {path.stat().st_size:,} bytes "
+                f"whose SHA-256 begins with {found[: len(expected)]} and not with {expected}. Delete it: the "
+                "next run downloads it again, or put a whole copy there"
             )
     try:
         if path.suffix == ".safetensors":
