@@ -56,9 +56,9 @@ def test_the_live_curve_grows_and_leaves_one_line(monkeypatch):
     assert len(second) == 1 and second[0].startswith("next: 1 steps")
 
 
-@pytest.mark.parametrize("again", [501, 401, 1])
+@pytest.mark.parametrize("again", [51, 41, 1])
 def test_a_resumed_training_is_shown_anew_and_timed_from_there(again, monkeypatch):
-    """Interrupted after step 500 of 3,000; the checkpoint is of any step before."""
+    """Interrupted after step 50 of 300; the checkpoint is of any step before."""
     handles, clock, cell = [], [0.0], [3]
     monkeypatch.setattr(notebook, "_display_handle", lambda: handles.append(Handle()) or handles[-1])
     monkeypatch.setattr(notebook, "_cell", lambda: cell[0])
@@ -68,21 +68,21 @@ def test_a_resumed_training_is_shown_anew_and_timed_from_there(again, monkeypatc
     def run(begin, end):
         for step in range(begin, end + 1):
             clock[0] += 2
-            live("classify", step, 3000, 1, 0.3)
+            live("classify", step, 300, 1, 0.3)
 
-    run(1, 500)
-    assert len(handles) == 1 and "about 5000 s left" in handles[0].shown[-1]
+    run(1, 50)
+    assert len(handles) == 1 and "about 500 s left" in handles[0].shown[-1]
     clock[0] += 10_000
-    if again == 501:  # only the cell tells that this is another run
+    if again == 51:  # only the cell tells that this is another run
         cell[0] = 4
     run(again, again + 1)
     assert len(handles) == 2 and len(handles[1].shown) == 1
-    assert f"about {2 * (3000 - again - 1)} s left" in handles[1].shown[-1]
+    assert f"about {2 * (300 - again - 1)} s left" in handles[1].shown[-1]
     # The curve stands where the steps are.
-    assert f'points="{again / 3000 * 420:.1f},' in handles[1].shown[-1]
-    run(again + 2, 3000)
-    count = 3001 - again
-    expected = "3000 steps" if again == 1 else f"the last {count} of 3000 steps"
+    assert f'points="{again / 300 * 420:.1f},' in handles[1].shown[-1]
+    run(again + 2, 300)
+    count = 301 - again
+    expected = "300 steps" if again == 1 else f"the last {count} of 300 steps"
     assert handles[1].shown[-1] == f"classify: {expected} in {2 * (count - 1)} s"
 
 
