@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from drs_lib import networks
-from drs_lib.labels import PAPER_BETA
+from drs_lib.labels import MAPS_HINT, PAPER_BETA, SALIENCY_HINT, check_unit
 from drs_lib.localization import iterate_maps
 from drs_lib.metrics import mean_iou
 from drs_lib.pipeline import weights_identity
@@ -41,7 +41,8 @@ class AlphaScan:
         alphas: thresholds, increasing, in [0, 1].
         beta: pixels with saliency below it are not salient.
 
-    Raises ValueError for thresholds that are none, and in `update` for arrays that do not belong together.
+    Raises ValueError for thresholds that are none, and in `update` for arrays that do not belong together or
+    have values out of range, NaN among them.
     """
 
     def __init__(self, num_classes, alphas=ALPHAS, beta=PAPER_BETA):
@@ -64,6 +65,9 @@ class AlphaScan:
                 f"maps {tuple(maps.shape)}, saliency {saliency.shape} and mask {mask.shape} do not belong "
                 f"together: expected ({self.num_classes}, H, W), (H, W) and (H, W)"
             )
+        check_unit(maps, "maps", MAPS_HINT)
+        if saliency.dtype != np.uint8:
+            check_unit(torch.tensor(saliency), "saliency", SALIENCY_HINT)
         score, best = maps.float().max(dim=0)
         exceeded = torch.bucketize(score, self._steps).numpy()
         level = saliency.astype(np.float32) / 255 if saliency.dtype == np.uint8 else saliency

@@ -19,6 +19,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from drs_lib.arguments import whole
+
 INSTALL_HINT = (
     "The CRF needs pydensecrf, which is not installed or does not load. "
     "With pip: `pip install pydensecrf2` (it is compiled on your machine, about a minute, and needs a C++ "
@@ -50,8 +52,7 @@ class CRFConfig:
     ASPP_RESNET101: ClassVar[CRFConfig]
 
     def __post_init__(self):
-        if not isinstance(self.iterations, int) or self.iterations < 0:
-            raise ValueError(f"iterations must be a whole number, 0 or more; got {self.iterations!r}.")
+        object.__setattr__(self, "iterations", whole("iterations", self.iterations, least=0))
         for name in ("gaussian_sxy", "bilateral_sxy", "bilateral_srgb"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(
@@ -133,9 +134,7 @@ def crf_over(items, config=CRFConfig.LARGEFOV_VGG16, jobs=None, progress=True, e
 def iterate_crf(items, config=CRFConfig.LARGEFOV_VGG16, jobs=None, progress=True, engine=None, device=None):
     """`crf_over` as a generator: label maps in the order of ``items``, each as soon as it is ready."""
     engine = pick_engine(engine, device)
-    jobs = _default_jobs() if jobs is None else jobs
-    if not isinstance(jobs, int) or jobs < 1:
-        raise ValueError(f"jobs must be a whole number, 1 or more, or None for all cores; got {jobs!r}.")
+    jobs = _default_jobs() if jobs is None else whole("jobs", jobs)
     return _iterate(items, (config, engine, device), 1 if engine == "attention" else jobs, progress)
 
 

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from drs_lib import crf, distributed
+from drs_lib.arguments import whole
 from drs_lib.files import write_text
 from drs_lib.paper import NETWORKS, SOURCE, TITLES, Configuration, Row, table_rows
 from drs_lib.pipeline import STAGE_COST, TRAININGS, Budget, Pipeline, Splits, get_budget
@@ -205,11 +206,11 @@ def _checked(numbers, seeds, jobs):
     numbers = tuple(dict.fromkeys(numbers))
     for number in numbers:
         table_rows(number)
-    seeds = tuple(dict.fromkeys(seeds))
-    if not seeds or not all(isinstance(s, int) and not isinstance(s, bool) and 0 <= s < 2**32 for s in seeds):
-        raise ValueError(f"seeds is {seeds!r}; expected at least one whole number from 0 to 2**32 - 1.")
-    if jobs is not None and (not isinstance(jobs, int) or isinstance(jobs, bool) or jobs < 1):
-        raise ValueError(f"jobs is {jobs!r}; expected a whole number of 1 or more, or None.")
+    seeds = tuple(dict.fromkeys(whole("seeds", seed, least=0, most=2**32 - 1) for seed in seeds))
+    if not seeds:
+        raise ValueError("no seeds; expected at least one whole number.")
+    if jobs is not None:
+        whole("jobs", jobs)
     return numbers, seeds
 
 

@@ -20,6 +20,11 @@ CONFLICTS = ("background", "object", "ignore")
 PAPER_BETA = 0.06
 RELEASE_SALIENCY = 50  # of 255: the released code binarises its 8-bit saliency maps with "> 50"
 RELEASE_CONFIDENT = 0.9
+MAPS_HINT = (
+    "localization_maps() and refined_maps() give such maps; raw network outputs are not. "
+    "Divide 8-bit maps by 255."
+)
+SALIENCY_HINT = "Pass 0..255 as uint8, not as floats."
 
 
 def pseudo_labels(maps, saliency, alpha=0.2, beta=PAPER_BETA, rule="paper", conflict="background"):
@@ -102,6 +107,16 @@ def _tensor(values):
     return torch.from_numpy(np.array(values, order="C"))
 
 
+def check_unit(values, name, hint):
+    """Raises ValueError, with the hint, if a tensor does not hold floats in [0, 1]; NaN is none of them."""
+    if not values.is_floating_point():
+        raise ValueError(f"{name} must be floats in [0, 1]; got {values.dtype}. {hint}")
+    if values.numel():
+        low, high = (value.item() for value in torch.aminmax(values))
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"{name} must lie in [0, 1]; got {low:.4g} to {high:.4g}. {hint}")
+
+
 def _unit(saliency):
     return saliency.float() / 255 if saliency.dtype == torch.uint8 else saliency
 
@@ -132,15 +147,7 @@ def _check_maps(maps):
         raise ValueError(
             f"labels are 8-bit and 255 means ignored, so at most 254 classes fit; got {maps.shape[1]}."
         )
-    if not maps.is_floating_point():
-        raise ValueError(f"maps must be floats in [0, 1]; got {maps.dtype}. Divide 8-bit maps by 255.")
-    if maps.numel():
-        low, high = (value.item() for value in torch.aminmax(maps))
-        if not (low >= 0 and high <= 1):  # also refuses NaN
-            raise ValueError(
-                f"maps must lie in [0, 1]; got {low:.4g} to {high:.4g}. "
-                "localization_maps() and refined_maps() give such maps; raw network outputs are not."
-            )
+    check_unit(maps, "maps", MAPS_HINT)
 
 
 def _check_saliency(saliency, maps):
@@ -152,12 +159,4 @@ def _check_saliency(saliency, maps):
         )
     if saliency.dtype == torch.uint8:
         return
-    if not saliency.is_floating_point():
-        raise ValueError(f"saliency must be uint8 in 0..255 or floats in [0, 1]; got {saliency.dtype}.")
-    if saliency.numel():
-        low, high = (value.item() for value in torch.aminmax(saliency))
-        if not (low >= 0 and high <= 1):
-            raise ValueError(
-                f"saliency must lie in [0, 1]; got {low:.4g} to {high:.4g}. Pass 0..255 as uint8, not as "
-                "floats."
-            )
+    check_unit(saliency, "saliency", SALIENCY_HINT)

@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import interpolate
 
-from drs_lib.runtime import autocast, evaluating, memory_format, move
+from drs_lib.arguments import whole
+from drs_lib.runtime import autocast, evaluating, memory_format, move, require_finite
 
 EPSILON = 1e-5
 RELEASE_SCALES = (256, 320, 384)
@@ -129,9 +130,9 @@ def iterate_present_maps(
         raise ValueError(
             "renormalize is for refined maps; a classifier's are always divided by their maximum."
         )
-    _check_scales(scales)
-    if resize is not None and not (isinstance(resize, int) and resize > 0):
-        raise ValueError(f"resize is the side of a square in pixels; got {resize!r}.")
+    scales, batch_size = _sides(scales), whole("batch_size", batch_size)
+    resize = resize if resize is None else whole("resize, the side of a square in pixels,", resize)
+    workers = whole("workers", workers, least=0)
     autocast("cpu" if device is None else device, precision)  # refuses an unknown precision now, not later
     if device is not None:
         model.to(device)
@@ -211,11 +212,16 @@ def _maps(model, kind, images, labels, scales, size, renormalize=False):
         raise ValueError(
             f"images must be a float tensor (N, 3, H, W), normalised by drs_lib.data.normalize; got {found}."
         )
-    _check_scales(scales)
+    scales = _sides(scales)
     if size is None:
         size = images.shape[-2:]
-    elif isinstance(size, int):
-        size = (size, size)
+    try:
+        sides = tuple(size)
+    except TypeError:  # one number
+        sides = (size, size)
+    if len(sides) != 2:
+        raise ValueError(f"size is (H, W) or the side of a square, in pixels; got {size!r}.")
+    size = tuple(whole("size", side) for side in sides)
     outputs = _network_outputs(model, kind, images.to(_device(model)), scales)
     return _assemble(outputs, labels, size, kind, renormalize)
 
@@ -268,12 +274,7 @@ def _assemble_present(outputs, present, size, kind, renormalize):
     chosen = None
     for output in outputs:
         # One image of many channels, because a batch of one-channel images would take a slower kernel.
-        output = output.flatten(0, 1).index_select(0, where)[None]
-        if not torch.isfinite(output).all():
-            raise ValueError(
-                "the network gives NaN or infinity: it has diverged, or its weights are damaged. Train it "
-                "again, with a lower learning rate, or load other weights."
-            )
+        output = require_finite(output.flatten(0, 1).index_select(0, where)[None])
         upsampled = interpolate(output, size, mode="bilinear", align_corners=True)[0]
         upsampled = upsampled.clamp_(0, 1) if kind == "refined" else upsampled.relu_()
         if kind == "classifier" or renormalize:
@@ -293,17 +294,18 @@ def _present(labels, images, classes):
     return labels > 0
 
 
-def _check_scales(scales):
+def _sides(scales):
     if scales is None:
-        return
-    if (
-        isinstance(scales, int)
-        or not scales
-        or not all(isinstance(side, int) and side > 0 for side in scales)
-    ):
+        return None
+    try:
+        sides = tuple(scales)
+    except TypeError:  # one number
+        sides = ()
+    if not sides:
         raise ValueError(
             f"scales are sides of squares in pixels, such as (256, 320, 384), or None; got {scales!r}."
         )
+    return tuple(whole("scales, sides of squares in pixels,", side) for side in sides)
 
 
 def _device(model):

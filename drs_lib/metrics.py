@@ -10,6 +10,8 @@ import math
 import numpy as np
 import torch
 
+from drs_lib.labels import MAPS_HINT, check_unit
+
 IGNORED = 255
 
 
@@ -21,6 +23,8 @@ def iou_per_class(confusion):
     confusion = np.asarray(confusion, dtype=np.float64)
     if confusion.ndim != 2 or confusion.shape[0] != confusion.shape[1]:
         raise ValueError(f"a confusion matrix is square, (K, K); got shape {confusion.shape}.")
+    if not (confusion >= 0).all():
+        raise ValueError("a confusion matrix counts pixels; this one holds NaN or negative numbers.")
     intersection = np.diag(confusion)
     return _ratio(intersection, confusion.sum(axis=0) + confusion.sum(axis=1) - intersection)
 
@@ -101,19 +105,33 @@ def exact_match_accuracy(logits, labels):
     """Fraction of images with every one of the C image-level labels right, at a sigmoid of 0.5 or more.
 
     The paper gives 72.6 % and 68.7 % "classification accuracy" without a definition; this is the one of the
-    released code. Logits and labels are (N, C).
+    released code. Logits and labels are (N, C). Raises ValueError for other shapes, for logits that are not
+    finite and for unknown labels.
     """
-    logits, labels = torch.as_tensor(logits), torch.as_tensor(labels)
+    logits, labels = torch.as_tensor(logits), known_labels(labels)
     if logits.ndim != 2 or logits.shape != labels.shape or not len(logits):
         raise ValueError(
             f"logits and labels must both be (N, C), N at least 1; got {tuple(logits.shape)} and "
             f"{tuple(labels.shape)}."
         )
-    if torch.isnan(logits).any():
+    if not torch.isfinite(logits).all():
         raise ValueError(
-            "the logits hold NaN: the network has diverged; train again with a lower learning rate."
+            "the logits hold NaN or infinity: the network has diverged; train it again with a lower learning "
+            "rate."
         )
     return ((logits >= 0) == (labels > 0).to(logits.device)).all(dim=1).float().mean().item()
+
+
+def known_labels(labels):
+    """Image-level labels as a tensor. Raises ValueError if some are NaN, which is how data sets say that they
+    don't know them."""
+    labels = torch.as_tensor(labels)
+    if torch.isnan(labels).any():
+        raise ValueError(
+            "the image-level labels are unknown (NaN), as those of a data set with labels='none' are: take "
+            "one that has labels."
+        )
+    return labels
 
 
 class MapScore:
@@ -133,10 +151,13 @@ class MapScore:
         self._sums = None
 
     def update(self, maps, masks, labels):
-        """Add maps (N, C, H, W) in [0, 1], masks (N, H, W) and image-level labels (N, C)."""
+        """Add maps (N, C, H, W) in [0, 1], masks (N, H, W) and image-level labels (N, C).
+
+        Raises ValueError for other shapes or values, NaN among them.
+        """
         maps = torch.as_tensor(maps)
         masks = _labels(masks).to(maps.device)
-        labels = (torch.as_tensor(labels) > 0).to(maps.device)
+        labels = (known_labels(labels) > 0).to(maps.device)
         if (
             maps.ndim != 4
             or masks.shape != (maps.shape[0], *maps.shape[2:])
@@ -152,13 +173,15 @@ class MapScore:
             raise ValueError(
                 f"a mask holds label {outside[0].item()}; expected 0..{classes} or 255 for ignored."
             )
+        image, c = torch.nonzero(labels, as_tuple=True)
+        values, mask = maps[image, c].flatten(1), masks[image].flatten(1)
+        check_unit(values, "maps", MAPS_HINT)
+        values = values.float()
         if self._sums is None:
             self._sums = torch.zeros(7, classes, dtype=torch.float64)
         elif self._sums.shape[1] != classes:
             raise ValueError(f"maps of {self._sums.shape[1]} classes came before; now {classes}.")
 
-        image, c = torch.nonzero(labels, as_tuple=True)
-        values, mask = maps[image, c].flatten(1).float(), masks[image].flatten(1)
         scored, background = mask != IGNORED, mask == 0
         on_object = mask == (c + 1)[:, None]
         above = (values > self.alpha) & scored

@@ -6,6 +6,7 @@
 The arguments of `open_course` are what a notebook's first cell, tagged ``parameters``, sets.
 """
 
+import math
 import time
 
 import numpy as np
@@ -51,28 +52,35 @@ class LiveLoss:
     """Shows a training in a notebook: how far it is, and its loss so far; gone when the training is over.
 
     To be passed as ``progress`` to a `Pipeline` or to one of the functions of `drs_lib.train`. Drawn at most
-    every ``interval`` seconds, so that it costs a training next to nothing.
+    every ``interval`` seconds, so that it costs a training next to nothing. A training that goes on where it
+    was interrupted has a display of its own, and the time that is left comes from the steps since then.
     """
 
     def __init__(self, interval=1.0):
         self.interval = interval
-        self._losses, self._handle, self._began, self._drawn = [], None, 0.0, 0.0
+        self._handle = self._place = None
 
     def __call__(self, title, step, steps, epoch, loss):
         now = time.monotonic()
-        if step == 1 or self._handle is None:
-            self._losses, self._began, self._drawn = [], now, now
+        # Nobody says that a training was interrupted: the next one is in another cell, or at another step.
+        if self._handle is None or (_cell(), step - 1) != self._place:
             self._handle = _display_handle()
-        self._losses.append(loss)
+            self._first, self._began, self._drawn, self._losses = step, now, now, {}
+        self._place = _cell(), step
+        if not math.isnan(loss):  # a GPU's, before the first was fetched
+            self._losses[step] = loss
+        done = step - self._first
         if step == steps:
-            self._handle.update(_html(f"{title}: {steps} steps in {now - self._began:.0f} s"))
+            which = f"{steps} steps" if self._first == 1 else f"the last {done + 1} of {steps} steps"
+            self._handle.update(_html(f"{title}: {which} in {now - self._began:.0f} s"))
             self._handle = None
-        elif now - self._drawn >= self.interval:
+        elif now - self._drawn >= self.interval and done and self._losses:
             self._drawn = now
-            left = (now - self._began) / step * (steps - step)
+            left = (now - self._began) / done * (steps - step)
             self._handle.update(
                 _html(
-                    f"{title}: epoch {epoch}, loss {loss:.3f}, about {left:.0f} s left<br>"
+                    f"{title}: epoch {epoch}, loss {next(reversed(self._losses.values())):.3f}, "
+                    f"about {left:.0f} s left<br>"
                     f'<progress value="{step}" max="{steps}" style="width: 30em"></progress><br>'
                     + _curve(self._losses, steps)
                 )
@@ -80,10 +88,17 @@ class LiveLoss:
 
 
 def _display_handle():
-    from IPython import get_ipython
     from IPython.display import display
 
-    return _Silent() if get_ipython() is None else display(_html(""), display_id=True)
+    return _Silent() if _cell() is None else display(_html(""), display_id=True)
+
+
+def _cell():
+    """The number of the running cell; None outside of a notebook."""
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    return None if shell is None else shell.execution_count
 
 
 class _Silent:
@@ -100,10 +115,10 @@ def _html(text):
 
 
 def _curve(losses, steps, width=420, height=110):
-    """The loss over the steps as an SVG line; every value is the mean of its neighbourhood."""
-    smooth = smoothed(losses)
+    """The losses {step: loss} as an SVG line; every value is the mean of its neighbourhood."""
+    smooth = smoothed(list(losses.values()))
     low, high = min(smooth), max(smooth)
-    x = np.arange(1, len(smooth) + 1) / steps * width
+    x = np.array(list(losses)) / steps * width
     y = height - (smooth - low) / max(high - low, 1e-12) * (height - 10) - 5
     points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
     return (

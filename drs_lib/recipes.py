@@ -5,14 +5,15 @@ release does something of its own, the field exists and its default is the plain
 per-group learning rates, no resize); the comment beside it says so. A row of a table is a difference from a
 recipe: ``recipe.replace(delta=0.55)``.
 
-This module imports nothing but Python, so that a run's key can be computed without loading torch.
+This module imports nothing but Python's own, so that a run's key can be computed without loading torch.
 """
 
 import dataclasses
 import math
 import numbers
-import operator
 from dataclasses import dataclass, field
+
+from drs_lib.arguments import whole
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "step", "poly", "onecycle")
@@ -203,15 +204,7 @@ class Recipe:
         return float(value)
 
     def _whole(self, name, value, least):
-        try:
-            whole = operator.index(value)
-        except TypeError:
-            whole = None
-        if whole is None or isinstance(value, bool) or whole < least:
-            raise ValueError(
-                f"{type(self).__name__}: {name} holds {value!r}: expected a whole number of {least} or more"
-            )
-        return whole
+        return whole(f"{type(self).__name__}: {name}", value, least)
 
     def _sequence(self, name, value):
         if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from drs_lib import distributed
+from drs_lib.arguments import whole
 from drs_lib.recipes import PRECISIONS
 
 
@@ -21,14 +22,13 @@ def seed_everything(seed, accelerators=True):
 
     seed: int in [0, 2**32), NumPy's range. Raises ValueError outside it.
     """
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed is {seed!r}: expected an integer from 0 to 2**32 - 1")
-    random.seed(int(seed))
-    np.random.seed(int(seed))
+    seed = whole("seed", seed, least=0, most=2**32 - 1)
+    random.seed(seed)
+    np.random.seed(seed)
     if accelerators:
-        torch.manual_seed(int(seed))
+        torch.manual_seed(seed)
     else:
-        torch.default_generator.manual_seed(int(seed))
+        torch.default_generator.manual_seed(seed)
 
 
 def random_states(accelerators=True):
@@ -85,8 +85,7 @@ def threads(n=None):
     rows run as one process per core instead, and a number fixed in the recipe is what makes a laptop with
     eight cores print the table that one with two prints.
     """
-    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
-        raise ValueError(f"threads is {n!r}: expected a positive integer, or None to leave the number alone")
+    n = n if n is None else whole("threads", n)
     former = torch.get_num_threads()
     if n is not None:
         torch.set_num_threads(n)
@@ -179,6 +178,17 @@ def evaluating(model):
     finally:
         for module, training in modes:
             module.training = training
+
+
+def require_finite(output):
+    """A network's output. Raises ValueError if it holds NaN or infinity, which a score would take for an
+    answer."""
+    if not torch.isfinite(output).all():
+        raise ValueError(
+            "the network gives NaN or infinity: it has diverged, or its weights are damaged. Train it again, "
+            "with a lower learning rate, or load other weights."
+        )
+    return output
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from drs_lib.batches import IGNORED, Batch, LabelMaps, TargetMaps, make_batches,
 from drs_lib.crf import iterate_crf
 from drs_lib.data import normalize, without_masks
 from drs_lib.drs import LearnableController
-from drs_lib.metrics import SegmentationScore, exact_match_accuracy
+from drs_lib.metrics import SegmentationScore, exact_match_accuracy, known_labels
 from drs_lib.recipes import PARAMETER_GROUPS, ClassifyRecipe, RefineRecipe, SegmentRecipe
 from drs_lib.runtime import (
     autocast,
@@ -35,6 +35,7 @@ from drs_lib.runtime import (
     move,
     pick_device,
     preserved_rng,
+    require_finite,
     seeded,
     threads,
     tuned,
@@ -188,7 +189,7 @@ def fit(
                 last = seen % accumulate == 0
                 with nullcontext() if last else local(), _memory_advice(model, loss, batch, precision, title):
                     value = _gradients(objective, batch, accumulate, precision)
-                losses.add(value, step + 1, _rates(optimizer), indices)
+                losses.add(value, step + 1, _rates(optimizer), indices, batch.labels)
                 if not last:
                     continue
                 rate = optimizer.param_groups[0]["lr"]
@@ -283,12 +284,13 @@ class _Losses:
             self.fetch()
 
     def fetch(self):
-        """Raises TrainingDiverged at the first that is not finite."""
+        """Raises TrainingDiverged at the first that is not finite, ValueError if its labels are unknown."""
         if not self.waiting:
             return
         values = distributed.average(torch.stack([loss for loss, *_ in self.waiting])).tolist()
-        for value, (_, step, rates, indices) in zip(values, self.waiting, strict=True):
+        for value, (_, step, rates, indices, labels) in zip(values, self.waiting, strict=True):
             if not math.isfinite(value):
+                known_labels(labels)
                 raise TrainingDiverged(
                     f"{self.title}: the loss is {value} in epoch {self.epoch}, iteration {step} of "
                     f"{self.steps}, at learning rate {rates}, on the images {_ids(indices, self.names)}. "
@@ -645,4 +647,4 @@ def _infer(model, images):
     device = next(model.parameters()).device
     with evaluating(model):
         images = normalize(images.to(device)).contiguous(memory_format=memory_format(device))
-        return model(images).float()
+        return require_finite(model(images).float())

@@ -87,6 +87,17 @@ def test_arrays_that_do_not_belong_together():
         scan.update(torch.zeros(2, 4, 4), np.zeros((4, 4), np.uint8), np.zeros((4, 4), np.uint8))
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -0.1, 1.1])
+@pytest.mark.parametrize("spoilt", ["maps", "saliency"])
+def test_values_out_of_range_are_refused_and_not_counted(spoilt, value):
+    arrays = {"maps": np.zeros((CLASSES, 2, 2), np.float32), "saliency": np.zeros((2, 2))}
+    arrays[spoilt][..., 0, 1] = value
+    scan = AlphaScan(CLASSES)
+    with pytest.raises(ValueError, match=rf"{spoilt} must lie in \[0, 1\]"):
+        scan.update(**arrays, mask=np.zeros((2, 2), np.uint8))
+    assert not scan.confusion().any()
+
+
 @pytest.mark.parametrize("configuration", [Configuration(drs_layers=()), Configuration(refine=True)])
 def test_scanning_a_configuration_finds_the_score_that_the_pipeline_stores(tmp_path, configuration):
     line = tiny_line(tmp_path)

@@ -158,7 +158,7 @@ MAPS, SALIENCY = torch.full((2, 3, 4, 5), 0.5), torch.full((2, 4, 5), 0.5)
         (MAPS, SALIENCY[:1], {}, "saliency must match the maps"),
         (MAPS, SALIENCY * 255, {}, r"saliency must lie in \[0, 1\]; got 127.5"),
         (MAPS, SALIENCY * float("nan"), {}, r"saliency must lie in \[0, 1\]"),
-        (MAPS, SALIENCY.long(), {}, "saliency must be uint8"),
+        (MAPS, SALIENCY.long(), {}, "saliency must be floats .* Pass 0..255 as uint8"),
         (MAPS, SALIENCY, {"alpha": 1.2}, "alpha is a threshold"),
         (MAPS, SALIENCY, {"beta": -0.1}, "beta is a threshold"),
         (MAPS, SALIENCY, {"alpha": float("nan")}, "alpha is a threshold"),

@@ -109,6 +109,9 @@ def test_mean_iou_of_a_confusion_matrix():
     np.testing.assert_allclose(iou_per_class([[2, 1], [1, 0]]), [0.5, 0])
     with pytest.raises(ValueError, match="square"):
         mean_iou(np.zeros((2, 3)))
+    for bad in (np.nan, -1):
+        with pytest.raises(ValueError, match="counts pixels"):
+            mean_iou([[2, bad], [1, 0]])
     with pytest.raises(ValueError, match="ignored_prediction must be"):
         SegmentationScore(3, ignored_prediction="object")
 
@@ -131,6 +134,8 @@ def test_exact_match():
         (torch.zeros(0, 3), torch.zeros(0, 3), "N at least 1"),
         (torch.zeros(3), torch.zeros(3), r"\(N, C\)"),
         (torch.full((1, 2), float("nan")), torch.zeros(1, 2), "NaN"),
+        (torch.full((1, 2), float("-inf")), torch.zeros(1, 2), "infinity"),
+        (torch.full((1, 2), -3.0), torch.full((1, 2), float("nan")), "labels are unknown"),
     ],
 )
 def test_exact_match_refuses(logits, labels, message):
@@ -193,6 +198,18 @@ def test_map_quality_refuses():
         map_quality(maps, masks + 3, labels)
     with pytest.raises(ValueError, match="alpha"):
         MapScore(alpha=2)
+    score = MapScore()
+    with pytest.raises(ValueError, match="labels are unknown"):
+        score.update(maps, masks, labels * float("nan"))
+    for value, found in ((float("nan"), "nan to nan"), (float("inf"), "0 to inf"), (1.5, "0 to 1.5")):
+        spoilt = maps.clone()
+        spoilt[0, 1, 2, 2] = value
+        with pytest.raises(ValueError, match=rf"maps must lie in \[0, 1\]; got {found}"):
+            score.update(spoilt, masks, labels)
+        score.update(spoilt, masks, torch.tensor([[1.0, 0.0]]))  # a map that no label names
+    with pytest.raises(ValueError, match="Divide 8-bit maps by 255"):
+        score.update((maps * 255).byte(), masks, labels)
+    assert score.compute()["on_background"] == 0
     with pytest.raises(ValueError, match="no map was scored"):
         MapScore().compute()
     with pytest.raises(ValueError, match="maps of 2 classes came before"):

@@ -607,17 +607,6 @@ def test_without_a_connection_the_error_says_which_file_goes_where(
     assert f"put {file} into {tmp_path / 'checkpoints'}, or pass weights=" in str(error.value)
 
 
-def test_a_file_put_where_the_error_says_is_found(thin_vgg16, tmp_path, monkeypatch):
-    cfg = [width for channels, depth in THIN_VGG16[:5] for width in [channels] * depth + ["M"]]
-    features = torchvision.models.vgg.make_layers(cfg)
-    (tmp_path / "checkpoints").mkdir()
-    state = {f"features.{k}": v for k, v in features.state_dict().items()}
-    torch.save(state, tmp_path / "checkpoints" / "vgg16-397923af.pth")
-    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
-    network = classifier("vgg16", 3, weights="pretrained")
-    assert torch.equal(network.layers[4].conv2.weight, features[26].weight)
-
-
 # How networks are used.
 
 

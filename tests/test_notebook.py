@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 
@@ -48,10 +49,72 @@ def test_the_live_curve_grows_and_leaves_one_line(monkeypatch):
         live("train classifier", step, 5, 1 + step // 3, 1.0 / step)
     live("next", 1, 1, 1, 0.5)
     first, second = (handle.shown for handle in handles)
-    assert len(first) == 5 and "epoch 2, loss 0.250" in first[3] and 'value="4" max="5"' in first[3]
-    assert [text.count(",") for text in first[:4]] == sorted(text.count(",") for text in first[:4])
+    # Nothing at the first step, from which alone no rate follows.
+    assert len(first) == 4 and "epoch 2, loss 0.250" in first[2] and 'value="4" max="5"' in first[2]
+    assert [text.count(",") for text in first[:3]] == sorted(text.count(",") for text in first[:3])
     assert first[-1].startswith("train classifier: 5 steps in ") and "svg" not in first[-1]
     assert len(second) == 1 and second[0].startswith("next: 1 steps")
+
+
+@pytest.mark.parametrize("again", [51, 41, 1])
+def test_a_resumed_training_is_shown_anew_and_timed_from_there(again, monkeypatch):
+    """Interrupted after step 50 of 300; the checkpoint is of any step before."""
+    handles, clock, cell = [], [0.0], [3]
+    monkeypatch.setattr(notebook, "_display_handle", lambda: handles.append(Handle()) or handles[-1])
+    monkeypatch.setattr(notebook, "_cell", lambda: cell[0])
+    monkeypatch.setattr(notebook.time, "monotonic", lambda: clock[0])
+    live = LiveLoss(interval=0)
+
+    def run(begin, end):
+        for step in range(begin, end + 1):
+            clock[0] += 2
+            live("classify", step, 300, 1, 0.3)
+
+    run(1, 50)
+    assert len(handles) == 1 and "about 500 s left" in handles[0].shown[-1]
+    clock[0] += 10_000
+    if again == 51:  # only the cell tells that this is another run
+        cell[0] = 4
+    run(again, again + 1)
+    assert len(handles) == 2 and len(handles[1].shown) == 1
+    assert f"about {2 * (300 - again - 1)} s left" in handles[1].shown[-1]
+    # The curve stands where the steps are.
+    assert f'points="{again / 300 * 420:.1f},' in handles[1].shown[-1]
+    run(again + 2, 300)
+    count = 301 - again
+    expected = "300 steps" if again == 1 else f"the last {count} of 300 steps"
+    assert handles[1].shown[-1] == f"classify: {expected} in {2 * (count - 1)} s"
+
+
+def test_losses_that_a_gpu_has_not_sent_yet_are_left_out(monkeypatch):
+    handle = Handle()
+    monkeypatch.setattr(notebook, "_display_handle", lambda: handle)
+    live = LiveLoss(interval=0)
+    for step in range(1, 6):
+        live("classify", step, 10, 1, float("nan") if step < 4 else 1 / step)
+    assert len(handle.shown) == 2 and "loss 0.200" in handle.shown[-1]
+    assert not any("nan" in text for text in handle.shown)
+
+
+def test_a_cell_that_is_run_again_after_an_interrupt_has_its_display():
+    """nbclient empties the cell's outputs; an update of the display that was there fails."""
+    from nbclient import NotebookClient
+
+    define = "from drs_lib.notebook import LiveLoss\nlive, begin = LiveLoss(interval=0), 1"
+    train = (
+        "for step in range(begin, 9):\n"
+        "    if begin == 1 and step == 5:\n"
+        "        begin = 5\n"
+        "        raise KeyboardInterrupt\n"
+        "    live('classify', step, 10, 1, 0.5)"
+    )
+    cells = [nbformat.v4.new_code_cell(source) for source in (define, train)]
+    client = NotebookClient(nbformat.v4.new_notebook(cells=cells), kernel_name="python3", allow_errors=True)
+    with client.setup_kernel(cwd=str(Path(notebook.__file__).parents[1])):
+        for index in (0, 1, 1):
+            client.execute_cell(cells[index], index)
+    (shown,) = cells[1].outputs
+    assert 'value="8" max="10"' in shown["data"]["text/html"]
 
 
 def test_the_live_curve_is_drawn_seldom_and_outside_of_a_notebook_not_at_all(monkeypatch, capsys):

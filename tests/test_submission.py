@@ -83,3 +83,7 @@ def test_another_archive_is_not_taken_for_one(tmp_path):
         archive.add(tmp_path / "rgb.png", "results/VOC2012/Segmentation/comp6_test_cls/a.png")
     with pytest.raises(ValueError, match="mode RGB"):
         read_submission(tmp_path / "rgb.tgz")
+    with tarfile.open(tmp_path / "note.tgz", "w:gz") as archive:
+        archive.add(tmp_path / "note.txt", "results/VOC2012/Segmentation/comp6_test_cls/a.png")
+    with pytest.raises(ValueError, match="note.tgz: .*/a.png can't be read"):
+        read_submission(tmp_path / "note.tgz")

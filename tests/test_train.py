@@ -1,4 +1,5 @@
 import copy
+import math
 import types
 import weakref
 from functools import partial
@@ -448,6 +449,32 @@ def test_a_diverging_training_says_where_and_stops(squares):
     message = str(caught.value)
     assert "epoch 1, iteration" in message and "learning rate 1e+30" in message
     assert message.count("square-") == 8 and "recipe.replace(lr=...)" in message
+
+
+@pytest.mark.parametrize("images", ["files", "memory"])
+def test_unknown_labels_are_called_so_and_no_divergence(squares, monkeypatch, images):
+    known = Squares.__getitem__
+    monkeypatch.setattr(
+        Squares, "__getitem__", lambda self, i: (known(self, i)[0], torch.full((3,), math.nan))
+    )
+    with pytest.raises(ValueError, match="labels are unknown .*labels='none'"):
+        classify(squares, CLASSIFY.replace(images=images))
+    labels = [np.minimum(mask, 3) for mask in squares.masks]  # segmentation needs none
+    train.train_segmentation(SEGMENT, squares, labels, progress=False)
+    with pytest.raises(ValueError, match="labels are unknown"):
+        train.evaluate_classifier(networks.classifier("mini", 3), squares)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_diverged_network_has_no_score(squares, value):
+    for network, score in (
+        (networks.classifier("mini", 3), train.evaluate_classifier),
+        (networks.deeplab("largefov", "mini", 4), train.evaluate_segmentation),
+    ):
+        with torch.no_grad():
+            list(network.head.parameters())[-1].fill_(value)
+        with pytest.raises(ValueError, match="NaN or infinity: it has diverged"):
+            score(network, squares)
 
 
 @pytest.mark.parametrize("during", ["forward", "backward"])

@@ -1,11 +1,14 @@
+import os
 import pickle
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch.utils.data import DataLoader
 
 from conftest import TinyDataset, write_voc_tree
@@ -179,6 +182,22 @@ def test_other_peoples_lists(tree, line):
     assert VOC2012(tree, "mine").names == ["2007_000001"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_lists_and_classes_as_windows_writes_them(tree, encoding):
+    for path in (tree / "ImageSets/Segmentation/train.txt", tree / "classes.txt"):
+        path.write_bytes(path.read_text(encoding="utf-8").replace("\n", "\r\n").encode(encoding))
+    dataset = VOC2012(tree, "train")
+    assert dataset.classes == VOC_CLASSES and dataset.names == [f"2007_{i:06d}" for i in range(1, 7)]
+
+
+@pytest.mark.parametrize("name", ["ImageSets/Segmentation/train.txt", "classes.txt"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-32", "latin-1"])
+def test_text_that_cannot_be_read_is_named(tree, name, encoding):
+    (tree / name).write_bytes("2007_000001\ncaf\xe9\n".encode(encoding))
+    with pytest.raises(ValueError, match=f"{name} is no text in UTF-8.*save it again"):
+        VOC2012(tree, "train")
+
+
 @pytest.mark.parametrize(
     ("text", "message"), [("", "empty"), ("2007_000001\n2007_000001\n", "more than once")]
 )
@@ -233,6 +252,53 @@ def test_damaged_files_are_named(tree, folder, spoil):
     read(2)
 
 
+@pytest.mark.parametrize("folder", ["JPEGImages", "SegmentationClassAug", "saliency_map"])
+@pytest.mark.parametrize("spoil", ["pixels", "text"])
+def test_whatever_pillow_says_comes_with_the_path(tree, folder, spoil, monkeypatch):
+    ds = VOC2012(tree, "train", labels="xml")
+    (path,) = (tree / folder).glob(f"{ds.names[3]}.*")
+    if spoil == "pixels":  # a DecompressionBombError
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
+        message = "is too large to be read"
+    else:  # a ValueError of Pillow's
+        notes = PngInfo()
+        notes.add_text("note", "x" * 2_000_000, zip=True)
+        Image.new("L", (8, 8)).save(path, "PNG", pnginfo=notes)
+        message = "can't be read"
+    read = {"JPEGImages": ds.image, "SegmentationClassAug": ds.mask, "saliency_map": ds.saliency}[folder]
+    with pytest.raises(ValueError, match=rf"{ds.names[3]}\.\w+ {message}"):
+        read(3)
+
+
+def grey_file(path, values):
+    """Values (H, W) in Pillow's mode for their type, whatever the file's name says."""
+    Image.fromarray(values).save(path, "TIFF" if values.itemsize == 4 else "PNG")
+    return np.stack([values] * 3).astype(np.float64)
+
+
+@pytest.mark.parametrize(
+    ("kind", "most"),
+    [(np.uint8, 255), (np.uint16, 65535), (np.int32, 65535), (np.float32, 1), (np.uint16, 255)],
+)
+def test_images_of_more_bits_are_scaled_to_8(tree, kind, most):
+    ds = VOC2012(tree, "train")
+    ramp = np.linspace(0, most, 256 * 8).reshape(64, 32).astype(kind)
+    expected = grey_file(tree / "JPEGImages" / f"{ds.names[0]}.jpg", ramp) * 255 / most
+    image = ds.image(0)
+    assert image.dtype == torch.uint8 and np.abs(image.numpy() - expected).max() <= 0.5
+    assert image.float().mean().item() == pytest.approx(127.5, abs=0.6)
+
+
+@pytest.mark.parametrize("values", [(0, 2), (-0.5, 1), (0, np.nan), (0, np.inf)])
+def test_floats_that_are_no_grey_levels_are_refused(tree, values):
+    ds = VOC2012(tree, "train")
+    grey_file(tree / "JPEGImages" / f"{ds.names[0]}.jpg", np.tile(np.float32(values), (8, 4)))
+    with pytest.raises(
+        ValueError, match=f"{ds.names[0]}.jpg has float32 values .*floats from 0 to 1.*8 bits"
+    ):
+        ds.image(0)
+
+
 def test_damaged_annotation_is_named(tree):
     ds = VOC2012(tree, "train", labels="xml")
     path = tree / "Annotations" / f"{ds.names[0]}.xml"
@@ -267,6 +333,67 @@ def test_masks_of_other_kinds(tree):
     save_indexed_png(path, mask[:-1])
     with pytest.raises(ValueError, match="same data set"):
         ds.mask(0)
+
+
+def write_indexed(path, values, palette):
+    image = Image.fromarray(values)
+    image.putpalette(np.asarray(palette, np.uint8).tobytes())
+    image.save(path)
+
+
+def test_a_mask_with_a_palette_of_another_order_is_refused(tree):
+    ds = VOC2012(tree, "train")
+    path, mask = tree / "SegmentationClassAug" / f"{ds.names[0]}.png", ds.mask(0)
+    order = np.arange(256)
+    order[[1, 15]] = 15, 1  # person's colour for value 1, which is aeroplane's in VOC
+    write_indexed(path, mask, voc_palette()[order])
+    with pytest.raises(ValueError, match=rf"{path.name} .*1 is \(192, 128, 128\) and not \(128, 0, 0\)"):
+        ds.mask(0)
+    # What the message advises, both ways.
+    save_indexed_png(path, labels_from_colours(np.array(Image.open(path).convert("RGB"))))
+    np.testing.assert_array_equal(ds.mask(0), np.where(mask == 1, 15, mask))
+    write_indexed(path, mask, voc_palette()[order])
+    save_indexed_png(path, np.array(Image.open(path)))
+    np.testing.assert_array_equal(ds.mask(0), mask)
+
+
+def test_palettes_that_say_nothing_are_read_by_their_values(tree):
+    ds = VOC2012(tree, "train")
+    path, mask = tree / "SegmentationClassAug" / f"{ds.names[0]}.png", ds.mask(0)
+    colours = np.random.default_rng(0).integers(0, 256, (256, 3))
+    unused = voc_palette()
+    unused[2:255] = colours[2:255]  # the mask has 0, 1 and 255
+    for palette in (np.arange(256).repeat(3), unused, voc_palette()):
+        write_indexed(path, mask, palette)
+        np.testing.assert_array_equal(ds.mask(0), mask)
+    write_indexed(path, mask, colours)
+    with pytest.raises(ValueError, match="another palette"):
+        ds.mask(0)
+    # VOC's colours are for VOC's classes.
+    (tree / "classes.txt").write_text("\n".join(f"kind {i}" for i in range(20)), encoding="utf-8")
+    np.testing.assert_array_equal(VOC2012(tree, "train").mask(0), mask)
+
+
+def test_saliency_stored_as_0_and_1_is_refused(tree):
+    ds = VOC2012(tree, "train")
+    paths = [tree / "saliency_map" / f"{name}.png" for name in ds.names]
+    kept = [np.array(Image.open(path)) for path in paths]
+    for path, values in zip(paths, kept, strict=True):
+        Image.fromarray((values > 100).astype(np.uint8)).save(path)
+    with pytest.raises(ValueError, match=f"{paths[2].name} goes from 0 to 1 of 255.*multiply them by 255"):
+        ds.saliency(2)
+    with pytest.raises(ValueError, match="multiply them by 255"):
+        ds.require_saliency()
+    # One such map among others is a detector that found next to nothing; so is a black one.
+    Image.fromarray(kept[0]).save(paths[0])
+    ds = VOC2012(tree, "train")
+    ds.require_saliency()
+    assert ds.saliency(2).max() == 1
+    for path, values in zip(paths, kept, strict=True):
+        Image.fromarray(values * 0).save(path)
+    ds = VOC2012(tree, "train")
+    ds.require_saliency()
+    assert ds.saliency(2).max() == 0
 
 
 def test_saliency_of_other_kinds(tree):
@@ -323,7 +450,7 @@ def test_label_cache(tree, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     expected = VOC2012(tree, "train").image_labels()
     assert torch.equal(VOC2012(tree, "train", cache_dir=cache).image_labels(), expected)
-    (file,) = cache.iterdir()
+    (file,) = cache.glob("*.npy")
     with monkeypatch.context() as patch:
         patch.setattr(VOC2012, "mask", lambda self, i: pytest.fail("read a mask"))
         assert torch.equal(VOC2012(tree, "train", cache_dir=cache).image_labels(), expected)
@@ -331,6 +458,59 @@ def test_label_cache(tree, tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="reading the masks again"):
         assert torch.equal(VOC2012(tree, "train", cache_dir=cache).image_labels(), expected)
     assert np.load(file).shape == expected.shape
+
+
+def test_labels_follow_masks_that_were_corrected_at_their_size(tree, tmp_path):
+    """Same names, same sizes, and even the same time of the last change."""
+    path = tree / "SegmentationClassAug" / "2007_000001.png"
+    corrected = np.array(Image.open(path))
+    corrected[corrected == 1] = 15
+    for folder, values in ((tmp_path, corrected), (path.parent, np.array(Image.open(path)))):
+        image = Image.fromarray(values)
+        image.putpalette(voc_palette().tobytes())
+        image.save(folder / path.name, compress_level=0)
+    before = VOC2012(tree, "train", cache_dir=tmp_path / "cache")
+    assert before.image_labels()[0].nonzero().ravel().tolist() == [0]
+    status = path.stat()
+    time.sleep(0.05)  # longer than the clock that files are stamped by stands still
+    path.write_bytes((tmp_path / path.name).read_bytes())
+    assert path.stat().st_size == status.st_size
+    if os.name == "posix":  # Windows has no time that a program can't set
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    after = VOC2012(tree, "train", cache_dir=tmp_path / "cache")
+    assert after.image_labels()[0].nonzero().ravel().tolist() == [14]
+    assert after.fingerprint != before.fingerprint
+    assert after.fingerprint_without_saliency != before.fingerprint_without_saliency
+
+
+def test_a_copy_of_a_tree_is_the_same_data(tree, tmp_path):
+    original = VOC2012(tree, "train", cache_dir=tmp_path / "cache").fingerprint
+    shutil.copytree(tree, tmp_path / "copy" / "VOC2012", copy_function=shutil.copyfile)
+    assert VOC2012(tmp_path / "copy", "train").fingerprint == original
+    assert VOC2012(tmp_path / "copy", "train", cache_dir=tmp_path / "cache").fingerprint == original
+
+
+def test_files_are_read_for_the_fingerprint_only_when_something_changed(tree, tmp_path, monkeypatch):
+    def fingerprint():
+        read.clear()
+        dataset = VOC2012(tree, "train", cache_dir=tmp_path / "cache")
+        return dataset.fingerprint, dataset.fingerprint_without_saliency
+
+    read, read_bytes = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.parent.name) or read_bytes(path))
+    first = fingerprint()
+    assert {name: read.count(name) for name in read} == {
+        "JPEGImages": 6, "SegmentationClassAug": 6, "saliency_map": 6, "Segmentation": 1, "VOC2012": 1,
+    }  # fmt: skip
+    assert fingerprint() == first and set(read) == {"Segmentation", "VOC2012"}
+    for path in (tree / "saliency_map").iterdir():
+        os.utime(path, (1, 1))
+    assert fingerprint() == first and set(read) == {"Segmentation", "VOC2012", "saliency_map"}
+    (tree / "saliency_map" / "2007_000007.png").unlink()  # of val
+    assert fingerprint() == first and "saliency_map" not in read
+    (tree / "saliency_map" / "2007_000001.png").unlink()
+    changed, without = fingerprint()
+    assert changed != first[0] and without == first[1]
 
 
 def reachable(thing):

@@ -2,6 +2,9 @@
 
 import argparse
 import copy
+import hashlib
+import re
+import types
 
 import numpy as np
 import pytest
@@ -377,7 +380,7 @@ def release_output(state, x):
 
 
 @pytest.mark.parametrize("name", ["DRS_learnable.pth", "Refine_DRS_learnable.pth", "DRS with delta"])
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "_orig_mod.module."])
 def test_the_release_s_checkpoints_compute_the_same_here(name, prefix, thin_vgg16, tmp_path):
     state = release_state(controllers=name == "DRS_learnable.pth")
     optimizer = torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=0.1, momentum=0.9)
@@ -446,3 +449,103 @@ def test_what_is_no_weights_file_at_all_is_refused(content, tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match="bad.pth"):
         networks.classifier("mini", 3, weights=path)
+
+
+@pytest.mark.parametrize("wrappers", [(), ("model",), ("state_dict",), ("model", "state_dict")])
+@pytest.mark.parametrize("turned", [False, True])
+def test_names_and_nesting_that_other_programs_leave_are_read(wrappers, turned, tmp_path):
+    network = seeded(classifier, "mini", 3)
+    state = network.state_dict()
+    state = {f"module.{k.replace('layers.', 'layers._orig_mod.', 1)}": v for k, v in state.items()}
+    for wrapper in wrappers[:: -1 if turned else 1]:
+        state = {wrapper: state, "epoch": 3}
+    torch.save(state, tmp_path / "run.pth")
+    read = seeded(classifier, "mini", 3, seed=1, weights=tmp_path / "run.pth")
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), read.parameters(), strict=True))
+
+
+# torch hub's cache, where the library downloads to, and where its message tells people to put files.
+
+
+class Runs:
+    """What an attacker pickles: unpickling it makes the file `trace`."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return (type(self.trace).touch, (self.trace,))
+
+
+@pytest.fixture
+def hub(thin_vgg16, tmp_path, monkeypatch):
+    """A VGG-16 by torchvision's names; a function that writes it to torch hub's cache under a name that fits
+    its hash."""
+    published = types.SimpleNamespace(url="https://example.org/models/vgg16-0.pth")
+    monkeypatch.setitem(networks.weights._DOWNLOADS, ("vgg16", "pretrained"), published)
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    cfg = [width for channels, depth in THIN_VGG16[:5] for width in [channels] * depth + ["M"]]
+    features = torchvision.models.vgg.make_layers(cfg)
+    state = {f"features.{k}": v for k, v in features.state_dict().items()}
+
+    def publish(contents=state, **options):
+        torch.save(contents, tmp_path / "new.pth", **options)
+        digest = hashlib.sha256((tmp_path / "new.pth").read_bytes()).hexdigest()
+        published.url = f"https://example.org/models/vgg16-{digest[:8]}.pth"
+        return (tmp_path / "new.pth").rename(tmp_path / "checkpoints" / f"vgg16-{digest[:8]}.pth")
+
+    return state, publish
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
+def test_a_file_of_torchvision_s_is_read_when_it_has_the_hash_of_its_name(hub, zipped, tmp_path):
+    state, publish = hub
+    path = publish(_use_new_zipfile_serialization=zipped)
+    for weights in ("pretrained", path):
+        network = classifier("vgg16", 3, weights=weights)
+        assert torch.equal(network.layers[4].conv2.weight, state["features.26.weight"])
+
+
+@pytest.mark.parametrize("damage", ["page", "empty", "cut", "other weights", "code"])
+def test_another_file_of_torchvision_s_name_is_named_and_not_unpickled(hub, damage, tmp_path):
+    state, publish = hub
+    path, trace = publish(), tmp_path / "ran"
+    whole = path.read_bytes()
+    if damage == "other weights":
+        torch.save({name: torch.randn_like(tensor) for name, tensor in state.items()}, path)
+    elif damage == "code":
+        torch.save(state | {"features.0.bias": Runs(trace)}, path)
+    else:
+        path.write_bytes(
+            {"page": b"<html>moved</html>", "empty": b"", "cut": whole[: len(whole) // 2]}[damage]
+        )
+    for weights in ("pretrained", path):
+        with pytest.raises(ValueError, match=f"{re.escape(str(path))} is damaged or not .*Delete it"):
+            classifier("vgg16", 3, weights=weights)
+    assert not trace.exists()
+
+
+def test_code_does_not_run_even_where_the_hash_fits(hub, tmp_path):
+    state, publish = hub
+    path = publish(state | {"features.0.bias": Runs(tmp_path / "ran")})
+    with pytest.raises(ValueError, match=f"{path.name} cannot be read: .* a Python object"):
+        classifier("vgg16", 3, weights="pretrained")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_download_with_another_hash_is_not_kept_and_the_error_says_where_the_file_goes(hub, tmp_path):
+    _, publish = hub
+    published = networks.weights._DOWNLOADS["vgg16", "pretrained"]
+    page = tmp_path / "vgg16-0123abcd.pth"
+    page.write_text("<html>sign in</html>")
+    published.url = page.as_uri()
+    with pytest.raises(RuntimeError, match=f"invalid hash.*put {page.name} into .*checkpoints"):
+        classifier("vgg16", 3, weights="pretrained")
+    assert not list((tmp_path / "checkpoints").iterdir())
+    published.url = publish().rename(page.with_name("server.pth")).as_uri()
+    name = f"vgg16-{hashlib.sha256((tmp_path / 'server.pth').read_bytes()).hexdigest()[:8]}.pth"
+    (tmp_path / "server.pth").rename(tmp_path / name)
+    published.url = (tmp_path / name).as_uri()
+    classifier("vgg16", 3, weights="pretrained")
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [name]

@@ -29,6 +29,7 @@ from filelock import FileLock, Timeout
 from torch.nn.functional import interpolate
 from tqdm.auto import tqdm
 
+from drs_lib.arguments import whole
 from drs_lib.data import _WithoutMasks, without_masks
 from drs_lib.files import atomic_path
 from drs_lib.store import StoreError
@@ -295,9 +296,10 @@ def decoded(dataset, cache_dir=None, resize=None, workers=None, progress=False):
         UserWarning: the file in ``cache_dir`` is damaged, or holds other images than this data set; it is
         made again.
     """
-    for name, value in (("resize", resize), ("workers", workers)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} is {value!r}: expected a positive int or None")
+    resize, workers = (
+        value if value is None else whole(name, value)
+        for name, value in (("resize", resize), ("workers", workers))
+    )
     if type(dataset) is _WithoutMasks:
         inner = object.__getattribute__(dataset, "_dataset")
         return without_masks(decoded(inner, cache_dir, resize, workers, progress))
@@ -357,7 +359,7 @@ def _locked(path):
 def _found(path, dataset, resize):
     """The file's contents or None, and what is wrong with it or None.
 
-    A fingerprint goes by names and sizes at best, so three images are compared.
+    A data set of somebody's own may keep its fingerprint though its images change: three are compared.
     """
     try:
         packed = Packed.open(path)

@@ -11,7 +11,7 @@ import tarfile
 import numpy as np
 from PIL import Image
 
-from drs_lib.data.voc import VOC_CLASSES, voc_palette
+from drs_lib.data.voc import VOC_CLASSES, opened, voc_palette
 from drs_lib.files import atomic_path
 
 FOLDER = "results/VOC2012/Segmentation/comp6_{split}_cls"
@@ -49,10 +49,11 @@ def read_submission(path):
             folder, _, file = entry.name.rpartition("/")
             if not entry.isfile() or folder not in (FOLDER.format(split=s) for s in ("test", "val")):
                 raise ValueError(f"{path} holds {entry.name}, which the server does not expect.")
-            with Image.open(archive.extractfile(entry)) as image:
-                if image.mode != "P" or image.format != "PNG":
-                    raise ValueError(f"{entry.name} is {image.format} in mode {image.mode}, no indexed PNG.")
-                found[file.removesuffix(".png")] = np.array(image)
+            with opened(f"{path}: {entry.name}", archive.extractfile(entry)) as image:
+                labels = np.array(image)
+            if image.mode != "P" or image.format != "PNG":
+                raise ValueError(f"{entry.name} is {image.format} in mode {image.mode}, no indexed PNG.")
+            found[file.removesuffix(".png")] = labels
     return found
 
 

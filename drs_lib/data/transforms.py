@@ -8,6 +8,7 @@ import torch
 from torchvision.transforms.v2 import ColorJitter, InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from drs_lib.arguments import whole
 from drs_lib.runtime import move
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -62,9 +63,10 @@ class _TrainingTransform:
     """See `training_transform`."""
 
     def __init__(self, crop, resize, scale, flip, jitter):
-        for name, value in (("crop", crop), ("resize", resize)):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} is a side length in pixels, a positive int or None; got {value!r}")
+        crop, resize = (
+            value if value is None else whole(name, value)
+            for name, value in (("crop", crop), ("resize", resize))
+        )
         if scale is not None:
             scale = tuple(float(s) for s in scale)
             if len(scale) < 2 or min(scale) <= 0 or (len(scale) == 2 and scale[0] > scale[1]):

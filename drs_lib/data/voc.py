@@ -12,20 +12,22 @@ A tree with a ``classes.txt`` is somebody's own data set, its classes and lists 
 writes such trees). A tree without one is VOC, and its lists have to be VOC's.
 """
 
+import codecs
 import hashlib
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import Dataset
 
-from drs_lib.files import atomic_path
+from drs_lib.files import atomic_path, write_text
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -40,6 +42,7 @@ MASK_FOLDERS = ("SegmentationClassAug", "SegmentationClass")
 DOWNLOAD_HINT = "python -m drs_lib.data.download --root {root}"
 
 _IGNORED = 255
+_SAMPLE = 16  # saliency maps that are looked at to tell how all are stored
 
 
 def voc_palette():
@@ -126,6 +129,60 @@ def find_voc(root):
     )
 
 
+@contextmanager
+def opened(path, file=None):
+    """An image opened by Pillow, from ``path``, or from ``file`` of which ``path`` says what it is.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: what Pillow says of a file that is damaged, cut off or too large, with the path.
+    """
+    try:
+        with Image.open(path if file is None else file) as image:
+            yield image
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no {path}: the folder {path.parent.name} is incomplete") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path} is too large to be read ({error}): put a smaller copy there") from error
+    except Exception as error:  # a damaged header makes Pillow's readers raise errors of almost any kind
+        if getattr(error, "errno", None) is not None:  # the system's (permission, too many files)
+            raise
+        raise ValueError(
+            f"{path} can't be read ({error}): it is damaged or cut off; extract it again"
+        ) from error
+
+
+def _grey_levels(path, values):
+    """An image of integers with 16 bits or more, or of floats, as uint8 (H, W, 3). Pillow would cut off what
+    is above 255."""
+    low, high = values.min(), values.max()
+    # Programs that keep 8-bit values in wider integers don't scale them.
+    most = 1 if values.dtype.kind == "f" else 255 if high <= 255 else 65535
+    if not (low >= 0 and high <= most):  # also refuses NaN
+        raise ValueError(
+            f"{path} has {values.dtype} values from {low:g} to {high:g}: expected grey levels, integers from "
+            "0 to 65535 or floats from 0 to 1. Save it with 8 bits."
+        )
+    grey = np.rint(values * (255 / most)).astype(np.uint8)
+    return np.repeat(grey[:, :, None], 3, axis=2)
+
+
+def _check_palette(path, labels, palette):
+    """Raises ValueError if an indexed mask gives its values other colours than VOC. Grey says nothing."""
+    colours = np.arange(256)[:, None].repeat(3, axis=1)
+    colours[: len(palette) // 3] = np.reshape(palette, (-1, 3))
+    expected = voc_palette()
+    wrong = [v for v in labels if colours[v].tolist() not in ([v] * 3, expected[v].tolist())]
+    if wrong:
+        found = (f"{v} is {tuple(colours[v].tolist())} and not {tuple(expected[v].tolist())}" for v in wrong)
+        raise ValueError(
+            f"{path} has another palette than VOC's: {first_few(found)}. If its values are right, write it "
+            "again with save_indexed_png(path, np.array(Image.open(path))); if its colours are, with "
+            "save_indexed_png(path, labels_from_colours(np.array(Image.open(path).convert('RGB')))). Both "
+            "functions are in drs_lib.data.voc"
+        )
+
+
 def _values(mask):
     return np.flatnonzero(np.bincount(mask.ravel())).tolist()
 
@@ -136,11 +193,25 @@ def first_few(names, count=3):
     return ", ".join(names[:count]) + (f", ... ({len(names)} in all)" if len(names) > count else "")
 
 
+def _lines(path):
+    """The lines of a text file that are not empty. Windows' programs write UTF-16 too, which begins with a
+    mark."""
+    content = Path(path).read_bytes()
+    marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = content.decode("utf-16" if marked else "utf-8-sig")
+        if "\0" in text:
+            raise ValueError("it holds zero bytes")
+    except ValueError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error}): save it again in UTF-8") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
 def read_list(path):
     """The ids of an image list: the first word of every line. Lists that go on with labels
-    (``2007_000032 0 14``) and lists of paths (``/JPEGImages/2007_000032.jpg ...``) are understood."""
-    lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    firsts = [PurePosixPath(line.split()[0]) for line in lines if line.strip()]
+    (``2007_000032 0 14``) and lists of paths (``/JPEGImages/2007_000032.jpg ...``) are understood, in UTF-8
+    or, marked as such, UTF-16. Raises ValueError for what is no text."""
+    firsts = [PurePosixPath(line.split()[0]) for line in _lines(path)]
     return [first.stem if first.suffix in (".jpg", ".png") else first.name for first in firsts]
 
 
@@ -157,12 +228,12 @@ class VOC2012(Dataset):
         masks: the folder of the masks, "SegmentationClassAug" or "SegmentationClass".
         difficult: with ``labels="xml"``, count objects marked difficult too, as is usual in weak supervision.
         check_lists: whether VOC's own lists have to be complete; see Raises.
-        cache_dir: a folder for the labels read off the masks, so that a second run needn't read 10,582 PNGs.
-            The data folder itself may be read-only and is never written to.
+        cache_dir: a folder for the labels read off the masks and for hashes of the files, so that a second
+            run needn't read them all. The data folder itself may be read-only and is never written to.
 
-    ``ds[i]`` is (image uint8 (3, H, W), labels float32 (C,)). Greyscale images become RGB by repetition, CMYK
-    ones by Pillow, which knows that CMYK JPEGs are stored inverted. EXIF orientation is ignored, as VOC's
-    masks and boxes ignore it.
+    ``ds[i]`` is (image uint8 (3, H, W), labels float32 (C,)). Greyscale images become RGB by repetition, of 8
+    bits if they had 16 or were floats from 0 to 1; CMYK ones by Pillow, which knows that CMYK JPEGs are
+    stored inverted. EXIF orientation is ignored, as VOC's masks and boxes ignore it.
 
     Raises:
         FileNotFoundError: no such tree or list, or listed images or masks that are not there (the first
@@ -193,8 +264,7 @@ class VOC2012(Dataset):
         own_classes = self.root / "classes.txt"
         self.classes = VOC_CLASSES
         if own_classes.is_file():
-            lines = own_classes.read_text(encoding="utf-8-sig").splitlines()
-            self.classes = tuple(line.strip() for line in lines if line.strip())
+            self.classes = tuple(_lines(own_classes))
             if not 0 < len(self.classes) < _IGNORED or len(set(self.classes)) < len(self.classes):
                 raise ValueError(f"{own_classes}: expected 1 to 254 different class names, one a line")
         self.num_classes = len(self.classes)
@@ -207,7 +277,6 @@ class VOC2012(Dataset):
         # One array and not a list of tensors: it travels to worker processes in one piece.
         self._labels = np.zeros((len(self.names), self.num_classes), np.float32)
         self._labelled = np.zeros(len(self.names), bool)
-        self._fingerprint = self._fingerprint_without = None
 
     def _read_list(self, check):
         folder = self.root / "ImageSets" / "Segmentation"
@@ -262,11 +331,14 @@ class VOC2012(Dataset):
         )
 
     def require_saliency(self):
-        """Raises FileNotFoundError if not every image has a saliency map, and says where they come from."""
+        """Raises FileNotFoundError if not every image has a saliency map, and says where they come from; and
+        ValueError if some of a sample of them can't be used."""
         folder = self.root / "saliency_map"
         if not folder.is_dir():
             raise FileNotFoundError(self._without_saliency(folder))
         self._require("saliency_map", ".png", "saliency maps")
+        for index in self._saliency_sample():
+            self.saliency(index)
 
     def _without_saliency(self, folder):
         return (
@@ -286,67 +358,61 @@ class VOC2012(Dataset):
     def __getitem__(self, index):
         return self.image(index), self.label(index)
 
-    @contextmanager
-    def _opened(self, folder, name, suffix):
-        path = self.root / folder / (name + suffix)
-        try:
-            with Image.open(path) as image:
-                yield path, image
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
-            if isinstance(error, FileNotFoundError):
-                raise FileNotFoundError(f"no {path}: the folder {folder} is incomplete") from error
-            if getattr(error, "errno", None) is not None:  # the system's (permission, too many files)
-                raise
-            # Pillow reports broken PNG chunks as SyntaxError, cut-off files as OSError.
-            raise ValueError(
-                f"{path} can't be read ({error}): it is damaged or cut off; extract it again"
-            ) from error
-
     def image(self, index):
         """Image ``index`` as a uint8 tensor (3, H, W), RGB.
 
         Raises:
-            ValueError: the file is damaged or cut off.
+            ValueError: the file is damaged or cut off, or holds no grey levels or colours.
         """
-        with self._opened("JPEGImages", self.names[index], ".jpg") as (_, image):
-            pixels = np.array(image.convert("RGB"))
+        path = self.root / "JPEGImages" / f"{self.names[index]}.jpg"
+        with opened(path) as image:
+            deep = image.mode[0] in "IF"
+            pixels = np.array(image if deep else image.convert("RGB"))
+        if deep:
+            pixels = _grey_levels(path, pixels)
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
     def _aligned(self, folder, index, modes, otherwise):
-        """A PNG of one of the given modes, as large as its image."""
+        """A PNG of one of the given modes, as large as its image: its path, values, and palette or None."""
         name = self.names[index]
-        with self._opened("JPEGImages", name, ".jpg") as (_, image):
+        with opened(self.root / "JPEGImages" / f"{name}.jpg") as image:
             size = image.size
-        with self._opened(folder, name, ".png") as (path, png):
-            if png.mode not in modes:
-                raise ValueError(f"{path} has mode {png.mode}: {otherwise}")
-            if png.size != size:
-                raise ValueError(
-                    f"{path} is {png.size[0]} x {png.size[1]} pixels, its image {size[0]} x {size[1]}: "
-                    "do both come from the same data set?"
-                )
-            return path, np.array(png)
+        path = self.root / folder / f"{name}.png"
+        with opened(path) as png:
+            values, palette = np.array(png), png.getpalette()
+        if png.mode not in modes:
+            raise ValueError(f"{path} has mode {png.mode}: {otherwise}")
+        if png.size != size:
+            raise ValueError(
+                f"{path} is {png.size[0]} x {png.size[1]} pixels, its image {size[0]} x {size[1]}: "
+                "do both come from the same data set?"
+            )
+        return path, values, palette
 
     def mask(self, index):
         """Mask ``index``, uint8 (H, W): 0 background, 1..C classes, 255 ignored. For scoring only.
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it is in colours, not of its image's size, damaged, or has values beyond the classes.
+            ValueError: it is in colours, not of its image's size, damaged, has values beyond the classes, or,
+                where the classes are VOC's, a palette that gives its values other colours than VOC's.
         """
-        path, mask = self._aligned(
+        path, mask, palette = self._aligned(
             self.mask_folder,
             index,
             ("L", "P"),
             "a mask holds class values (greyscale or indexed PNG). If this one has VOC's colours, convert "
             "it with save_indexed_png(path, labels_from_colours(rgb)), both in drs_lib.data.voc",
         )
-        strange = set(_values(mask)) - {*range(self.num_classes + 1), _IGNORED}
+        labels = _values(mask)
+        strange = set(labels) - {*range(self.num_classes + 1), _IGNORED}
         if strange:
             raise ValueError(
                 f"{path} has value {min(strange)}, expected 0 (background), 1..{self.num_classes} (classes) "
                 "or 255 (ignored)"
             )
+        if palette is not None and self.classes == VOC_CLASSES:
+            _check_palette(path, labels, palette)
         return mask
 
     def saliency(self, index):
@@ -354,13 +420,31 @@ class VOC2012(Dataset):
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: not 8-bit greyscale, not of its image's size, or damaged.
+            ValueError: not 8-bit greyscale, not of its image's size, damaged, or with 1 in the place of 255,
+                as the other maps.
         """
         folder = self.root / "saliency_map"
         if not folder.is_dir():
             raise FileNotFoundError(self._without_saliency(folder))
+        path, saliency = self._saliency(index)
+        # One map with nothing above 1 says nothing: a detector may find nothing in an image.
+        if saliency.max() == 1 and self._highest_saliency <= 1:
+            raise ValueError(
+                f"{path} goes from 0 to 1 of 255, as the other saliency maps do, so that all would be "
+                "background: multiply them by 255"
+            )
+        return saliency
+
+    def _saliency(self, index):
         expected = "expected 8-bit greyscale, 0 = not salient, 255 = salient"
-        return self._aligned("saliency_map", index, ("L",), expected)[1]
+        return self._aligned("saliency_map", index, ("L",), expected)[:2]
+
+    def _saliency_sample(self):
+        return range(0, len(self), -(-len(self) // _SAMPLE))
+
+    @cached_property
+    def _highest_saliency(self):
+        return max(self._saliency(i)[1].max() for i in self._saliency_sample())
 
     def label(self, index):
         """Image-level labels of image ``index``, float32 (C,), multi-hot."""
@@ -380,7 +464,7 @@ class VOC2012(Dataset):
         path = self.root / "Annotations" / (self.names[index] + ".xml")
         try:
             objects = ElementTree.parse(path).getroot().findall("object")
-        except ElementTree.ParseError as error:
+        except (ElementTree.ParseError, LookupError, ValueError) as error:
             raise ValueError(f"{path} can't be read ({error}): it is damaged; extract it again") from error
         present = set()
         for item in objects:
@@ -413,36 +497,48 @@ class VOC2012(Dataset):
                 np.save(file, self._labels.astype(np.uint8))
         return torch.from_numpy(self._labels.copy())
 
-    @property
+    @cached_property
     def fingerprint(self):
-        """A short string that identifies the content: list, classes, label source, and the sizes of the
-        files of the list. Other saliency maps or masks under the same names change it."""
-        if self._fingerprint is None:
-            self._fingerprint = self._identity([("saliency_map", ".png")])
-        return self._fingerprint
+        """A short string that identifies the content: list, classes, label source, and what is in the files
+        of the list, wherever the tree lies. Other saliency maps or masks under the same names change it."""
+        return self._named(self._all_but_saliency + self._contents("saliency_map", ".png"))
 
-    @property
+    @cached_property
     def fingerprint_without_saliency(self):
         """The same for who looks at no saliency map: with others, no classifier need be trained again."""
-        if self._fingerprint_without is None:
-            self._fingerprint_without = self._identity([])
-        return self._fingerprint_without
+        return self._named(self._all_but_saliency)
 
-    def _identity(self, further):
-        digest = hashlib.sha256()
-        digest.update(repr((self.classes, self.label_source, self.mask_folder, self.difficult)).encode())
-        digest.update("\n".join(self.names).encode())
-        files = [("JPEGImages", ".jpg"), (self.mask_folder, ".png"), *further]
+    @cached_property
+    def _all_but_saliency(self):
+        files = [("JPEGImages", ".jpg"), (self.mask_folder, ".png")]
         if self.label_source == "xml":
             files.append(("Annotations", ".xml"))
-        for folder, suffix in files:
-            digest.update(repr(self._sizes(folder, suffix)).encode())
-        return f"voc-{self.split}-{len(self)}-{digest.hexdigest()[:16]}"
+        choices = (self.classes, self.label_source, self.mask_folder, self.difficult, self.names)
+        return repr(choices) + "".join(self._contents(*kind) for kind in files)
 
-    def _sizes(self, folder, suffix):
-        path = self.root / folder
+    def _named(self, content):
+        return f"voc-{self.split}-{len(self)}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+
+    def _contents(self, folder, suffix):
+        """A hash of what is in a folder's files of the list. ``cache_dir`` keeps it under their sizes and
+        times: they are read when one of these has changed."""
+        path, wanted = self.root / folder, {name + suffix for name in self.names}
         if not path.is_dir():
-            return []
-        wanted = {name + suffix for name in self.names}
+            return ""
         with os.scandir(path) as entries:
-            return sorted((entry.name, entry.stat().st_size) for entry in entries if entry.name in wanted)
+            found = sorted((entry.name, entry.stat()) for entry in entries if entry.name in wanted)
+        # A copy may have its original's mtime, but not its ctime.
+        state = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in found]
+        known = None
+        if self.cache_dir is not None:
+            digest = hashlib.sha256(repr((str(path.resolve()), state)).encode()).hexdigest()
+            known = self.cache_dir / f"voc-contents-{digest[:32]}.txt"
+            if known.is_file():
+                return known.read_text(encoding="utf-8")
+        with ThreadPoolExecutor() as pool:
+            hashes = pool.map(lambda file: hashlib.sha256((path / file[0]).read_bytes()).hexdigest(), found)
+        contents = hashlib.sha256(repr([*zip((name for name, _ in found), hashes, strict=True)]).encode())
+        if known is not None:
+            self.cache_dir.mkdir(parents=True, exist_ok=True)
+            write_text(known, contents.hexdigest())
+        return contents.hexdigest()

@@ -1,17 +1,15 @@
 """Where a network's weights come from, and a clear word when they don't fit."""
 
+import hashlib
 import re
 from http.client import HTTPException
 from pathlib import Path
-from pickle import UnpicklingError
 from urllib.error import URLError
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torchvision.models import ResNet101_Weights, VGG16_Weights
 from torchvision.models.segmentation import DeepLabV3_ResNet101_Weights
 
@@ -72,9 +70,10 @@ def load_weights(network, weights):
     None: leave it as it is. "pretrained": ImageNet weights through torchvision for vgg16 and resnet101
     (downloaded once), the shipped weights for mini and mini_resnet. "coco" (resnet101): the body of
     torchvision's DeepLab-v3.
-    A path (.safetensors, or a .pth with a state dict, by itself or as "model" or "state_dict" of a dict):
-    recognised by its names as all of this network (`state_dict`), its body (`body_state_dict`), torchvision's
-    file for the backbone, or one of the files that the authors' release comes with:
+    A path (.safetensors, or a .pth with a state dict, by itself or as "model" or "state_dict" of a dict; what
+    data-parallel and compiled networks add to the names, "module." and "_orig_mod.", is left out): recognised
+    by its names as all of this network (`state_dict`), its body (`body_state_dict`), torchvision's file for
+    the backbone, or one of the files that the authors' release comes with:
 
     - DRS_learnable.pth and Refine_DRS_learnable.pth: vgg16's classifier and refinement network. They began as
       torchvision's VGG-16 and take RGB images normalised with ImageNet's mean and standard deviation, as ours
@@ -83,8 +82,8 @@ def load_weights(network, weights):
       converted from Caffe. The network becomes Caffe-style, see `DilatedResNet`; the file's own head is left
       out. Other DeepLabs converted by the same code (github.com/kazuto1011/deeplab-pytorch) are read alike.
 
-    Raises FileNotFoundError if there is no such file, ValueError if it does not fit or holds Python objects,
-    and RuntimeError if the download fails.
+    Raises FileNotFoundError if there is no such file, ValueError if it does not fit, holds Python objects, or
+    bears the name of a torchvision file and is another one, and RuntimeError if the download fails.
     """
     if weights is None:
         return network
@@ -199,14 +198,24 @@ def _for_normalised_rgb(weight, scale, running_mean):
 
 
 def _download(weights):
-    try:
-        return weights.get_state_dict(check_hash=True, progress=True, map_location="cpu")
-    except (URLError, HTTPException, ConnectionError, TimeoutError) as error:
-        name, folder = weights.url.rsplit("/", 1)[-1], Path(torch.hub.get_dir()) / "checkpoints"
-        raise RuntimeError(
-            f"could not download {weights.url} ({error}): put {name} into {folder}, "
-            "or pass weights=<path to that file>"
-        ) from error
+    name, folder = weights.url.rsplit("/", 1)[-1], Path(torch.hub.get_dir()) / "checkpoints"
+    if not (folder / name).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(weights.url, str(folder / name), _published_hash(name))
+        except (URLError, HTTPException, ConnectionError, TimeoutError, RuntimeError) as error:
+            raise RuntimeError(
+                f"could not download {weights.url} ({error}): put {name} into {folder}, "
+                "or pass weights=<path to that file>"
+            ) from error
+    return _read(folder / name)
+
+
+def _published_hash(name):
+    """The first digits of the SHA-256 that a file of torchvision's has in its name; None for other names."""
+    if any(weights.url.endswith(f"/{name}") for weights in _DOWNLOADS.values()):
+        return name.removesuffix(".pth").rsplit("-", 1)[-1]
+    return None
 
 
 def _read(path):
@@ -215,13 +224,21 @@ def _read(path):
             f"no weights file {path}: weights is None, 'pretrained', 'coco' (resnet101) or the path of a "
             ".safetensors or .pth file; `python -m drs_lib.pretrain` makes those of mini and mini_resnet"
         )
+    if expected := _published_hash(path.name):
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        if not found.startswith(expected):
+            raise ValueError(
+                f"{path} is damaged or not torchvision's file of that name: {path.stat().st_size:,} bytes "
+                f"whose SHA-256 begins with {found[: len(expected)]} and not with {expected}. Delete it: the "
+                "next run downloads it again, or put a whole copy there"
+            )
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:
             with torch.serialization.safe_globals(_numpy_numbers()):
                 state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, LookupError, ValueError) as error:
+    except Exception as error:  # a damaged file makes the readers raise errors of almost any kind
         if found := re.search(r"GLOBAL (\S+) was not an allowed global", str(error)):
             raise ValueError(
                 f"{path} cannot be read: besides tensors it holds a Python object ({found[1]}), and loading "
@@ -230,14 +247,15 @@ def _read(path):
                 "key under which the state dict is; then pass that file"
             ) from error
         raise ValueError(f"{path} cannot be read as a dictionary of tensors: {error}") from error
-    for wrapper in ("model", "state_dict"):
+    for wrapper in 2 * ("model", "state_dict"):  # either may lie in the other
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
+    ):
         raise ValueError(f"{path} does not hold a dictionary of tensors: save model.state_dict()")
-    state = dict(state)
-    consume_prefix_in_state_dict_if_present(state, "module.")
-    return state
+    # What DataParallel and torch.compile put into the names of what they wrap.
+    return {re.sub(r"\b(?:module|_orig_mod)\.", "", name): tensor for name, tensor in state.items()}
 
 
 def _numpy_numbers():
