@@ -31,7 +31,7 @@ from drs_lib import crf, distributed
 from drs_lib.files import write_text
 from drs_lib.paper import NETWORKS, SOURCE, TITLES, Configuration, Row, table_rows
 from drs_lib.pipeline import STAGE_COST, TRAININGS, Budget, Pipeline, Splits, get_budget
-from drs_lib.store import RunStore, StoreError
+from drs_lib.store import RunStore, StoreError, run_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -78,7 +78,7 @@ def run_table(
     voc_root: str | os.PathLike | None = None,
     store: RunStore | str | os.PathLike | None = None,
     jobs: int | None = None,
-    overwrite: bool = False,
+    overwrite: bool | str = False,
     progress: bool = True,
 ) -> "pd.DataFrame":
     """One of the paper's tables, measured; see `run_tables`."""
@@ -94,7 +94,7 @@ def run_tables(
     voc_root: str | os.PathLike | None = None,
     store: RunStore | str | os.PathLike | None = None,
     jobs: int | None = None,
-    overwrite: bool = False,
+    overwrite: bool | str = False,
     progress: bool = True,
 ) -> "dict[int, pd.DataFrame]":
     """Tables by number, every row trained and scored once for all of them. What the store has is only read.
@@ -107,7 +107,8 @@ def run_tables(
         jobs: processes; None: what a surrounding ``joblib.parallel_config`` says, else one per physical core,
             and no more than a few per GPU. With 1, everything happens in this process. On a Dask cluster the
             rows are one per worker, whatever larger number is given.
-        overwrite: train and score again.
+        overwrite: train and score again. With a name instead of True, a run of that name that was stopped
+            goes on: what it has made is read, and its trainings go on where they were.
         progress: show a progress bar over all rows.
 
     Returns:
@@ -133,7 +134,7 @@ def run_tables(
         budget=budget,
         voc_root=None if voc_root is None else str(Path(voc_root).expanduser().absolute()),
         store=store,
-        not_before=distributed.agree(time.time()) if overwrite else None,
+        run=distributed.agree(run_name(overwrite)),
     )
     pipelines = {seed: Pipeline(seed=seed, **common) for seed in seeds}
     measures = _measures(numbers)
@@ -152,12 +153,12 @@ def run_tables(
     conditions = _conditions(pipelines[seeds[0]], seeds)
     tables = {number: _table(number, measures[number], scores, seeds, conditions) for number in numbers}
     if failures:
-        raise RowsFailed(_failure_message(failures, len(work)), tables, failures)
+        raise RowsFailed(_failure_message(failures, len(work), common["run"]), tables, failures)
     return tables
 
 
 def run_row(
-    number: int, configuration: Configuration, pipeline: Pipeline, overwrite: bool = False
+    number: int, configuration: Configuration, pipeline: Pipeline, overwrite: bool | str = False
 ) -> "pd.DataFrame":
     """One row of a table, trained and scored in this process: a DataFrame as of `run_tables` with that row.
 
@@ -168,7 +169,7 @@ def run_row(
     [job] = [j for j in _jobs_of(_measures((number,)), [pipeline.seed]) if j.configuration == configuration]
     making = copy.copy(pipeline)
     if overwrite:
-        making.not_before = time.time()
+        making.run = distributed.agree(run_name(overwrite))
     making.scores(configuration, job.measures)
     table = stored_table(number, pipeline)
     row = table[[row.configuration == configuration for row in table_rows(number)]]
@@ -257,7 +258,7 @@ def _run(jobs, pipelines, common, requested, progress, results):
     else:
         processes, concurrent, devices = _processes(requested, len(jobs), common["budget"])
     failures = {}
-    with _progress(jobs, pipelines, common["not_before"], progress, concurrent) as report:
+    with _progress(jobs, pipelines, common["run"], progress, concurrent) as report:
         if client is not None:
             outcomes = _on_cluster(client, jobs, common)
         elif concurrent == 1:
@@ -456,7 +457,7 @@ def _expect_a_process(address, threads):
 
 
 @contextmanager
-def _progress(jobs, pipelines, not_before, shown, concurrent):
+def _progress(jobs, pipelines, run, shown, concurrent):
     """A bar over the work of all jobs, and a function that says what is being done.
 
     A thread looks into the store for what is finished: that works alike for one process, for many, and on a
@@ -480,8 +481,7 @@ def _progress(jobs, pipelines, not_before, shown, concurrent):
     def look():
         finished = None
         for name, key in list(waiting):
-            made = store.made_at(name, key)
-            if made is not None and (not_before is None or made >= not_before):
+            if store.has(name, key, run):
                 finished = waiting.pop((name, key))
                 bar.update(STAGE_COST.get(name, 1))
         if doing:
@@ -506,8 +506,8 @@ def _progress(jobs, pipelines, not_before, shown, concurrent):
         bar.close()
 
 
-def _failure_message(failures, total):
-    same = {}
+def _failure_message(failures, total, run):
+    again, same = f" (with overwrite {run!r})" if run else "", {}
     for job, (error, _) in failures.items():
         same.setdefault(error, []).append(job)
     lines = []
@@ -515,8 +515,8 @@ def _failure_message(failures, total):
         more = f" and {len(jobs) - 3} more" if len(jobs) > 3 else ""
         lines.append(f"{'; '.join(jobs[:3])}{more}: {error}")
     return (
-        f"{len(failures)} of {total} rows failed. What was finished is stored, and the same command goes on "
-        "from there.\n" + "\n".join(lines)
+        f"{len(failures)} of {total} rows failed. What was finished is stored, and the same command{again} "
+        "goes on from there.\n" + "\n".join(lines)
     )
 
 

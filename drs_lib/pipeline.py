@@ -19,7 +19,6 @@ import io
 import math
 import multiprocessing
 import os
-import time
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -296,7 +295,7 @@ class Pipeline:
         store: a `RunStore`, or its folder.
         device: None for the best there is.
         crf_jobs: processes for the CRF.
-        not_before: entries made before this time (seconds since 1970) are made again.
+        run: the name of a run that overwrites: entries that it did not make are made again.
         report: called with a line of text whenever there is something new to say about a stage in progress.
         progress: of the trainings, see `drs_lib.train.fit`.
     """
@@ -311,7 +310,7 @@ class Pipeline:
         store: RunStore | str | Path | None = None,
         device: str | None = None,
         crf_jobs: int = 1,
-        not_before: float | None = None,
+        run: str | None = None,
         report: Callable[[str], None] | None = None,
         progress: bool | Callable[..., None] = False,
     ):
@@ -323,7 +322,7 @@ class Pipeline:
             self.data = open_data(data, self.budget, root, self.store.root / "voc-labels")
         else:
             self.data = data
-        self.seed, self.device, self.crf_jobs, self.not_before = seed, device, crf_jobs, not_before
+        self.seed, self.device, self.crf_jobs, self.run = seed, device, crf_jobs, run
         first = distributed.rank() == 0
         self._report = report if report and first else (lambda text: None)
         self._progress = progress if first else False
@@ -432,8 +431,7 @@ class Pipeline:
     def has(self, name: str, configuration: Configuration) -> bool:
         """Whether this configuration's stage of that name is in the store, unverified; makes nothing."""
         stage = self.stage(name, configuration)
-        made = self.store.made_at(stage.name, stage.key)
-        return made is not None and (self.not_before is None or made >= self.not_before)
+        return self.store.has(stage.name, stage.key, self.run)
 
     def get(self, stage: Stage, overwrite: bool = False) -> Entry:
         """The stage's entry, made if it is not in the store. overwrite: made again, from the stored stages
@@ -444,11 +442,7 @@ class Pipeline:
         return self._get(stage, overwrite)
 
     def _get(self, stage, overwrite=False, before=lambda: None):
-        not_before = time.time() if overwrite else self.not_before
-        if overwrite:
-            self._checkpoint(stage).remove()
-        made = self.store.made_at(stage.name, stage.key)
-        if made is None or (not_before is not None and made < not_before):
+        if overwrite or not self.store.has(stage.name, stage.key, self.run):
             for parent in stage.parents:
                 self.get(parent)
 
@@ -457,6 +451,8 @@ class Pipeline:
         def make(writer):
             self._stop_if_orphaned()
             self._report(stage.title)
+            if overwrite:
+                self._checkpoint(stage).remove()
             before()
             stage.make(writer)
             writer.note(device=str(self._device))
@@ -468,7 +464,8 @@ class Pipeline:
             stage.inputs,
             make,
             version=STAGE_VERSIONS[stage.name],
-            not_before=not_before,
+            overwrite=overwrite,
+            run=self.run,
         )
         if finished:
             self._checkpoint(stage).remove()  # only now that the entry is published
@@ -515,10 +512,8 @@ class Pipeline:
             stage.make(_NoWriter())
 
     def _found(self, stage):
-        entry = self.store.get(stage.name, stage.config, stage.inputs, STAGE_VERSIONS[stage.name])
-        if entry is not None and self.not_before is not None and entry.meta["made_at"] < self.not_before:
-            return None
-        return entry
+        version = STAGE_VERSIONS[stage.name]
+        return self.store.get(stage.name, stage.config, stage.inputs, version, self.run)
 
     def _classify(self, configuration):
         recipe = self._classify_recipe(configuration)
@@ -730,7 +725,7 @@ class Pipeline:
     def _checkpoint(self, stage):
         from drs_lib.checkpoint import Checkpoint
 
-        return Checkpoint(self.store.root / "checkpoints" / f"{stage.name}-{stage.key}.pt")
+        return Checkpoint(self.store.root / "checkpoints" / f"{stage.name}-{stage.key}.pt", self.run)
 
     @property
     def _image_cache(self):
