@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from drs_lib import distributed
+from drs_lib.crf import ENGINES
 from drs_lib.experiments import (
     TABLES,
     RowsFailed,
@@ -46,6 +47,11 @@ def _parser():
             metavar="W",
             help="initial weights of Table 4's ASPP: pretrained (ImageNet), coco, or a file, such as "
             "deeplabv1_resnet101-coco.pth",
+        )
+        command.add_argument(
+            "--crf-engine",
+            choices=ENGINES,
+            help="default: lattice (pydensecrf, on the processor); attention is for a GPU",
         )
         command.add_argument("--seeds", type=_seed, nargs="+", default=[0], metavar="N")
         command.add_argument(
@@ -87,6 +93,8 @@ def _budget(options):
     for name in ("precision", "compile"):
         if getattr(options, name):
             budget = budget.for_all(**{name: getattr(options, name)})
+    if options.crf_engine:
+        budget = budget.replace(crf_engine=options.crf_engine)
     if options.aspp_weights:
         aspp = budget.aspp.replace(weights=options.aspp_weights)
         budget = budget.replace(aspp=aspp)

@@ -137,7 +137,7 @@ def run_tables(
         run=distributed.agree(run_name(overwrite)),
     )
     pipelines = {seed: Pipeline(seed=seed, **common) for seed in seeds}
-    measures = _measures(numbers)
+    measures = _measures(numbers, budget)
     work = _jobs_of(measures, seeds)
     results = {}
     for job in work:
@@ -166,7 +166,8 @@ def run_row(
     """
     if configuration not in [row.configuration for row in table_rows(number) if row.configuration]:
         raise ValueError(f"Table {number} has no row for {configuration}.")
-    [job] = [j for j in _jobs_of(_measures((number,)), [pipeline.seed]) if j.configuration == configuration]
+    jobs = _jobs_of(_measures((number,), pipeline.budget), [pipeline.seed])
+    [job] = [job for job in jobs if job.configuration == configuration]
     making = copy.copy(pipeline)
     if overwrite:
         making.run = distributed.agree(run_name(overwrite))
@@ -180,7 +181,7 @@ def run_row(
 def stored_table(number: int, pipeline: Pipeline) -> "pd.DataFrame":
     """A table with what the pipeline's store has of it, for the pipeline's seed; rows that are not measured
     yet are empty. Makes nothing; columns as for `run_tables`."""
-    measures, seeds = _measures((number,)), [pipeline.seed]
+    measures, seeds = _measures((number,), pipeline.budget), [pipeline.seed]
     scores = {}
     for job in _jobs_of(measures, seeds):
         found = pipeline.stored_scores(job.configuration, job.measures)
@@ -189,17 +190,11 @@ def stored_table(number: int, pipeline: Pipeline) -> "pd.DataFrame":
     return _table(number, measures[number], scores, seeds, _conditions(pipeline, seeds))
 
 
-def _measures(numbers):
+def _measures(numbers, budget):
     measures = {number: ("miou", *_MEASURES[number]) for number in numbers}
-    if not crf.available() and not _gpu():
+    if budget.crf_engine == "lattice" and not crf.available():
         measures = {number: tuple(m for m in names if m != "crf") for number, names in measures.items()}
     return measures
-
-
-def _gpu():
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def _checked(numbers, seeds, jobs):
@@ -620,6 +615,8 @@ def _conditions(pipeline, seeds):
         "refinement": (f"{refine.epochs} epochs" if refine.epochs else f"{refine.iterations} iterations")
         + f" on {budget.target}",
         "CRF": "off",
+        # Only where it isn't the one that all other numbers are from.
+        **({} if budget.crf_engine == "lattice" else {"CRF engine": budget.crf_engine}),
     }
 
 
@@ -718,7 +715,7 @@ def _notes(table):
     """The conditions in a few lines, for below a table."""
     groups = (
         ("data", "budget", "precision", "split", "seeds", "unit"),
-        ("scales", "resize", "alpha", "beta", "rule", "CRF"),
+        ("scales", "resize", "alpha", "beta", "rule", "CRF", "CRF engine"),
         ("refinement", "refined alpha", "renormalize") if table.attrs.get("table") in (3, 4) else (),
         ("accuracy",) if table.attrs.get("table") == 1 else (),
         ("pseudo labels",),

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from drs_lib import distributed
-from drs_lib.crf import CRFConfig, pick_engine
+from drs_lib.crf import ENGINES, CRFConfig
 from drs_lib.paper import NETWORKS, Configuration
 from drs_lib.recipes import ClassifyRecipe, RefineRecipe, SegmentRecipe
 from drs_lib.store import Entry, EntryWriter, RunStore, StoreError
@@ -69,7 +69,8 @@ class Budget:
     """Sizes, recipes and thresholds of a run. Budgets differ in these values, never in code paths.
 
     train_images, val_images, image_size: for Critters, which is drawn to order; VOC is what it is.
-    largefov, largefov_resnet, aspp: recipes of Table 4's three networks; crf_...: the CRF of each.
+    largefov, largefov_resnet, aspp: recipes of Table 4's three networks; crf_...: the CRF of each, and
+    crf_engine what computes it, see `drs_lib.crf`.
     scales, resize: of the images from which localization maps are made, see `iterate_maps`; the classifier's
     accuracy is measured at ``resize`` too.
     alpha, beta, rule, conflict: see `pseudo_labels`.
@@ -98,10 +99,13 @@ class Budget:
     crf_largefov: CRFConfig = CRFConfig.LARGEFOV_VGG16
     crf_largefov_resnet: CRFConfig = CRFConfig.LARGEFOV_RESNET101
     crf_aspp: CRFConfig = CRFConfig.ASPP_RESNET101
+    crf_engine: str = "lattice"
 
     def __post_init__(self):
         if self.target not in ("maps", "largest"):
             raise ValueError(f"Budget: target is {self.target!r}; expected 'maps' or 'largest'.")
+        if self.crf_engine not in ENGINES:
+            raise ValueError(f"Budget: crf_engine is {self.crf_engine!r}; expected one of {ENGINES}.")
 
     def segment(self, network: str) -> SegmentRecipe:
         return getattr(self, network)
@@ -653,17 +657,16 @@ class Pipeline:
         return self._derived("evaluate", configuration, {}, parents, make, data=_content(self.data.val))
 
     def _evaluate_crf(self, configuration):
-        crf = self.budget.crf(configuration.network)
+        crf, engine = self.budget.crf(configuration.network), self.budget.crf_engine
 
         def make(writer):
-            result = self._segmentation_result(configuration, crf=crf, jobs=self.crf_jobs)
+            result = self._segmentation_result(configuration, crf=crf, engine=engine, jobs=self.crf_jobs)
             scores = {key: result[f"{key}_crf"] for key in ("miou", "iou")}
-            writer.note(engine=pick_engine(device=self._device))
             writer.json("scores.json", _segmentation_scores(scores, self.data.val))
 
-        parents = {"segment": self._segment(configuration)}
+        config, parents = asdict(crf) | {"engine": engine}, {"segment": self._segment(configuration)}
         return self._derived(
-            "evaluate_crf", configuration, asdict(crf), parents, make, data=_content(self.data.val)
+            "evaluate_crf", configuration, config, parents, make, data=_content(self.data.val)
         )
 
     def _trained(self, name, configuration, recipe, make, parents=None, **inputs):
