@@ -35,6 +35,7 @@ from drs_lib.recipes import ClassifyRecipe, RefineRecipe, SegmentRecipe
 from drs_lib.store import Entry, EntryWriter, RunStore, StoreError
 
 # Raised when the code of a stage changes what it produces: entries of an older version are then made again.
+# What each version produces is in tests/test_stage_values.py.
 STAGE_VERSIONS = {
     "classify": 1,
     "accuracy": 1,
