@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from drs_lib import distributed
+from drs_lib.crf import ENGINES
 from drs_lib.experiments import (
     TABLES,
     RowsFailed,
@@ -19,7 +20,7 @@ from drs_lib.files import write_text
 from drs_lib.paper import table_rows
 from drs_lib.pipeline import BUDGETS, Pipeline, get_budget
 from drs_lib.recipes import COMPILE, PRECISIONS
-from drs_lib.store import RunStore
+from drs_lib.store import RunStore, run_name
 
 
 def _parser():
@@ -47,6 +48,11 @@ def _parser():
             help="initial weights of Table 4's ASPP: pretrained (ImageNet), coco, or a file, such as "
             "deeplabv1_resnet101-coco.pth",
         )
+        command.add_argument(
+            "--crf-engine",
+            choices=ENGINES,
+            help="default: lattice (pydensecrf, on the processor); attention is for a GPU",
+        )
         command.add_argument("--seeds", type=_seed, nargs="+", default=[0], metavar="N")
         command.add_argument(
             "--tables", type=int, nargs="+", choices=TABLES, default=list(TABLES), metavar="N"
@@ -55,7 +61,13 @@ def _parser():
             "--jobs", type=_positive, metavar="N", help="processes; default: one per physical core"
         )
         command.add_argument("--store", metavar="DIR", help="the run store; default: $DRS_STORE, else ./runs")
-        command.add_argument("--overwrite", action="store_true", help="train again what is in the store")
+        command.add_argument(
+            "--overwrite",
+            nargs="?",
+            const=True,
+            metavar="RUN",
+            help="train again what is in the store; RUN: go on with the run of that name that was stopped",
+        )
         command.add_argument("--quiet", action="store_true", help="no progress bar")
     course.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="default: results")
     course.add_argument("--no-figures", dest="figures", action="store_false", help="tables only")
@@ -81,6 +93,8 @@ def _budget(options):
     for name in ("precision", "compile"):
         if getattr(options, name):
             budget = budget.for_all(**{name: getattr(options, name)})
+    if options.crf_engine:
+        budget = budget.replace(crf_engine=options.crf_engine)
     if options.aspp_weights:
         aspp = budget.aspp.replace(weights=options.aspp_weights)
         budget = budget.replace(aspp=aspp)
@@ -124,7 +138,9 @@ def main(arguments=None):
     options = _parser().parse_args(arguments)
     began = time.perf_counter()
     store = RunStore(options.store)
-    failed = None
+    failed, run = None, run_name(options.overwrite)
+    if run and distributed.rank() == 0:
+        print(f"This run trains again what is in the store. Stopped, --overwrite {run} goes on.", flush=True)
     try:
         options.budget = _budget(options)
         tables = run_tables(
@@ -135,7 +151,7 @@ def main(arguments=None):
             voc_root=options.voc_root,
             store=store,
             jobs=options.jobs,
-            overwrite=options.overwrite,
+            overwrite=run,
             progress=not options.quiet and distributed.rank() == 0,
         )
     except RowsFailed as error:
@@ -144,7 +160,8 @@ def main(arguments=None):
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nstopped; finished stages are kept, the same command goes on from there", file=sys.stderr)
+        again = f"the same command{f' with --overwrite {run}' if run else ''} goes on from there"
+        print(f"\nstopped; finished stages are kept, {again}", file=sys.stderr)
         return 130
     if distributed.rank() > 0:
         return 0 if failed is None else 1

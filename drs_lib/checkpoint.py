@@ -23,12 +23,15 @@ _log = logging.getLogger(__name__)
 class Checkpoint:
     """The state of one training in the file ``path``; `drs_lib.train.fit` writes it after every epoch.
 
+    run: the name of a run that trains again what is in the store. It goes on from its own checkpoints alone:
+    another's may be of older code.
+
     For both methods, ``streams`` are further torch generators whose states belong to the training, in a fixed
     order.
     """
 
-    def __init__(self, path):
-        self.path = Path(path)
+    def __init__(self, path, run=None):
+        self.path, self.run = Path(path), run
 
     def save(self, progress, streams=(), **parts):
         """progress: plain values (step, history, ...). parts: objects with ``state_dict``.
@@ -38,6 +41,7 @@ class Checkpoint:
         device = _device(parts)
         state = {
             "made_by": _surroundings(device),
+            "run": self.run,
             "progress": progress,
             "random": _of_one(random_states(), device),
             "streams": [stream.get_state() for stream in streams],
@@ -61,7 +65,8 @@ class Checkpoint:
             _log.warning("No checkpoint could be written to %s: %s", self.path, error)
 
     def restore(self, streams=(), **parts):
-        """Puts a saved state into the same objects and returns its progress, or None if there is none.
+        """Puts a saved state into the same objects and returns its progress, or None if there is none, or
+        none of this run.
 
         A damaged file, or one of another torch or kind of device, is set aside with a warning: the training
         begins anew.
@@ -73,6 +78,8 @@ class Checkpoint:
         before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
+            if self.run is not None and state.get("run") != self.run:
+                return None
             if state["made_by"] != _surroundings(device):
                 raise ValueError(f"it was written by {state['made_by']}, and this is {_surroundings(device)}")
             if state["parts"].keys() != parts.keys() or len(state["streams"]) != len(streams):

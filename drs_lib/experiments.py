@@ -32,7 +32,7 @@ from drs_lib.arguments import whole
 from drs_lib.files import write_text
 from drs_lib.paper import NETWORKS, SOURCE, TITLES, Configuration, Row, table_rows
 from drs_lib.pipeline import STAGE_COST, TRAININGS, Budget, Pipeline, Splits, get_budget
-from drs_lib.store import RunStore, StoreError
+from drs_lib.store import RunStore, StoreError, run_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -79,7 +79,7 @@ def run_table(
     voc_root: str | os.PathLike | None = None,
     store: RunStore | str | os.PathLike | None = None,
     jobs: int | None = None,
-    overwrite: bool = False,
+    overwrite: bool | str = False,
     progress: bool = True,
 ) -> "pd.DataFrame":
     """One of the paper's tables, measured; see `run_tables`."""
@@ -95,7 +95,7 @@ def run_tables(
     voc_root: str | os.PathLike | None = None,
     store: RunStore | str | os.PathLike | None = None,
     jobs: int | None = None,
-    overwrite: bool = False,
+    overwrite: bool | str = False,
     progress: bool = True,
 ) -> "dict[int, pd.DataFrame]":
     """Tables by number, every row trained and scored once for all of them. What the store has is only read.
@@ -108,7 +108,8 @@ def run_tables(
         jobs: processes; None: what a surrounding ``joblib.parallel_config`` says, else one per physical core,
             and no more than a few per GPU. With 1, everything happens in this process. On a Dask cluster the
             rows are one per worker, whatever larger number is given.
-        overwrite: train and score again.
+        overwrite: train and score again. With a name instead of True, a run of that name that was stopped
+            goes on: what it has made is read, and its trainings go on where they were.
         progress: show a progress bar over all rows.
 
     Returns:
@@ -134,10 +135,10 @@ def run_tables(
         budget=budget,
         voc_root=None if voc_root is None else str(Path(voc_root).expanduser().absolute()),
         store=store,
-        not_before=distributed.agree(time.time()) if overwrite else None,
+        run=distributed.agree(run_name(overwrite)),
     )
     pipelines = {seed: Pipeline(seed=seed, **common) for seed in seeds}
-    measures = _measures(numbers)
+    measures = _measures(numbers, budget)
     work = _jobs_of(measures, seeds)
     results = {}
     for job in work:
@@ -153,12 +154,12 @@ def run_tables(
     conditions = _conditions(pipelines[seeds[0]], seeds)
     tables = {number: _table(number, measures[number], scores, seeds, conditions) for number in numbers}
     if failures:
-        raise RowsFailed(_failure_message(failures, len(work)), tables, failures)
+        raise RowsFailed(_failure_message(failures, len(work), common["run"]), tables, failures)
     return tables
 
 
 def run_row(
-    number: int, configuration: Configuration, pipeline: Pipeline, overwrite: bool = False
+    number: int, configuration: Configuration, pipeline: Pipeline, overwrite: bool | str = False
 ) -> "pd.DataFrame":
     """One row of a table, trained and scored in this process: a DataFrame as of `run_tables` with that row.
 
@@ -166,10 +167,11 @@ def run_row(
     """
     if configuration not in [row.configuration for row in table_rows(number) if row.configuration]:
         raise ValueError(f"Table {number} has no row for {configuration}.")
-    [job] = [j for j in _jobs_of(_measures((number,)), [pipeline.seed]) if j.configuration == configuration]
+    jobs = _jobs_of(_measures((number,), pipeline.budget), [pipeline.seed])
+    [job] = [job for job in jobs if job.configuration == configuration]
     making = copy.copy(pipeline)
     if overwrite:
-        making.not_before = time.time()
+        making.run = distributed.agree(run_name(overwrite))
     making.scores(configuration, job.measures)
     table = stored_table(number, pipeline)
     row = table[[row.configuration == configuration for row in table_rows(number)]]
@@ -180,7 +182,7 @@ def run_row(
 def stored_table(number: int, pipeline: Pipeline) -> "pd.DataFrame":
     """A table with what the pipeline's store has of it, for the pipeline's seed; rows that are not measured
     yet are empty. Makes nothing; columns as for `run_tables`."""
-    measures, seeds = _measures((number,)), [pipeline.seed]
+    measures, seeds = _measures((number,), pipeline.budget), [pipeline.seed]
     scores = {}
     for job in _jobs_of(measures, seeds):
         found = pipeline.stored_scores(job.configuration, job.measures)
@@ -189,17 +191,11 @@ def stored_table(number: int, pipeline: Pipeline) -> "pd.DataFrame":
     return _table(number, measures[number], scores, seeds, _conditions(pipeline, seeds))
 
 
-def _measures(numbers):
+def _measures(numbers, budget):
     measures = {number: ("miou", *_MEASURES[number]) for number in numbers}
-    if not crf.available() and not _gpu():
+    if budget.crf_engine == "lattice" and not crf.available():
         measures = {number: tuple(m for m in names if m != "crf") for number, names in measures.items()}
     return measures
-
-
-def _gpu():
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def _checked(numbers, seeds, jobs):
@@ -258,7 +254,7 @@ def _run(jobs, pipelines, common, requested, progress, results):
     else:
         processes, concurrent, devices = _processes(requested, len(jobs), common["budget"])
     failures = {}
-    with _progress(jobs, pipelines, common["not_before"], progress, concurrent) as report:
+    with _progress(jobs, pipelines, common["run"], progress, concurrent) as report:
         if client is not None:
             outcomes = _on_cluster(client, jobs, common)
         elif concurrent == 1:
@@ -457,7 +453,7 @@ def _expect_a_process(address, threads):
 
 
 @contextmanager
-def _progress(jobs, pipelines, not_before, shown, concurrent):
+def _progress(jobs, pipelines, run, shown, concurrent):
     """A bar over the work of all jobs, and a function that says what is being done.
 
     A thread looks into the store for what is finished: that works alike for one process, for many, and on a
@@ -481,8 +477,7 @@ def _progress(jobs, pipelines, not_before, shown, concurrent):
     def look():
         finished = None
         for name, key in list(waiting):
-            made = store.made_at(name, key)
-            if made is not None and (not_before is None or made >= not_before):
+            if store.has(name, key, run):
                 finished = waiting.pop((name, key))
                 bar.update(STAGE_COST.get(name, 1))
         if doing:
@@ -507,8 +502,8 @@ def _progress(jobs, pipelines, not_before, shown, concurrent):
         bar.close()
 
 
-def _failure_message(failures, total):
-    same = {}
+def _failure_message(failures, total, run):
+    again, same = f" (with overwrite {run!r})" if run else "", {}
     for job, (error, _) in failures.items():
         same.setdefault(error, []).append(job)
     lines = []
@@ -516,8 +511,8 @@ def _failure_message(failures, total):
         more = f" and {len(jobs) - 3} more" if len(jobs) > 3 else ""
         lines.append(f"{'; '.join(jobs[:3])}{more}: {error}")
     return (
-        f"{len(failures)} of {total} rows failed. What was finished is stored, and the same command goes on "
-        "from there.\n" + "\n".join(lines)
+        f"{len(failures)} of {total} rows failed. What was finished is stored, and the same command{again} "
+        "goes on from there.\n" + "\n".join(lines)
     )
 
 
@@ -621,6 +616,8 @@ def _conditions(pipeline, seeds):
         "refinement": (f"{refine.epochs} epochs" if refine.epochs else f"{refine.iterations} iterations")
         + f" on {budget.target}",
         "CRF": "off",
+        # Only where it isn't the one that all other numbers are from.
+        **({} if budget.crf_engine == "lattice" else {"CRF engine": budget.crf_engine}),
     }
 
 
@@ -719,7 +716,7 @@ def _notes(table):
     """The conditions in a few lines, for below a table."""
     groups = (
         ("data", "budget", "precision", "split", "seeds", "unit"),
-        ("scales", "resize", "alpha", "beta", "rule", "CRF"),
+        ("scales", "resize", "alpha", "beta", "rule", "CRF", "CRF engine"),
         ("refinement", "refined alpha", "renormalize") if table.attrs.get("table") in (3, 4) else (),
         ("accuracy",) if table.attrs.get("table") == 1 else (),
         ("pseudo labels",),

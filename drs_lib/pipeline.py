@@ -19,7 +19,6 @@ import io
 import math
 import multiprocessing
 import os
-import time
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,12 +29,13 @@ from pathlib import Path
 from typing import Any
 
 from drs_lib import distributed
-from drs_lib.crf import CRFConfig, pick_engine
+from drs_lib.crf import ENGINES, CRFConfig
 from drs_lib.paper import NETWORKS, Configuration
 from drs_lib.recipes import ClassifyRecipe, RefineRecipe, SegmentRecipe
 from drs_lib.store import Entry, EntryWriter, RunStore, StoreError
 
 # Raised when the code of a stage changes what it produces: entries of an older version are then made again.
+# What each version produces is in tests/test_stage_values.py.
 STAGE_VERSIONS = {
     "classify": 1,
     "accuracy": 1,
@@ -70,7 +70,8 @@ class Budget:
     """Sizes, recipes and thresholds of a run. Budgets differ in these values, never in code paths.
 
     train_images, val_images, image_size: for Critters, which is drawn to order; VOC is what it is.
-    largefov, largefov_resnet, aspp: recipes of Table 4's three networks; crf_...: the CRF of each.
+    largefov, largefov_resnet, aspp: recipes of Table 4's three networks; crf_...: the CRF of each, and
+    crf_engine what computes it, see `drs_lib.crf`.
     scales, resize: of the images from which localization maps are made, see `iterate_maps`; the classifier's
     accuracy is measured at ``resize`` too.
     alpha, beta, rule, conflict: see `pseudo_labels`.
@@ -99,10 +100,13 @@ class Budget:
     crf_largefov: CRFConfig = CRFConfig.LARGEFOV_VGG16
     crf_largefov_resnet: CRFConfig = CRFConfig.LARGEFOV_RESNET101
     crf_aspp: CRFConfig = CRFConfig.ASPP_RESNET101
+    crf_engine: str = "lattice"
 
     def __post_init__(self):
         if self.target not in ("maps", "largest"):
             raise ValueError(f"Budget: target is {self.target!r}; expected 'maps' or 'largest'.")
+        if self.crf_engine not in ENGINES:
+            raise ValueError(f"Budget: crf_engine is {self.crf_engine!r}; expected one of {ENGINES}.")
 
     def segment(self, network: str) -> SegmentRecipe:
         return getattr(self, network)
@@ -296,7 +300,7 @@ class Pipeline:
         store: a `RunStore`, or its folder.
         device: None for the best there is.
         crf_jobs: processes for the CRF.
-        not_before: entries made before this time (seconds since 1970) are made again.
+        run: the name of a run that overwrites: entries that it did not make are made again.
         report: called with a line of text whenever there is something new to say about a stage in progress.
         progress: of the trainings, see `drs_lib.train.fit`.
     """
@@ -311,7 +315,7 @@ class Pipeline:
         store: RunStore | str | Path | None = None,
         device: str | None = None,
         crf_jobs: int = 1,
-        not_before: float | None = None,
+        run: str | None = None,
         report: Callable[[str], None] | None = None,
         progress: bool | Callable[..., None] = False,
     ):
@@ -323,7 +327,7 @@ class Pipeline:
             self.data = open_data(data, self.budget, root, self.store.root / "voc-labels")
         else:
             self.data = data
-        self.seed, self.device, self.crf_jobs, self.not_before = seed, device, crf_jobs, not_before
+        self.seed, self.device, self.crf_jobs, self.run = seed, device, crf_jobs, run
         first = distributed.rank() == 0
         self._report = report if report and first else (lambda text: None)
         self._progress = progress if first else False
@@ -432,8 +436,7 @@ class Pipeline:
     def has(self, name: str, configuration: Configuration) -> bool:
         """Whether this configuration's stage of that name is in the store, unverified; makes nothing."""
         stage = self.stage(name, configuration)
-        made = self.store.made_at(stage.name, stage.key)
-        return made is not None and (self.not_before is None or made >= self.not_before)
+        return self.store.has(stage.name, stage.key, self.run)
 
     def get(self, stage: Stage, overwrite: bool = False) -> Entry:
         """The stage's entry, made if it is not in the store. overwrite: made again, from the stored stages
@@ -444,11 +447,7 @@ class Pipeline:
         return self._get(stage, overwrite)
 
     def _get(self, stage, overwrite=False, before=lambda: None):
-        not_before = time.time() if overwrite else self.not_before
-        if overwrite:
-            self._checkpoint(stage).remove()
-        made = self.store.made_at(stage.name, stage.key)
-        if made is None or (not_before is not None and made < not_before):
+        if overwrite or not self.store.has(stage.name, stage.key, self.run):
             for parent in stage.parents:
                 self.get(parent)
 
@@ -457,6 +456,8 @@ class Pipeline:
         def make(writer):
             self._stop_if_orphaned()
             self._report(stage.title)
+            if overwrite:
+                self._checkpoint(stage).remove()
             before()
             stage.make(writer)
             writer.note(device=str(self._device))
@@ -468,7 +469,8 @@ class Pipeline:
             stage.inputs,
             make,
             version=STAGE_VERSIONS[stage.name],
-            not_before=not_before,
+            overwrite=overwrite,
+            run=self.run,
         )
         if finished:
             self._checkpoint(stage).remove()  # only now that the entry is published
@@ -515,10 +517,8 @@ class Pipeline:
             stage.make(_NoWriter())
 
     def _found(self, stage):
-        entry = self.store.get(stage.name, stage.config, stage.inputs, STAGE_VERSIONS[stage.name])
-        if entry is not None and self.not_before is not None and entry.meta["made_at"] < self.not_before:
-            return None
-        return entry
+        version = STAGE_VERSIONS[stage.name]
+        return self.store.get(stage.name, stage.config, stage.inputs, version, self.run)
 
     def _classify(self, configuration):
         recipe = self._classify_recipe(configuration)
@@ -658,17 +658,16 @@ class Pipeline:
         return self._derived("evaluate", configuration, {}, parents, make, data=_content(self.data.val))
 
     def _evaluate_crf(self, configuration):
-        crf = self.budget.crf(configuration.network)
+        crf, engine = self.budget.crf(configuration.network), self.budget.crf_engine
 
         def make(writer):
-            result = self._segmentation_result(configuration, crf=crf, jobs=self.crf_jobs)
+            result = self._segmentation_result(configuration, crf=crf, engine=engine, jobs=self.crf_jobs)
             scores = {key: result[f"{key}_crf"] for key in ("miou", "iou")}
-            writer.note(engine=pick_engine(device=self._device))
             writer.json("scores.json", _segmentation_scores(scores, self.data.val))
 
-        parents = {"segment": self._segment(configuration)}
+        config, parents = asdict(crf) | {"engine": engine}, {"segment": self._segment(configuration)}
         return self._derived(
-            "evaluate_crf", configuration, asdict(crf), parents, make, data=_content(self.data.val)
+            "evaluate_crf", configuration, config, parents, make, data=_content(self.data.val)
         )
 
     def _trained(self, name, configuration, recipe, make, parents=None, **inputs):
@@ -730,7 +729,7 @@ class Pipeline:
     def _checkpoint(self, stage):
         from drs_lib.checkpoint import Checkpoint
 
-        return Checkpoint(self.store.root / "checkpoints" / f"{stage.name}-{stage.key}.pt")
+        return Checkpoint(self.store.root / "checkpoints" / f"{stage.name}-{stage.key}.pt", self.run)
 
     @property
     def _image_cache(self):

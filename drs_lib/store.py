@@ -19,6 +19,7 @@ import logging
 import os
 import platform
 import re
+import secrets
 import shutil
 import stat
 import time
@@ -202,10 +203,18 @@ class RunStore:
 
     def made_at(self, stage: str, key: str) -> float | None:
         """When the making of this entry began (seconds since 1970), unverified; None if it is not there."""
+        return self._meta(stage, key).get("made_at")
+
+    def has(self, stage: str, key: str, run: str | None = None) -> bool:
+        """Whether this entry is there, unverified; with a run's name, whether that run made it."""
+        meta = self._meta(stage, key)
+        return meta.get("made_at") is not None and _made_by(meta, run)
+
+    def _meta(self, stage, key):
         try:
-            return json.loads((self.folder(stage, key) / META).read_text(encoding="utf-8"))["made_at"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+            return dict(json.loads((self.folder(stage, key) / META).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return {}
 
     def metas(self, stage: str) -> list[dict]:
         """What ``meta.json`` says of every entry of a stage (configuration, inputs, date, ...), oldest first;
@@ -221,13 +230,22 @@ class RunStore:
                 continue  # damaged: `get` tells
         return sorted(found, key=lambda meta: (meta["made_at"], meta["key"]))
 
-    def get(self, stage: str, config: Mapping, inputs: Mapping[str, str], version: int = 1) -> Entry | None:
-        """The verified entry, or None where there is none or a damaged one (which is left as it is)."""
+    def get(
+        self,
+        stage: str,
+        config: Mapping,
+        inputs: Mapping[str, str],
+        version: int = 1,
+        run: str | None = None,
+    ) -> Entry | None:
+        """The verified entry, or None where there is none, none of that run if one is named, or a damaged one
+        (which is left as it is)."""
         try:
-            return self._read(self.folder(stage, self.key(stage, config, inputs, version)))
+            entry = self._read(self.folder(stage, self.key(stage, config, inputs, version)))
         except _Damaged as damage:
             _log.info("%s", damage)
             return None
+        return entry if entry is not None and _made_by(entry.meta, run) else None
 
     def get_or_make(
         self,
@@ -238,7 +256,7 @@ class RunStore:
         *,
         version: int = 1,
         overwrite: bool = False,
-        not_before: float | None = None,
+        run: str | None = None,
     ) -> Entry:
         """Reads the entry of this stage, configuration and inputs, or makes it by ``make(writer)``.
 
@@ -247,8 +265,8 @@ class RunStore:
             config, inputs: JSON values; inputs are the keys or fingerprints of what the stage reads.
             make: writes the entry's files through the `EntryWriter` it is given.
             overwrite: make it again in any case.
-            not_before: make it again if it was begun before this time (seconds since 1970), so that the jobs
-                of one run that share a stage make it again only once between them.
+            run: make it again if it doesn't carry this name, and give it the name, so that the jobs of one
+                run that share a stage make it again only once between them, whatever their clocks say.
 
         A damaged entry is set aside as ``<key>.damaged-<n>`` with a warning and made again.
 
@@ -263,22 +281,17 @@ class RunStore:
                 entry = self._read(folder)
             except _Damaged:
                 entry = None  # looked at again, and set aside, under the lock
-            if entry is not None and _recent(entry, not_before):
+            if entry is not None and _made_by(entry.meta, run):
                 return entry
         with self._lock(stage, key):
             entry = self._whole(folder)
-            if entry is not None and not overwrite and _recent(entry, not_before):
+            if entry is not None and not overwrite and _made_by(entry.meta, run):
                 return entry
             meta = {"stage": stage, "version": version, "key": key, "config": config, "inputs": inputs}
-            return self._make(folder, meta, make, not_before, entry)
+            return self._make(folder, meta | {"run": run}, make, entry)
 
     def _make(
-        self,
-        folder: Path,
-        meta: dict,
-        make: Callable[[EntryWriter], None],
-        not_before: float | None = None,
-        replaced: Entry | None = None,
+        self, folder: Path, meta: dict, make: Callable[[EntryWriter], None], replaced: Entry | None
     ) -> Entry:
         for left in folder.parent.glob(f".tmp-{folder.name}-*"):
             if abandoned(left):
@@ -302,7 +315,7 @@ class RunStore:
             files = {p.relative_to(temporary).as_posix(): _facts(p) for p in _files_of(temporary)}
             writer.json(MANIFEST, files)
             _flush(temporary)
-            self._publish(temporary, folder, not_before, replaced)
+            self._publish(temporary, folder, meta["run"], replaced)
         except OSError as error:
             if error.errno in _FULL:
                 written = sum(p.stat().st_size for p in _files_of(temporary))
@@ -318,9 +331,7 @@ class RunStore:
             )
         return entry
 
-    def _publish(
-        self, temporary: Path, folder: Path, not_before: float | None, replaced: Entry | None
-    ) -> None:
+    def _publish(self, temporary: Path, folder: Path, run: str | None, replaced: Entry | None) -> None:
         """Moves a finished entry to its place, and the one it replaces away. One that another process put
         there meanwhile, which happens without locks, is kept."""
         moved = []
@@ -335,7 +346,7 @@ class RunStore:
             if found is None:
                 time.sleep(_PAUSE)  # a network file system shows it later
                 continue
-            if _recent(found, not_before) and (replaced is None or found.meta != replaced.meta):
+            if _made_by(found.meta, run) and (replaced is None or found.meta != replaced.meta):
                 _log.info("another process was first with %s; its entry is kept", folder)
                 break
             moved.append(temporary.with_name(f"{temporary.name}-old{len(moved)}"))
@@ -524,8 +535,13 @@ def _locks_missing(path: Path) -> str | None:
     return None
 
 
-def _recent(entry: Entry, not_before: float | None) -> bool:
-    return not_before is None or entry.meta["made_at"] >= not_before
+def run_name(overwrite: bool | str) -> str | None:
+    """The name of a run that overwrites: the one given, a new one for True, None for False."""
+    return secrets.token_hex(4) if overwrite in (True, "") else overwrite or None
+
+
+def _made_by(meta: Mapping, run: str | None) -> bool:
+    return run is None or meta.get("run") == run
 
 
 def _canonical(value: Any) -> bytes:

@@ -181,6 +181,42 @@ def test_an_overwritten_training_begins_anew(tmp_path):
     assert steps_of() == []
 
 
+def test_a_run_that_overwrites_goes_on_from_its_own_checkpoints_alone(tmp_path):
+    budget = get_budget("ci")
+    budget = budget.replace(classify=budget.classify.replace(epochs=2))
+    configuration, epoch = Configuration(drs_layers=()), budget.train_images // budget.classify.batch
+
+    def steps_of(run, kill=None, store=tmp_path):
+        steps = []
+
+        def progress(title, step, total, number, loss):
+            steps.append(step)
+            if step == kill:
+                raise Killed
+
+        line = Pipeline("critters", budget, store=store, run=run, progress=progress)
+        try:
+            found = line.classifier(configuration).state_dict()
+        except Killed:
+            found = None
+        return steps, found
+
+    whole, rest = list(range(1, 2 * epoch + 1)), list(range(epoch + 1, 2 * epoch + 1))
+    _, expected = steps_of(None, store=tmp_path / "undisturbed")
+    steps_of(None)
+    shutil.rmtree(tmp_path / "classify")
+    for run, begins in ((None, 1), ("monday", 1), ("monday", epoch + 1), ("tuesday", 1)):
+        steps, found = steps_of(run, kill=epoch + 1)
+        assert (steps[0], found) == (begins, None), run
+    steps, found = steps_of("tuesday")
+    assert steps == rest and all(torch.equal(found[k], v) for k, v in expected.items())
+    assert steps_of("tuesday")[0] == steps_of(None)[0] == [], (
+        "it is its own, and nobody else's to train again"
+    )
+    assert steps_of("wednesday")[0] == whole
+    assert not list((tmp_path / "checkpoints").glob("*"))
+
+
 def test_a_checkpoint_that_cannot_be_written_does_not_end_the_training(tmp_path, caplog):
     (tmp_path / "file").write_text("in the way")
     checkpoint = Checkpoint(tmp_path / "file" / "state.pt")

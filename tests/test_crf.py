@@ -336,10 +336,16 @@ def test_attention_needs_no_pydensecrf_and_no_processes(monkeypatch):
         dense_crf(*items[0], SMALL)
 
 
-def test_the_engine_follows_the_device(monkeypatch):
+@pytest.mark.parametrize("device", [None, "cpu", "cuda:1", "mps"])
+def test_no_device_picks_another_engine(monkeypatch, device):
+    """Not even where pydensecrf is missing: the two need not score the same."""
+    probabilities, image = scene()
     monkeypatch.setattr(crf, "available", lambda: True)
-    chosen = [crf.pick_engine(device=device) for device in (None, "cpu", "cuda:1", "mps")]
-    assert chosen == ["lattice", "lattice", "attention", "attention"]
-    assert crf.pick_engine("lattice", "cuda") == "lattice"
-    with pytest.raises(ValueError, match="'lattice', 'attention'"):
-        crf.pick_engine("permutohedral")
+    monkeypatch.setattr(crf, "_infer", lambda *arguments: "pydensecrf's")
+    assert dense_crf(probabilities, image, SMALL, device=device) == "pydensecrf's"
+    monkeypatch.setattr(crf, "available", lambda: False)
+    with pytest.raises(RuntimeError, match="pip install pydensecrf2"):
+        dense_crf(probabilities, image, SMALL, device=device)
+    for engine in ("permutohedral", None):
+        with pytest.raises(ValueError, match="'lattice', 'attention'"):
+            dense_crf(probabilities, image, SMALL, engine, device)

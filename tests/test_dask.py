@@ -64,9 +64,11 @@ def client(tmp_path_factory, notes):
         yield client
 
 
-def on_cluster(store, budget=None, number=3):
+def on_cluster(store, budget=None, number=3, overwrite=False):
     with joblib.parallel_config(backend="dask"):
-        return run_table(number, budget=budget or tiny_budget(), store=store, progress=False)
+        return run_table(
+            number, budget=budget or tiny_budget(), store=store, overwrite=overwrite, progress=False
+        )
 
 
 def noted(notes):
@@ -135,6 +137,40 @@ def test_a_run_of_this_machine_beside_that_of_the_cluster(client, notes, alone, 
     pd.testing.assert_frame_equal(theirs.result(), alone[1])
     there = [(stage, key) for stage, key, _ in noted(notes)[before:]]
     assert sorted(here + there) == stored(alone[0]), "no stage was made by both"
+
+
+class LateClock(distributed.WorkerPlugin):
+    """A worker whose clock is three hours behind that of the one who gives the command."""
+
+    name = "late-clock"
+
+    def setup(self, worker):
+        from types import SimpleNamespace
+
+        from drs_lib import store
+
+        kept = {name: getattr(time, name) for name in ("perf_counter", "sleep")}
+        self.store, self.clock = store, store.time
+        store.time = SimpleNamespace(**kept, time=lambda: time.time() - 3 * 3600)
+
+    def teardown(self, worker):
+        self.store.time = self.clock
+
+
+def test_rows_that_overwrite_share_their_trainings_whatever_the_workers_clocks_say(
+    client, notes, alone, tmp_path
+):
+    shutil.copytree(alone[0].root, tmp_path / "runs")
+    store, before = RunStore(tmp_path / "runs"), len(noted(notes))
+    client.register_plugin(LateClock())
+    try:
+        table = on_cluster(store, overwrite=True)
+    finally:
+        client.unregister_worker_plugin("late-clock")
+    pd.testing.assert_frame_equal(table, alone[1])
+    assert sorted((stage, key) for stage, key, _ in noted(notes)[before:]) == stored(alone[0])
+    latest = max(store.made_at(stage, key) for stage, key in stored(store))
+    assert latest < time.time() - 2 * 3600, "it was the workers' clocks"
 
 
 def test_a_failing_row_costs_no_other_row(client, alone, tmp_path):

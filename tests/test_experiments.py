@@ -1,5 +1,6 @@
 """Stages, jobs and tables: what is shared, what is measured, what happens when things go wrong."""
 
+import json
 import math
 import multiprocessing
 import os
@@ -549,7 +550,9 @@ def test_a_full_disk_ends_the_run(tmp_path, monkeypatch):
     assert len(tried) == 1, "no other row trains in vain"
 
 
-def test_progress_is_shown_and_overwrite_makes_each_stage_again_once(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("hours", [0, -3, 3])
+def test_progress_is_shown_and_overwrite_makes_each_stage_again_once(tmp_path, monkeypatch, capsys, hours):
+    """Whatever the clock says of the machine that makes them, and that of the one that gave the command."""
     splits, budget, made = tiny_splits(), tiny_budget(), []
     options = dict(store=tmp_path, jobs=1)
     first = run_table(3, splits, budget, **options)
@@ -561,10 +564,42 @@ def test_progress_is_shown_and_overwrite_makes_each_stage_again_once(tmp_path, m
         made.append((meta["stage"], meta["key"]))
         return make(self, folder, meta, *rest)
 
+    class Clock:
+        perf_counter, sleep = time.perf_counter, time.sleep
+        time = staticmethod(lambda: time.time() + 3600 * hours)
+
     monkeypatch.setattr(RunStore, "_make", noted)
+    monkeypatch.setattr("drs_lib.store.time", Clock)
     again = run_table(3, splits, budget, overwrite=True, progress=False, **options)
     assert sorted(made) == sorted(stored(RunStore(tmp_path))), "every stage once, however many rows share it"
     pd.testing.assert_frame_equal(first, again)
+
+
+def test_a_run_that_overwrites_goes_on_by_its_name(tmp_path, monkeypatch, capsys):
+    """The second row's training fails; what was finished is read when the run is started again."""
+    options = dict(data=tiny_splits(), budget=tiny_budget(), store=RunStore(tmp_path), jobs=1, progress=False)
+    first = run_table(3, **options)
+    metas = {entry: folder / "meta.json" for entry, folder in stored(options["store"]).items()}
+
+    def runs():
+        return {entry: json.loads(path.read_text())["run"] for entry, path in metas.items()}
+
+    def failing(*args, **kwargs):
+        raise ValueError("no refinement today")
+
+    assert set(runs().values()) == {None}
+    with monkeypatch.context() as patch, pytest.raises(RowsFailed) as failed:
+        patch.setattr("drs_lib.train.train_refinement", failing)
+        run_table(3, **options, overwrite=True)
+    [name] = set(runs().values()) - {None}
+    assert f"the same command (with overwrite '{name}') goes on" in str(failed.value)
+    before, made = runs(), {entry: path.read_text() for entry, path in metas.items()}
+    pd.testing.assert_frame_equal(run_table(3, **options, overwrite=name), first)
+    assert set(runs().values()) == {name}
+    kept = {entry for entry, path in metas.items() if path.read_text() == made[entry]}
+    assert kept == {entry for entry, run in before.items() if run == name} and 0 < len(kept) < len(metas)
+    run_table(3, **options, overwrite=True)
+    assert not {None, name} & set(runs().values()) and len(set(runs().values())) == 1
 
 
 def test_seeds(finished):
@@ -586,6 +621,30 @@ def test_without_the_crf_its_columns_are_empty_and_say_why(finished, monkeypatch
     assert table["with CRF"].isna().all() and "pydensecrf" in table.attrs["CRF"]
     assert "not available" in format_table(table)
     pd.testing.assert_series_equal(table["measured"], tables[4]["measured"])
+
+
+def test_the_crf_s_engine_is_part_of_the_stage_s_key(finished, monkeypatch):
+    """A score stored by one engine is never shown for the other's, whatever device and package there are."""
+    store, tables, splits, budget = finished
+    by = {engine: budget.replace(crf_engine=engine) for engine in ("lattice", "attention")}
+    assert budget == by["lattice"] and get_budget("paper", "voc").crf_engine == "lattice"
+    lines = {engine: Pipeline(splits, by[engine], store=store) for engine in by}
+    stages = {engine: {s.name: s.key for s in line.stages(CAM, ("crf",))} for engine, line in lines.items()}
+    crf_keys = {engine: keys.pop("evaluate_crf") for engine, keys in stages.items()}
+    assert len(set(crf_keys.values())) == 2 and stages["lattice"] == stages["attention"]
+    for device in (None, "cpu", "cuda"):
+        line = Pipeline(splits, budget, store=store, device=device)
+        assert line.stage("evaluate_crf", CAM).key == crf_keys["lattice"]
+    monkeypatch.setattr("drs_lib.crf.available", lambda: False)
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.cuda.is_available", lambda: True)
+        assert "crf" not in experiments._measures((4,), budget)[4], "no silent change to the other engine"
+    assert lines["attention"].scores(CAM, ("crf",))["crf"]["miou"] >= 0
+    table = experiments.stored_table(4, lines["attention"])
+    assert "CRF engine: attention" in format_table(table) and "not available" not in format_table(table)
+    assert "CRF engine" not in format_table(tables[4])
+    with pytest.raises(ValueError, match="crf_engine is 'dense'"):
+        budget.replace(crf_engine="dense")
 
 
 def test_with_the_crf_it_has_a_column_of_its_own(finished):
@@ -688,6 +747,7 @@ def test_the_command_line(finished, tmp_path, monkeypatch, capsys):
     arguments = ["--tables", "1", "3", "--seeds", "0", "1", "--jobs", "2", "--budget", "ci"]
     assert main(["course", *arguments, "--out", str(out), "--no-figures"]) == 0
     assert seen["numbers"] == [1, 3] and seen["seeds"] == [0, 1] and seen["jobs"] == 2
+    assert seen["overwrite"] is None and seen["budget"].crf_engine == "lattice"
     assert sorted(p.name for p in out.iterdir()) == ["table1.csv", "table1.json", "table3.csv", "table3.json"]
     output = capsys.readouterr().out
     assert "Table 1" in output and "Table 3" in output and "minutes" in output and str(out) in output
@@ -696,7 +756,10 @@ def test_the_command_line(finished, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiments, "REFERENCE", tmp_path / "reference")
     assert main(["reference", "--tables", "3"]) == 0
     pd.testing.assert_frame_equal(reference_table(3), tables[3])
+    assert main(["course", "--crf-engine", "attention", "--out", str(out), "--no-figures"]) == 0
+    assert seen["budget"].crf_engine == "attention"
     for bad in (
+        ["--crf-engine", "dense"],
         ["--tables", "5"],
         ["--jobs", "0"],
         ["--seeds", "-1"],
@@ -706,6 +769,23 @@ def test_the_command_line(finished, tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as stopped:
             main(["course", *bad])
         assert stopped.value.code == 2
+
+
+def test_the_command_line_names_a_run_that_overwrites(tmp_path, monkeypatch, capsys):
+    given = []
+
+    def stopped(numbers, overwrite, **options):
+        given.append(overwrite)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("drs_lib.__main__.run_tables", stopped)
+    for arguments in (["--overwrite"], ["--overwrite", "monday"], ["--overwrite", ""], ["--overwrite"]):
+        assert main(["course", "--store", str(tmp_path), *arguments]) == 130
+        output, name = capsys.readouterr(), given[-1]
+        assert f"--overwrite {name} goes on" in output.out and f"with --overwrite {name} goes" in output.err
+    assert given[1] == "monday" and len(set(given)) == 4 and all(given)
+    assert main(["course", "--store", str(tmp_path)]) == 130 and given[-1] is None
+    assert "overwrite" not in "".join(capsys.readouterr())
 
 
 def test_figures_are_drawn_again_when_their_stages_were_made_again(finished, tmp_path, monkeypatch):
@@ -798,7 +878,7 @@ def test_a_table_row_by_row(finished, tmp_path):
     again = {e: (f / "meta.json").read_text() for e, f in stored(line.store).items()}
     assert again.keys() == made.keys()
     assert {e for e in made if again[e] != made[e]} == set(before)
-    assert line.not_before is None
+    assert line.run is None
     with pytest.raises(ValueError, match="Table 1 has no row for CAM"):
         experiments.run_row(1, CAM, line)
 
@@ -812,9 +892,7 @@ def test_what_is_in_the_store_is_told_without_making_it(finished, tmp_path):
     assert not Pipeline(splits, budget, store=store, seed=7).has("classify", CAM)
     empty = Pipeline(splits, budget, store=tmp_path / "runs")
     assert not any(empty.has(*stage) for stage in stages) and not empty.store.root.exists()
-    made = store.made_at("classify", line.stage("classify", CAM).key)
-    for not_before, there in ((made, True), (made + 1, False)):
-        assert Pipeline(splits, budget, store=store, not_before=not_before).has("classify", CAM) == there
+    assert not Pipeline(splits, budget, store=store, run="another").has("classify", CAM)
     with pytest.raises(ValueError, match="its refine is False"):
         line.has("refine", CAM)
 

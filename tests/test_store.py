@@ -99,7 +99,7 @@ def test_get_does_not_make(store):
     assert store.get("classify", CONFIG, INPUTS).path == made.path
 
 
-def test_overwrite_and_not_before(store):
+def test_overwrite_and_runs(store, monkeypatch):
     values = iter(range(10))
 
     def make(writer):
@@ -109,11 +109,29 @@ def test_overwrite_and_not_before(store):
         return store.get_or_make("classify", CONFIG, INPUTS, make, **options).json("metrics.json")
 
     assert [value(), value(), value(overwrite=True), value()] == [0, 0, 1, 1]
-    now = time.time()
-    assert [value(not_before=now), value(not_before=now)] == [2, 2]
-    assert entries(store) == [store.key("classify", CONFIG, INPUTS)]
-    assert store.made_at("classify", store.key("classify", CONFIG, INPUTS)) >= now
-    assert store.made_at("classify", "none") is None
+    now, key = time.time(), store.key("classify", CONFIG, INPUTS)
+    assert [value(run="a"), value(run="a"), value()] == [2, 2, 2]
+    assert [store.has("classify", key, run) for run in (None, "a", "b")] == [True, True, False]
+    assert store.get("classify", CONFIG, INPUTS, run="b") is None
+    assert store.get("classify", CONFIG, INPUTS, run="a").meta["run"] == "a"
+    assert entries(store) == [key] and store.made_at("classify", key) >= now
+    assert store.made_at("classify", "none") is None and not store.has("classify", "none")
+    # Another machine's clock, hours behind, changes nothing.
+    monkeypatch.setattr(store_module.time, "time", lambda: now - 10_000)
+    assert [value(run="b"), value(run="b"), value(run="a"), value(overwrite=True, run="a")] == [3, 3, 4, 5]
+    assert store.made_at("classify", key) == now - 10_000 and store.has("classify", key, "a")
+
+
+def test_an_entry_that_names_no_run_was_made_by_none(store):
+    """As they were written before there were names."""
+    entry = store.get_or_make("classify", CONFIG, INPUTS, fill)
+    (entry.path / META).write_text(json.dumps({k: v for k, v in entry.meta.items() if k != "run"}))
+    files = entry.files | {META: store_module._facts(entry.path / META)}
+    (entry.path / MANIFEST).write_text(json.dumps(files))
+    assert store.get("classify", CONFIG, INPUTS) is not None and store.has("classify", entry.key)
+    assert store.get("classify", CONFIG, INPUTS, run="a") is None and not store.has(
+        "classify", entry.key, "a"
+    )
 
 
 def test_metas_tell_what_is_there_oldest_first(store):
