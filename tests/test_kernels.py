@@ -33,12 +33,13 @@ SHAPES = [
 DELTA = 0.5371
 
 
-@pytest.fixture(params=[1, 2], ids=["one_thread", "two_threads"])
+@pytest.fixture(params=["one_thread", "two_threads", "pool"])
 def threads(request, monkeypatch):
     monkeypatch.setattr("drs_lib.kernels.cpu.SMALLEST_PART", 64)
+    monkeypatch.setattr("drs_lib.kernels.cpu._forked", request.param == "pool")
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
+    torch.set_num_threads(1 if request.param == "one_thread" else 2)
+    yield
     torch.set_num_threads(before)
 
 
@@ -303,6 +304,34 @@ def _work(x, weight):
 def job():
     torch.manual_seed(0)
     return torch.randn(4, 16, 48, 48).contiguous(memory_format=torch.channels_last), 0.1 * torch.randn(16, 16)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch may have no OpenMP")
+def test_torch_s_own_threads_do_the_work():
+    code = """if True:
+        import psutil, torch
+        from drs_lib.drs import suppress
+        from drs_lib.kernels import cpu
+        cpu.SMALLEST_PART = 64
+        torch.set_num_threads(2)
+        x = torch.rand(4, 8, 300, 300)
+        suppress(x[:1, :1, :2, :2].contiguous(), 0.5), x.relu()
+        before = psutil.Process().num_threads()
+        suppress(x, 0.5)
+        print(psutil.Process().num_threads() - before, cpu._pool)
+    """
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["0", "None"]
+
+
+def test_what_a_loop_raises_in_a_thread_is_raised(threads):
+    from drs_lib.kernels import cpu
+
+    def interrupted(rows):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cpu._run(interrupted, np.zeros((8, 64)))
 
 
 def test_python_threads_may_call_at_once(job, threads):

@@ -8,17 +8,21 @@ vectorises across channels. In channels-last memory that is the map as it lies t
 plane is read as rows of ``LANES`` neighbours, and the lanes are reduced at the end. Sums are float32
 within a block of positions and float64 across blocks.
 
-The loops release the GIL and are spread over the batch by a thread pool. Threads fetch small parts until
-none is left: torch's own threads go on spinning for a while after their work, and a helper that starts late
-for it holds nobody up. numba's threading layers differ between platforms, and its portable one aborts when
-two threads call at once.
+The loops release the GIL and are spread over the batch by torch's own OpenMP threads: after their work these
+go on spinning for a while, and threads of ours would have to share their cores. Threads fetch parts until
+none is left, so that one that comes late holds nobody up. Where torch has no OpenMP (Windows), and after a
+fork, a pool of threads does it. numba's threading layers differ between platforms, and its portable one
+aborts when two threads call at once.
 """
 
+import ctypes
 import os
 import sys
 import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -205,26 +209,48 @@ def spread_planes(y, share, gx):
             gx[i, p] += np.float32(0) if _dead(y[i, p]) else s
 
 
-_pool = None
-_pool_lock = threading.Lock()
+_pool, _pool_lock, _forked = None, threading.Lock(), False
+_BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
-def _threads():
-    global _pool
-    with _pool_lock:
-        if _pool is None:
-            _pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="drs_lib")
-        return _pool
+@cache
+def _openmp():
+    """The function by which compiled code starts torch's own threads; None where torch has others."""
+    for library in (*Path(torch.__file__).parent.glob("lib/lib*omp*"), "libgomp.so.1"):
+        try:
+            start = ctypes.CDLL(str(library)).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        start.argtypes, start.restype = [_BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+        return start
+    return None
 
 
 def _forget_threads():
-    """Threads do not survive a fork, and the lock may have been held in the parent."""
-    global _pool, _pool_lock
-    _pool, _pool_lock = None, threading.Lock()
+    """Threads do not survive a fork, OpenMP's can't be made again, and the lock may have been held."""
+    global _pool, _pool_lock, _forked
+    _pool, _pool_lock, _forked = None, threading.Lock(), True
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_threads)
+
+
+def _in_threads(work, threads):
+    """Calls ``work`` in as many threads at the same time, the present one among them; some may come late."""
+    global _pool
+    start = None if _forked else _openmp()
+    if start is not None:
+        start(_BODY(lambda _: work()), None, threads, 0)
+        return
+    with _pool_lock:
+        if _pool is None:
+            _pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="drs_lib")
+        helpers = [_pool.submit(work) for _ in range(threads - 1)]
+    work()
+    for helper in helpers:
+        if not helper.cancel():
+            helper.result()
 
 
 def _run(loop, *arrays):
@@ -236,20 +262,20 @@ def _run(loop, *arrays):
         return
     cuts = [rows * i // parts for i in range(parts + 1)]
     waiting = deque([a[start:stop] for a in arrays] for start, stop in zip(cuts[:-1], cuts[1:], strict=True))
+    errors = []
 
-    def fetch():
-        while True:
-            try:
-                part = waiting.popleft()
-            except IndexError:
-                return
-            loop(*part)
+    def work():
+        try:
+            while waiting:
+                loop(*waiting.popleft())
+        except IndexError:  # another thread took the last part
+            pass
+        except BaseException as error:  # OpenMP's threads have nobody to raise it to
+            errors.append(error)
 
-    helpers = [_threads().submit(fetch) for _ in range(min(threads, parts) - 1)]
-    fetch()
-    for helper in helpers:
-        if not helper.cancel():
-            helper.result()
+    _in_threads(work, threads)  # all of them: OpenMP ends those that a smaller team leaves out
+    if errors:
+        raise errors[0]
 
 
 class _Layout:
