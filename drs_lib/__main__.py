@@ -1,4 +1,5 @@
-"""The command line: ``python -m drs_lib course`` measures the paper's tables, ``reference`` keeps them."""
+"""The command line: ``python -m drs_lib course`` measures the paper's tables, ``reference`` keeps them;
+``download`` fetches VOC and weights, ``verify`` measures the authors' released networks."""
 
 import argparse
 import hashlib
@@ -21,6 +22,9 @@ from drs_lib.paper import table_rows
 from drs_lib.pipeline import BUDGETS, Pipeline, get_budget
 from drs_lib.recipes import COMPILE, PRECISIONS
 from drs_lib.store import RunStore, run_name
+
+# The keys of `drs_lib.data.download.FILES`, which would load torch.
+DOWNLOADS = ("vgg16", "resnet101", "drs", "refine", "coco", "deeplab", "voc", "aug", "saliency", "labels")
 
 
 def _parser():
@@ -69,6 +73,27 @@ def _parser():
             help="train again what is in the store; RUN: go on with the run of that name that was stopped",
         )
         command.add_argument("--quiet", action="store_true", help="no progress bar")
+    fetch = commands.add_parser("download", help="fetch VOC, masks, saliency maps and weights")
+    fetch.add_argument("--root", default="data", metavar="DIR", help="where VOC2012 is to be; default: data")
+    fetch.add_argument("--only", nargs="+", metavar="WHAT", help=f"some of {' '.join(DOWNLOADS)}")
+    fetch.add_argument(
+        "--mirror", metavar="URL", help="another place of one file, or a folder with all of them"
+    )
+    fetch.add_argument(
+        "--local", nargs="+", default=(), metavar="PATH",
+        help="copies that you have, under their own names, or folders with such",
+    )  # fmt: skip
+    fetch.add_argument(
+        "--sbd", action="store_true",
+        help="make the augmented masks from the Semantic Boundaries Dataset; needs SciPy",
+    )  # fmt: skip
+    check = commands.add_parser("verify", help="measure the authors' released networks and labels on VOC")
+    check.add_argument("--voc-root", default="data", metavar="DIR", help="default: data")
+    check.add_argument("--limit", type=_positive, metavar="N", help="the first N images only, for a try")
+    check.add_argument(
+        "--jobs", type=_positive, metavar="N", help="processes for the CRF; default: all cores"
+    )
+    check.add_argument("--store", metavar="DIR", help="the run store; default: $DRS_STORE, else ./runs")
     course.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="default: results")
     course.add_argument("--no-figures", dest="figures", action="store_false", help="tables only")
     return parser
@@ -96,6 +121,11 @@ def _budget(options):
     if options.crf_engine:
         budget = budget.replace(crf_engine=options.crf_engine)
     if options.aspp_weights:
+        if options.aspp_weights not in ("pretrained", "coco") and not Path(options.aspp_weights).is_file():
+            from drs_lib.data.download import weights_folder
+
+            if (fetched := weights_folder() / options.aspp_weights).is_file():
+                options.aspp_weights = str(fetched)
         aspp = budget.aspp.replace(weights=options.aspp_weights)
         budget = budget.replace(aspp=aspp)
         if options.aspp_weights not in ("pretrained", "coco"):
@@ -129,6 +159,24 @@ def _figures(options, store):
     return folder
 
 
+def _on_voc(command, options):
+    """The commands download and verify."""
+    from drs_lib.data.download import download
+    from drs_lib.verify import verify
+
+    try:
+        if command == "download":
+            download(**options)
+            return 0
+        return int(None in verify(**options).values())
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; what is finished is kept, the same command goes on from there", file=sys.stderr)
+        return 130
+
+
 def main(arguments=None):
     """Runs the command line; returns the exit status: 0, or 1 if anything failed."""
     for stream in (sys.stdout, sys.stderr):
@@ -136,6 +184,9 @@ def main(arguments=None):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     options = _parser().parse_args(arguments)
+    if options.command in ("download", "verify"):
+        given = vars(options)
+        return _on_voc(given.pop("command"), given)
     began = time.perf_counter()
     store = RunStore(options.store)
     failed, run = None, run_name(options.overwrite)

@@ -257,7 +257,7 @@ def open_data(
         if voc_root is None:
             raise ValueError(
                 "data 'voc' needs the folder VOC 2012 is in: voc_root (--voc-root DIR, or make course "
-                "DATA=voc VOC_ROOT=DIR). 'python -m drs_lib.data.download --root DIR' puts it there."
+                "DATA=voc VOC_ROOT=DIR). 'python -m drs_lib download --root DIR' puts it there."
             )
         # The accuracy is measured on VOC's own 1,464 training images, as in the release.
         train, val, accuracy = (

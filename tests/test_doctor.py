@@ -101,9 +101,9 @@ def test_a_broken_device_weights_and_store(monkeypatch, tmp_path):
 def test_voc_is_looked_at_when_asked(tmp_path, voc_tree):
     assert "VOC 2012" not in [f.what for f in doctor.examine()]
     missing = finding("VOC 2012", voc_root=tmp_path / "nowhere")
-    assert missing.status == "missing" and "drs_lib.data.download --root" in missing.remedy
+    assert missing.status == "missing" and "drs_lib download --root" in missing.remedy
     half = finding("VOC 2012", voc_root=tmp_path)
-    assert half.status == "missing" and "drs_lib.data.download --root" in half.detail + half.remedy
+    assert half.status == "missing" and "drs_lib download --root" in half.detail + half.remedy
 
 
 def test_voc_without_saliency_maps_is_not_complete(tmp_path):

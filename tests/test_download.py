@@ -13,12 +13,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from filelock import FileLock
 from PIL import Image
+from torchvision.models import ResNet101_Weights, VGG16_Weights
 
 from conftest import write_voc_tree
+from drs_lib.__main__ import DOWNLOADS, main
 from drs_lib.data import VOC2012, download, voc_palette
-from drs_lib.data.download import download_voc, fetch, main
+from drs_lib.data.download import FILES, TREE, Remote, fetch
 from drs_lib.data.voc import read_list
 
 CONTENT = np.random.default_rng(0).bytes(3_000_000)
@@ -30,7 +33,7 @@ class Server:
 
     def __init__(self):
         self.files = {"data.bin": CONTENT}
-        self.requests = []
+        self.requests, self.paths = [], []
         self.ranges = True  # answers Range requests
         self.etag = '"one"'
         self.stop_after = []  # bytes after which the next answers break off
@@ -43,6 +46,7 @@ class Server:
 
             def do_GET(self):
                 server.requests.append(dict(self.headers))
+                server.paths.append(self.path)
                 content = server.files.get(self.path.rsplit("/", 1)[1])
                 if server.status or content is None:
                     return self.send_error(server.status or 404)
@@ -71,6 +75,13 @@ class Server:
         self.url = f"http://127.0.0.1:{self.httpd.server_address[1]}/data.bin"
 
 
+@pytest.fixture(autouse=True)
+def hub(tmp_path, monkeypatch):
+    """Torch hub's folder of checkpoints, which every test has to itself."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    return tmp_path / "hub" / "checkpoints"
+
+
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setattr(download, "PAUSE", 0)
@@ -83,7 +94,7 @@ def server(monkeypatch):
 
 
 def get(server, folder, md5=None):
-    return fetch(server.url, folder, md5=md5, progress=False)
+    return fetch(server.url, folder, known=md5 and f"md5:{md5}", progress=False)
 
 
 def test_download(server, tmp_path):
@@ -183,10 +194,9 @@ def test_no_space(server, tmp_path, monkeypatch):
 def test_local_files_are_used_in_place(tmp_path):
     path = tmp_path / "data.bin"
     path.write_bytes(CONTENT)
-    assert fetch(path, tmp_path / "x", md5=MD5) == path
-    assert fetch(path.as_uri(), tmp_path / "x", md5=MD5) == path
-    with pytest.raises(ValueError, match="expected 0+"):
-        fetch(path, tmp_path / "x", md5="0" * 32)
+    assert fetch(path, tmp_path / "x", known=f"md5:{MD5}") == path
+    with pytest.raises(ValueError, match=f"MD5 {MD5}, expected 0+"):
+        fetch(path, tmp_path / "x", known="md5:" + "0" * 32)
     assert path.exists() and not (tmp_path / "x").exists()
     with pytest.raises(FileNotFoundError, match="no file"):
         fetch(tmp_path / "nothing", tmp_path)
@@ -194,6 +204,10 @@ def test_local_files_are_used_in_place(tmp_path):
 
 # The archives below hold a tiny tree; the numbers of the real ones are replaced by its own.
 TRAIN, VAL, MORE = 5, 3, 4
+
+
+def with_checksum(kind, path):
+    return FILES[kind]._replace(known=f"md5:{hashlib.md5(path.read_bytes()).hexdigest()}")
 
 
 @pytest.fixture
@@ -213,8 +227,10 @@ def archives(tmp_path, monkeypatch):
     with tarfile.open(paths["voc"], "w") as tar:
         for folder in ("JPEGImages", "Annotations", "ImageSets", "SegmentationClass"):
             tar.add(source / folder, f"VOCdevkit/VOC2012/{folder}")
-    for kind, folder in (("aug", "SegmentationClassAug"), ("saliency", "saliency_map")):
-        paths[kind] = tmp_path / f"{folder}.zip"
+    shutil.copytree(source / "SegmentationClassAug", source / "refined_pseudo_segmentation_labels")
+    folders = ("SegmentationClassAug", "saliency_map", "refined_pseudo_segmentation_labels")
+    for kind, folder in zip(TREE[1:], folders, strict=True):
+        paths[kind] = tmp_path / FILES[kind].name
         with zipfile.ZipFile(paths[kind], "w") as archive:
             for file in sorted((source / folder).iterdir()):
                 archive.write(file, f"{folder}/{file.name}")
@@ -223,18 +239,13 @@ def archives(tmp_path, monkeypatch):
     monkeypatch.setattr(download, "VOC_IMAGES", TRAIN + VAL + MORE)
     for split, size in sizes.items():
         monkeypatch.setitem(download.VOC_LIST_SIZES, split, size)
-    monkeypatch.setattr(download, "VOC_MD5", hashlib.md5(paths["voc"].read_bytes()).hexdigest())
+    monkeypatch.setitem(FILES, "voc", with_checksum("voc", paths["voc"]))
     return {**paths, "source": source, "train": train[:TRAIN], "trainaug": train, "val": val}
 
 
-def install(archives, root, **other):
-    arguments = {
-        "voc_tar": archives["voc"],
-        "aug": archives["aug"],
-        "saliency": archives["saliency"],
-        **other,
-    }
-    return download_voc(root, progress=False, **arguments)
+def install(archives, root, only=TREE, **other):
+    local = [archives[kind] for kind in only if kind in TREE]
+    return download.download(root, only=only, local=local, progress=False, **other)
 
 
 def visible(folder):
@@ -255,23 +266,29 @@ def test_everything_from_local_files(archives, tmp_path, monkeypatch):
             )
             np.testing.assert_array_equal(ds.saliency(i), Image.open(source / "saliency_map" / f"{name}.png"))
     # A second run finds all in place and needs no archive.
-    for kind in ("voc", "aug", "saliency"):
+    assert len(os.listdir(tree / "refined_pseudo_segmentation_labels")) == TRAIN + MORE + VAL
+    for kind in TREE:
         archives[kind].unlink()
     install(archives, root)
 
 
-def test_from_a_server_and_a_mirror(archives, tmp_path, server):
+def test_from_a_server_and_a_mirror(archives, tmp_path, server, monkeypatch):
     base = server.url.rsplit("/", 1)[0]
-    server.files = {archives[kind].name: archives[kind].read_bytes() for kind in ("voc", "aug", "saliency")}
-    tree = download_voc(
-        tmp_path / "data",
-        mirror=base + "/mirror/",
-        aug=f"{base}/SegmentationClassAug.zip",
-        saliency=f"{base}/saliency_map.zip",
-        progress=False,
-    )
+    server.files = {archives[kind].name: archives[kind].read_bytes() for kind in TREE}
+    for kind in TREE[1:]:
+        monkeypatch.setitem(FILES, kind, FILES[kind]._replace(url=f"{base}/asset/{FILES[kind].name}"))
+    options = {"only": ("voc", "aug", "saliency"), "progress": False}
+    mirror = f"{base}/mirror/{FILES['voc'].name}"  # of VOC alone; the others from their own place
+    tree = download.download(tmp_path / "data", mirror=mirror, **options)
     assert len(VOC2012(tree, "trainaug")) == TRAIN + MORE
-    assert download._voc_source(None, server.url + ".tar") == server.url + ".tar"
+    paths = [path for path in server.paths]
+    assert paths == [
+        f"/mirror/{FILES['voc'].name}",
+        *(f"/asset/{FILES[k].name}" for k in ("aug", "saliency")),
+    ]
+    server.paths.clear()
+    download.download(tmp_path / "again", mirror=base + "/all/", **options)
+    assert server.paths == [f"/all/{FILES[kind].name}" for kind in options["only"]]
 
 
 def test_a_half_extracted_tree_is_completed(archives, tmp_path):
@@ -295,16 +312,16 @@ def test_a_half_extracted_tree_is_completed(archives, tmp_path):
 
 def test_a_killed_extraction_leaves_no_half_tree(archives, tmp_path, monkeypatch):
     root = tmp_path / "data"
-    real, calls = shutil.copyfileobj, []
+    real, calls = tarfile.copyfileobj, []
 
-    def stops(*arguments):
+    def stops(*arguments, **options):
         calls.append(1)
         if len(calls) > 6:
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "copyfileobj", stops)
+        patch.setattr(tarfile, "copyfileobj", stops)
         patch.setattr(shutil, "rmtree", lambda *a, **k: None)  # killed: no time to clean up
         with pytest.raises(KeyboardInterrupt):
             install(archives, root)
@@ -327,29 +344,32 @@ def test_wrong_checksum_of_a_local_tar(archives, tmp_path):
     assert archives["voc"].exists() and not (tmp_path / "data" / "VOC2012").exists()
 
 
-@pytest.mark.parametrize("kind", ["voc", "aug", "saliency"])
+@pytest.mark.parametrize("kind", TREE)
 @pytest.mark.parametrize("share", [0.3, 0.75])
 def test_truncated_archives(archives, tmp_path, monkeypatch, kind, share):
     root = tmp_path / "data"
     if kind != "voc":
-        install(archives, root, aug=None, saliency=None)
+        install(archives, root, ["voc"])
     content = archives[kind].read_bytes()
     archives[kind].write_bytes(content[: int(len(content) * share)])
-    monkeypatch.setattr(download, "VOC_MD5", hashlib.md5(archives["voc"].read_bytes()).hexdigest())
+    monkeypatch.setitem(FILES, "voc", with_checksum("voc", archives["voc"]))
     before = visible(root / "VOC2012") if (root / "VOC2012").exists() else None
     with pytest.raises(ValueError, match="cut off or damaged|is not VOC 2012"):
-        install(archives, root, only=[kind])
+        install(archives, root, [kind])
     assert (visible(root / "VOC2012") if (root / "VOC2012").exists() else None) == before
     assert archives[kind].exists()
 
 
-def test_a_web_page_instead_of_an_archive_is_removed(archives, tmp_path, server):
+@pytest.mark.parametrize("kind", ["aug", "drs"])
+def test_a_web_page_instead_of_a_file_is_removed(archives, tmp_path, hub, server, kind):
     root = tmp_path / "data"
-    install(archives, root, aug=None, saliency=None)
-    server.files = {"view": b"<html>log in</html>"}
-    with pytest.raises(ValueError, match="removed.*download the file in the browser"):
-        install(archives, root, aug=server.url.replace("data.bin", "view"), only=["aug"])
-    assert os.listdir(root / "downloads") == []
+    install(archives, root, ["voc"])
+    server.files = {FILES[kind].name: b"<html>log in</html>"}
+    mirror = server.url.replace("data.bin", FILES[kind].name)
+    with pytest.raises(ValueError, match="removed" if kind == "drs" else "removed.*in the browser"):
+        download.download(root, only=[kind], mirror=mirror, progress=False)
+    # With the checksum that was recorded of it: the right file would be refused next time.
+    assert visible(root / "downloads" if kind == "aug" else hub) == []
 
 
 def evil_tar(path, name, kind=tarfile.REGTYPE, link=""):
@@ -365,34 +385,43 @@ def evil_tar(path, name, kind=tarfile.REGTYPE, link=""):
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("VOCdevkit/VOC2012/JPEGImages/../../../../evil", tarfile.REGTYPE),
-     ("/tmp/VOC2012/JPEGImages/evil", tarfile.REGTYPE),
-     ("VOC2012/JPEGImages/..\\..\\evil", tarfile.REGTYPE),
-     ("C:/VOC2012/JPEGImages/evil", tarfile.REGTYPE),
+     ("VOCdevkit/../../evil", tarfile.REGTYPE),
      ("VOCdevkit/VOC2012/JPEGImages/evil", tarfile.SYMTYPE),
      ("VOCdevkit/VOC2012/JPEGImages/evil", tarfile.LNKTYPE),
      ("VOCdevkit/VOC2012/JPEGImages/evil", tarfile.FIFOTYPE)],
 )  # fmt: skip
 def test_tars_that_leave_their_folder_are_refused(archives, tmp_path, monkeypatch, name, kind):
     evil_tar(archives["voc"], name, kind, "/etc/passwd")
-    monkeypatch.setattr(download, "VOC_MD5", hashlib.md5(archives["voc"].read_bytes()).hexdigest())
+    monkeypatch.setitem(FILES, "voc", with_checksum("voc", archives["voc"]))
     outside = sorted(p for p in tmp_path.rglob("*"))
-    with pytest.raises(ValueError, match="evil.*nothing was extracted"):
+    with pytest.raises(ValueError, match="evil"):
         install(archives, tmp_path / "data")
     assert visible(tmp_path / "data") == []
     assert [p for p in outside if not p.exists()] == [] and not list(tmp_path.rglob("*evil*"))
 
 
-@pytest.mark.parametrize("name", ["../evil.png", "/evil.png", "masks/..\\evil.png", "link.png"])
+@pytest.mark.parametrize("name", ["/{outside}/evil", "VOC2012/JPEGImages/..\\..\\evil", "C:/evil"])
+def test_other_names_in_a_tar_stay_in_its_folder(archives, tmp_path, monkeypatch, name):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    evil_tar(archives["voc"], name.format(outside=outside))
+    monkeypatch.setitem(FILES, "voc", with_checksum("voc", archives["voc"]))
+    with pytest.raises(ValueError, match="is not VOC 2012"):
+        install(archives, tmp_path / "data")
+    assert visible(tmp_path / "data") == [] and not list(tmp_path.rglob("*evil*"))
+
+
+@pytest.mark.parametrize("name", ["../evil.png", "/evil.png", "masks/a\\..\\evil.png", "link.png"])
 def test_zips_that_leave_their_folder_are_refused(archives, tmp_path, name):
     root = tmp_path / "data"
-    install(archives, root, aug=None, saliency=None)
+    install(archives, root, ["voc"])
     info = zipfile.ZipInfo(name)
     if name == "link.png":
         info.external_attr = (stat.S_IFLNK | 0o777) << 16
     with zipfile.ZipFile(archives["aug"], "a") as archive:
         archive.writestr(info, b"../../evil.png")
-    with pytest.raises(ValueError, match="nothing was extracted"):
-        install(archives, root, saliency=None)
+    with pytest.raises(ValueError, match=r"(link|evil)\.png is not an image"):
+        install(archives, root, ["aug"])
     assert not list(tmp_path.rglob("evil.png")) and not (root / "VOC2012" / "SegmentationClassAug").exists()
 
 
@@ -407,10 +436,10 @@ def rewrite_zip(path, drop=(), change=None):
 
 def test_masks_that_are_not_trainaug_are_refused(archives, tmp_path):
     root = tmp_path / "data"
-    install(archives, root, aug=None, saliency=None)
+    install(archives, root, ["voc"])
     rewrite_zip(archives["aug"], drop=archives["trainaug"][-1:])
     with pytest.raises(ValueError, match=f"masks for {TRAIN + MORE - 1} images.*trainaug is {TRAIN + MORE}"):
-        install(archives, root, saliency=None)
+        install(archives, root, ["aug"])
     assert not (root / "VOC2012" / "ImageSets" / "Segmentation" / "trainaug.txt").exists()
 
 
@@ -425,10 +454,10 @@ def test_coloured_masks_and_maps_are_refused(archives, tmp_path):
     name = archives["trainaug"][0]
     buffer = io.BytesIO()
     Image.fromarray(voc_palette()[np.zeros((4, 4), int)]).save(buffer, "PNG")
-    for kind in ("aug", "saliency"):
+    for kind in ("aug", "saliency", "labels"):
         rewrite_zip(archives[kind], change={name: buffer.getvalue()})
         with pytest.raises(ValueError, match=f"{name}.png has mode RGB"):
-            install(archives, tmp_path / "data", **({"saliency": None} if kind == "aug" else {"aug": None}))
+            install(archives, tmp_path / "data", ["voc", kind])
 
 
 def test_missing_saliency_maps_are_named(archives, tmp_path):
@@ -440,15 +469,15 @@ def test_missing_saliency_maps_are_named(archives, tmp_path):
 
 def test_no_space_for_the_tree(archives, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**3))
-    with pytest.raises(OSError, match="extracting VOC 2012 needs"):
+    with pytest.raises(OSError, match="extracting VOCtrainval_11-May-2012.tar needs"):
         install(archives, tmp_path / "data")
     assert visible(tmp_path / "data") == []
 
 
 def test_masks_before_voc_are_refused(archives, tmp_path):
-    for only in ("aug", "saliency"):
+    for kind in ("aug", "saliency", "labels"):
         with pytest.raises(ValueError, match="VOC 2012 has to be there"):
-            install(archives, tmp_path / "data", only=[only])
+            install(archives, tmp_path / "data", [kind])
 
 
 def sbd_archive(archives, path):
@@ -470,8 +499,10 @@ def sbd_archive(archives, path):
 def test_masks_from_sbd(archives, tmp_path, monkeypatch):
     path = tmp_path / "benchmark.tgz"
     expected = sbd_archive(archives, path)
-    monkeypatch.setattr(download, "SBD_MD5", hashlib.md5(path.read_bytes()).hexdigest())
-    tree = install(archives, tmp_path / "data", aug=None, sbd=path)
+    checksum = f"md5:{hashlib.md5(path.read_bytes()).hexdigest()}"
+    monkeypatch.setattr(download, "SBD", download.SBD._replace(known=checksum))
+    install(archives, tmp_path / "data", ["voc"])
+    tree = download.download(tmp_path / "data", only=["aug"], sbd=True, local=[path], progress=False)
     ds, val = VOC2012(tree, "trainaug"), VOC2012(tree, "val")
     assert ds.names == archives["trainaug"]
     for i, name in enumerate(ds.names):
@@ -486,23 +517,74 @@ def test_masks_from_sbd(archives, tmp_path, monkeypatch):
 def test_sbd_without_scipy_says_so(archives, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "scipy.io", None)
     with pytest.raises(RuntimeError, match="SciPy"):
-        install(archives, tmp_path / "data", aug=None, sbd=tmp_path / "benchmark.tgz")
+        install(archives, tmp_path / "data", ["voc", "aug"], sbd=True)
+
+
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+def test_what_has_no_checksum_is_held_to_that_of_its_first_download(server, tmp_path):
+    path = get(server, tmp_path)
+    record = tmp_path / "data.bin.sha256"
+    assert record.read_text() == f"{SHA256}  data.bin\n"
+    get(server, tmp_path)
+    assert len(server.requests) == 1
+    server.files["data.bin"], server.etag = CONTENT[::-1], '"two"'
+    path.unlink()
+    with pytest.raises(ValueError, match=rf"SHA256 \w+, expected {SHA256} \(in .*data.bin.sha256"):
+        get(server, tmp_path)
+    assert os.listdir(tmp_path) == ["data.bin.sha256"]
+    server.files["data.bin"] = CONTENT
+    path.write_bytes(b"damaged since")
+    assert get(server, tmp_path).read_bytes() == CONTENT
+    record.unlink()
+    server.files["data.bin"] = CONTENT[::-1]
+    path.unlink()
+    assert get(server, tmp_path).read_bytes() == CONTENT[::-1]
+
+
+def test_the_first_digits_of_a_checksum_will_do(server, tmp_path):
+    path = fetch(server.url, tmp_path, known=f"sha256:{SHA256[:8]}", progress=False)
+    assert path.read_bytes() == CONTENT and os.listdir(tmp_path) == ["data.bin"]
+    with pytest.raises(ValueError, match=f"SHA256 {SHA256}, expected 00000000. The download was removed"):
+        fetch(server.url, tmp_path / "other", known="sha256:00000000", progress=False)
+
+
+def test_torchvisions_files_are_torchvisions():
+    for kind, weights in (("vgg16", VGG16_Weights), ("resnet101", ResNet101_Weights)):
+        url = weights.IMAGENET1K_V1.url
+        assert FILES[kind] == Remote(url, "sha256:" + re.search(r"-(\w+)\.pth", url)[1])
+
+
+def test_weights_go_where_torchvision_looks(server, tmp_path, hub, capsys):
+    weights = [kind for kind in FILES if kind not in TREE and FILES[kind].known is None]
+    with pytest.raises(FileNotFoundError, match="DRS_learnable.pth: 'python -m drs_lib download --only drs'"):
+        download.weights_file("drs")
+    torch.save({"x": torch.ones(1)}, tmp_path / "any.pth")
+    server.files = {FILES[kind].name: (tmp_path / "any.pth").read_bytes() for kind in weights}
+    copy = tmp_path / "copies" / FILES["drs"].name
+    copy.parent.mkdir()
+    torch.save({"x": torch.zeros(1)}, copy, _use_new_zipfile_serialization=False)
+    options = ["--only", *weights, "--mirror", server.url.rsplit("/", 1)[0], "--local", str(copy.parent)]
+    assert main(["download", "--root", str(tmp_path / "data"), *options]) == 0
+    assert [download.weights_file(kind) for kind in weights] == [hub / FILES[kind].name for kind in weights]
+    assert len(server.requests) == len(weights) - 1  # one was at hand
+    assert torch.load(hub / copy.name)["x"] == 0 and str(hub / copy.name) in capsys.readouterr().out
+    assert main(["download", *options]) == 0 and len(server.requests) == len(weights) - 1
 
 
 def test_command(archives, tmp_path, capsys):
+    assert tuple(FILES) == DOWNLOADS
     root = str(tmp_path / "data")
-    main(["--root", root, "--voc-tar", str(archives["voc"])])
-    out = capsys.readouterr().out
-    assert (
-        "VOC 2012 extracted" in out
-        and "still missing: the augmented masks (--aug or --sbd) and the saliency" in out
-    )
-    main(["--root", root, "--only", "aug", "--aug", str(archives["aug"])])
-    assert f"{TRAIN + MORE} trainaug masks" in capsys.readouterr().out
-    for arguments in (
-        ["--only", "saliency"],
-        ["--voc-tar", "none.tar", "--only", "saliency", "--saliency", "no.zip"],
+    assert main(["download", "--root", root, "--only", "voc", "--local", str(tmp_path)]) == 0
+    assert "VOC 2012 extracted" in capsys.readouterr().out
+    for wrong, says in (
+        (["--only", "mask"], "no.*'mask'; there are vgg16,.*labels"),
+        (["--local", str(tmp_path / "none.zip")], "none.zip: no file there has the name"),
+        (["--only", "aug", "--local", "no/SegmentationClassAug.zip"], "no file no"),
     ):
-        with pytest.raises(SystemExit) as stopped:
-            main(["--root", root, *arguments])
-        assert stopped.value.code == 1 and "drs_lib.data.download: " in capsys.readouterr().err
+        assert main(["download", "--root", root, *wrong]) == 1
+        assert re.search(says, capsys.readouterr().err)
+    assert main(["download", "--root", root, "--only", "aug", "labels", "--local", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert f"{TRAIN + MORE} trainaug masks" in out and f"{TRAIN + MORE + VAL} pseudo labels" in out

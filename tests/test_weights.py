@@ -297,6 +297,44 @@ def test_prefixes_wrappers_heads_and_number_types(prefix, zipped, coco, thin_res
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+def aspp_state(classes, seed=5):
+    """The head of a DeepLab-v2, by the names of deeplab-pytorch."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {
+        f"aspp.c{i}.{e}": s
+        for i in range(4)
+        for e, s in (("weight", (classes, 2048, 3, 3)), ("bias", (classes,)))
+    }
+    return {name: 0.01 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def test_a_deeplab_v2_computes_what_its_file_s_network_does(thin_resnet101, tmp_path):
+    state = caffe_state() | aspp_state(classes=4)
+    path, images = tmp_path / "Deeplabv2_pseudo_segmentation_labels.pth", photos(65, 49)
+    torch.save({f"base.{name}": tensor for name, tensor in state.items()}, path)
+    mean, logits = 255 * torch.tensor(IMAGENET_MEAN), []
+    x = caffe_image(images)
+    for scale in (1, 0.75, 0.5):
+        at_scale = x if scale == 1 else F.interpolate(x, scale_factor=scale, mode="bilinear")
+        features = caffe_features(state, at_scale, padded_by=mean)
+        heads = [
+            F.conv2d(
+                features, state[f"aspp.c{i}.weight"].double(), state[f"aspp.c{i}.bias"].double(), 1, r, r
+            )
+            for i, r in enumerate((6, 12, 18, 24))
+        ]
+        logits.append(F.interpolate(sum(heads), (logits or [sum(heads)])[0].shape[-2:], mode="bilinear"))
+    expected = torch.stack(logits).amax(0)
+    with torch.no_grad():
+        found = build(path).double()(normalize(images).double())
+    assert expected.std() > 0.01
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    # Another head, or another number of classes: initial weights, as ever.
+    for kind, classes in (("largefov", 4), ("aspp", 5)):
+        fresh, read = build(None, kind, classes).head, build(path, kind, classes).head
+        assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), read.parameters(), strict=True))
+
+
 def test_the_real_file_s_names_and_shapes_fit_the_real_network(monkeypatch):
     shapes = caffe_shapes(blocks=(3, 4, 23, 3), width=64) | {"fc.weight": (91, 2048, 1, 1), "fc.bias": (91,)}
     assert len(shapes) == 5 * 104 + 2

@@ -1,19 +1,18 @@
-"""Put VOC 2012, the augmented masks and the saliency maps where `VOC2012` looks for them.
+"""Fetch what the tables on VOC need, check it, and put it where it is looked for.
 
-    python -m drs_lib.data.download --root DIR
-    python -m drs_lib.data.download --root DIR --voc-tar VOCtrainval_11-May-2012.tar
-    python -m drs_lib.data.download --root DIR --only aug --aug SegmentationClassAug.zip
-    python -m drs_lib.data.download --root DIR --only saliency --saliency saliency_map.zip
+    python -m drs_lib download --root data
+    python -m drs_lib download --root data --only voc --mirror https://elsewhere.org/VOCtrainval_11-May-2012.tar
+    python -m drs_lib download --root data --local ~/Downloads
 
-VOC's host is often down: a mirror (``--mirror URL``) or a copy of the archive (``--voc-tar FILE``) does as
-well, the checksum is the same. The augmented masks and the saliency maps are linked from the README of the
-authors' release; the masks can also be made from the Semantic Boundaries Dataset (``--sbd``, needs SciPy). A
-download that was interrupted goes on where it stopped when the command is run again, and a tree is only
-changed by complete archives.
+VOC 2012, its augmented masks, the saliency maps and the authors' pseudo labels go to ``VOC2012`` in the root,
+weights to torch hub's folder of checkpoints, where torchvision looks for its own. `FILES` lists them all. A
+mirror, or a local file of the same name, takes the place of any of them. A download that was interrupted goes
+on where it stopped when the command is run again, and a tree is only changed by complete archives.
+
+What has a published checksum is held to it. Of the rest the SHA-256 is written beside the first download, as
+``<name>.sha256``, and later downloads are held to that.
 """
 
-import argparse
-import hashlib
 import http.client
 import io
 import json
@@ -21,7 +20,6 @@ import os
 import re
 import shutil
 import ssl
-import stat
 import tarfile
 import tempfile
 import time
@@ -30,23 +28,61 @@ import urllib.request
 import zipfile
 import zlib
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
+import pooch
 from filelock import FileLock, Timeout
 from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from drs_lib.data.voc import VOC_LIST_SIZES, first_few, read_list, save_indexed_png
-from drs_lib.files import write_text
+from drs_lib.files import atomic_path, write_text
 
-VOC_URL = "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar"
-VOC_MD5 = "6cd6e144f989b92b3379bac3b3de84fd"
-SBD_URL = (
-    "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/benchmark.tgz"
+
+class Remote(NamedTuple):
+    """A file to fetch. known: its checksum, "md5:..." or "sha256:...", of which the first digits will do."""
+
+    url: str
+    known: str | None = None
+
+    @property
+    def name(self):
+        return PurePosixPath(urlsplit(self.url).path).name
+
+
+_RELEASE = "https://github.com/qjadud1994/DRS/releases/download/asset/"
+_TORCHVISION = "https://download.pytorch.org/models/"
+# In this order: what hangs on one unreliable host comes after the weights, and what needs VOC after VOC.
+FILES = {
+    "vgg16": Remote(_TORCHVISION + "vgg16-397923af.pth", "sha256:397923af"),
+    "resnet101": Remote(_TORCHVISION + "resnet101-63fe2227.pth", "sha256:63fe2227"),
+    "drs": Remote(_RELEASE + "DRS_learnable.pth"),
+    "refine": Remote(_RELEASE + "Refine_DRS_learnable.pth"),
+    "coco": Remote(_RELEASE + "deeplabv1_resnet101-coco.pth"),
+    "deeplab": Remote(_RELEASE + "Deeplabv2_pseudo_segmentation_labels.pth"),
+    "voc": Remote(
+        "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
+        "md5:6cd6e144f989b92b3379bac3b3de84fd",
+    ),
+    "aug": Remote(_RELEASE + "SegmentationClassAug.zip"),
+    "saliency": Remote(_RELEASE + "saliency_map.zip"),
+    "labels": Remote(_RELEASE + "refined_pseudo_segmentation_labels.zip"),
+}
+# A PNG for each training image: folder of the tree, modes, what they are.
+_PNGS = {
+    "saliency": ("saliency_map", ("L",), "saliency maps"),
+    "labels": ("refined_pseudo_segmentation_labels", ("L", "P"), "pseudo labels of the authors"),
+}
+TREE = ("voc", "aug", *_PNGS)  # what goes there; the others are weights
+SBD = Remote(
+    "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/benchmark.tgz",
+    "md5:82b4d87ceb2ed10f6038a1cba92111cb",
 )
-SBD_MD5 = "82b4d87ceb2ed10f6038a1cba92111cb"
+COMMAND = "python -m drs_lib download"
 
 # Images and annotations in the archive. Only decides whether there is anything to do; the checksum and the
 # lists decide what is right.
@@ -57,21 +93,23 @@ PAUSE = 2  # seconds before the second attempt, twice that before the third
 TIMEOUT = 60  # seconds without a byte
 
 _NETWORK_ERRORS = (
-    urllib.error.URLError,
-    http.client.HTTPException,
-    ConnectionError,
-    TimeoutError,
-    ssl.SSLError,
-)
-_ARCHIVE_ERRORS = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error)
+    urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError,
+)  # fmt: skip
 
 
-def _md5(path):
-    digest = hashlib.md5(usedforsecurity=False)
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+def weights_folder():
+    """The folder of downloaded weights, torchvision's and the authors': torch hub's (``TORCH_HOME``)."""
+    import torch
+
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def weights_file(kind):
+    """The path of downloaded weights, by their key in `FILES`. Raises FileNotFoundError: not fetched yet."""
+    path = weights_folder() / FILES[kind].name
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: '{COMMAND} --only {kind}' fetches it")
+    return path
 
 
 def _is_url(source):
@@ -87,48 +125,79 @@ def _require_space(folder, needed, what):
         )
 
 
-def fetch(source, folder, *, md5=None, progress=True):
-    """The file behind ``source``, a path or an http(s) or file URL, as a path.
+def _difference(path, known):
+    """What is wrong with a file's checksum, or None."""
+    kind, digits = known.split(":")
+    found = pooch.file_hash(str(path), alg=kind)
+    return None if found.startswith(digits) else f"{kind.upper()} {found}, expected {digits}"
+
+
+def _record(path):
+    return path.with_name(path.name + ".sha256")
+
+
+def _remove(path):
+    """A download that is not what it should be, and the checksum that was recorded of it."""
+    path.unlink()
+    _record(path).unlink(missing_ok=True)
+
+
+def fetch(source, folder, *, known=None, progress=True):
+    """The file behind ``source``, a path or an http(s) URL, as a path.
 
     A local file is used where it is, and never removed. A download goes to ``folder`` by way of
     ``<name>.part``, which the next call continues with a Range request if the server still has the same file
     (its ETag or date says so, or the checksum will); a server that doesn't know Range starts anew.
 
+    known: the checksum, see `Remote`. None: of a download, the one recorded at the first.
+
     Raises:
         FileNotFoundError: no such local file.
         ConnectionError: the host can't be reached, refuses the file, or breaks off repeatedly.
-        ValueError: the checksum is not ``md5``. A downloaded file is removed then, a local one isn't.
+        ValueError: another checksum. A downloaded file is removed then, a local one isn't.
         OSError: not enough disk space.
     """
-    source = os.fspath(source)
-    parts = urlsplit(source)
-    if _is_url(source):
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        target = folder / (PurePosixPath(parts.path).name or "download")
-        if target.is_file():
-            if md5 is None or _md5(target) == md5:
-                return target
-            print(f"{target} has the wrong checksum; downloading it again")
-            target.unlink()
-        return _download(source, target, md5, progress)
-    path = Path(urllib.request.url2pathname(parts.path) if parts.scheme == "file" else source).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    if md5 is not None and (found := _md5(path)) != md5:
-        raise ValueError(f"{path} has MD5 {found}, expected {md5}: cut off, damaged, or another version")
-    return path
+    if not _is_url(source):
+        path = Path(source).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {path}")
+        if known and (wrong := _difference(path, known)):
+            raise ValueError(f"{path} has {wrong}: cut off, damaged, or another version")
+        return path
+    target = Path(folder) / (PurePosixPath(urlsplit(source).path).name or "download")
+    record, recorded = _record(target), ""
+    if known is None and record.is_file():
+        known = f"sha256:{record.read_text(encoding='utf-8').split()[0]}"
+        recorded = f" (in {record}, written at the first download)"
+    if target.is_file() and known:
+        if not _difference(target, known):
+            return target
+        print(f"{target} has the wrong checksum; downloading it again")
+        target.unlink()
+    pooch.get_logger().setLevel("WARNING")  # it would advise on arguments of its own
+    resume = partial(_resume, target=target, checked=known is not None, progress=progress)
+    pooch.retrieve(source, None, fname=target.name, path=folder, downloader=resume)
+    if known is None:
+        write_text(record, f"{pooch.file_hash(str(target))}  {target.name}\n")
+    elif wrong := _difference(target, known):
+        target.unlink()
+        raise ValueError(
+            f"{source} has {wrong}{recorded}. The download was removed; run the command again, or use "
+            "another mirror."
+        )
+    return target
 
 
-def _download(url, target, md5, progress):
+def _resume(url, output, _, *, target, checked, progress):
+    """A downloader for pooch that goes on where the last one was broken off, which pooch's own don't."""
     part, note = target.with_name(target.name + ".part"), target.with_name(target.name + ".part.json")
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            _transfer(url, part, note, md5 is not None, progress)
+            _transfer(url, part, note, checked, progress)
             break
         except _NETWORK_ERRORS as error:
             code = error.code if isinstance(error, urllib.error.HTTPError) else 0
-            refused = 400 <= code < 500 and code != 429
+            refused = 400 <= code < 500 and code not in (416, 429)
             if not refused and attempt < ATTEMPTS:
                 time.sleep(PAUSE * attempt)
                 continue
@@ -137,18 +206,10 @@ def _download(url, target, md5, progress):
             kept = " What has arrived is kept; the same command goes on from there." if part.is_file() else ""
             raise ConnectionError(
                 f"{url}: {reason} ({how_often}). Check the connection, try a mirror, or pass a copy of "
-                f"{target.name} from elsewhere.{kept}"
+                f"{target.name} from elsewhere (--local).{kept}"
             ) from error
-    if md5 is not None and (found := _md5(part)) != md5:
-        part.unlink()
-        note.unlink(missing_ok=True)
-        raise ValueError(
-            f"{url} has MD5 {found}, expected {md5}. The download was removed; run the command again, or use "
-            "another mirror."
-        )
-    os.replace(part, target)
+    os.replace(part, output)
     note.unlink(missing_ok=True)
-    return target
 
 
 def _transfer(url, part, note, checked, progress):
@@ -156,87 +217,35 @@ def _transfer(url, part, note, checked, progress):
     beginning."""
     headers = {"User-Agent": "drs-course", "Accept-Encoding": "identity"}
     have = part.stat().st_size if part.is_file() else 0
-    if have:
-        known = json.loads(note.read_text()) if note.is_file() else {}
-        if known.get("url") == url and known.get("validator"):
-            headers["If-Range"] = known["validator"]
-        elif not checked:
-            have = 0
+    known = json.loads(note.read_text()) if have and note.is_file() else {}
+    if known.get("url") == url and known.get("validator"):
+        headers["If-Range"] = known["validator"]
+    elif not checked:
+        have = 0
     if have:
         headers["Range"] = f"bytes={have}-"
     try:
         response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
-        if error.code == 416:
-            # There is nothing after what we have: either it is all, or it belongs to another file.
-            if re.fullmatch(rf"bytes \*/{have}", error.headers.get("Content-Range", "")):
-                return
+        if error.code == 416:  # what we have is all of it, or of another file: the next attempt starts anew
             part.unlink()
-            raise ConnectionError("what was downloaded before doesn't fit the file on the server") from error
         raise
     with response:
+        have = have if response.status == 206 else 0
         length = response.headers.get("Content-Length")
-        total = None if length is None else int(length)
-        if response.status == 206:
-            span = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
-            if span is None or int(span[1]) != have:
-                raise ConnectionError(f"the server sent another range than asked for: {span and span[0]}")
-            total = None if total is None else have + total
-        else:
-            have = 0
-            part.unlink(missing_ok=True)
+        total = None if length is None else have + int(length)
         validator = response.headers.get("ETag") or ""
         if not validator or validator.startswith("W/"):
             validator = response.headers.get("Last-Modified")
         write_text(note, json.dumps({"url": url, "validator": validator}))
-        if total is not None:
-            _require_space(part.parent, total - have, part.name)
-        with (
-            open(part, "ab" if have else "wb") as file,
-            tqdm(
-                total=total, initial=have, desc=part.stem, unit="B", unit_scale=True, disable=not progress
-            ) as bar,
-        ):
+        _require_space(part.parent, (total or 0) - have, part.name)
+        bar = tqdm(total=total, initial=have, desc=part.stem, unit="B", unit_scale=True, disable=not progress)
+        with open(part, "ab" if have else "wb") as file, bar:
             while chunk := response.read(1 << 18):
                 file.write(chunk)
                 bar.update(len(chunk))
-    size = part.stat().st_size
-    if total is not None and size != total:
-        if size > total:
-            part.unlink()
-        raise ConnectionError(f"the connection closed after {size} of {total} bytes")
-
-
-def _members(path):
-    """(name, size, open) of the regular files of a tar or zip archive, in order.
-
-    Links, devices, and names that leave the folder are refused whatever the Python version: this is stricter
-    than tarfile's "data" filter, which not every Python 3.10 and 3.11 has, and holds for zip archives too.
-    """
-
-    def refuse(name, why):
-        raise ValueError(
-            f"{path} holds {name!r}, {why}: it is not the archive it should be; nothing was extracted"
-        )
-
-    def check(name, is_link):
-        if is_link:
-            refuse(name, "a link or device")
-        if name.startswith("/") or "\\" in name or re.match(r"[A-Za-z]:", name) or ".." in name.split("/"):
-            refuse(name, "a name outside of the archive's own folder")
-
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            for info in archive.infolist():
-                check(info.orig_filename, stat.S_ISLNK(info.external_attr >> 16))
-                if not info.is_dir():
-                    yield info.filename, info.file_size, lambda info=info: archive.open(info)
-    else:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                check(member.name, not (member.isreg() or member.isdir()))
-                if member.isreg():
-                    yield member.name, member.size, lambda member=member: archive.extractfile(member)
+    if total is not None and part.stat().st_size != total:
+        raise ConnectionError(f"the connection closed after {part.stat().st_size} of {total} bytes")
 
 
 @contextmanager
@@ -244,10 +253,10 @@ def _reading(path, downloaded):
     """Turn the many errors of damaged archives into one, and remove the archive if we had downloaded it."""
     try:
         yield
-    except _ARCHIVE_ERRORS as error:
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as error:
         ending = "It was removed; run the command again." if downloaded else "Get it again."
         if downloaded:
-            path.unlink()
+            _remove(path)
         raise ValueError(
             f"{path} is no archive, or cut off or damaged ({error}). {ending} A link that opens a page in "
             "the browser (a cloud drive's, say) can't be given here: download the file in the browser and "
@@ -255,27 +264,21 @@ def _reading(path, downloaded):
         ) from error
 
 
-def _extract(path, folder, place):
-    """Write the members for which ``place(name)`` gives a relative path, below ``folder``."""
-    seen = set()
-    for name, _, opened in _members(path):
-        relative = place(name)
-        if relative is None:
-            continue
-        if relative in seen:
-            raise ValueError(f"{path} holds two files for {relative}")
-        seen.add(relative)
-        target = folder / relative
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with opened() as source, open(target, "xb") as file:
-            shutil.copyfileobj(source, file, 1 << 20)
-
-
-def _unpacked_size(path):
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            return sum(info.file_size for info in archive.infolist())
-    return path.stat().st_size
+def _unpack(path, folder, downloaded):
+    """Unpack a tar or zip archive into a new folder, of which no name in it leads out."""
+    folder.mkdir()
+    with _reading(path, downloaded):
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # which drops roots and dots, and makes no links
+                size = sum(info.file_size for info in archive.infolist())
+                _require_space(folder, size, f"extracting {path.name}")
+                archive.extractall(folder)
+        else:
+            with tarfile.open(path) as archive:
+                _require_space(folder, path.stat().st_size, f"extracting {path.name}")
+                # Python before 3.10.12 and 3.11.4 has no filters; the tar has passed its checksum.
+                archive.extraction_filter = getattr(tarfile, "data_filter", None)
+                archive.extractall(folder)
 
 
 def _move(source, target):
@@ -288,15 +291,33 @@ def _move(source, target):
 
 
 class _Installer:
-    def __init__(self, root, progress):
-        self.root, self.progress = Path(root).expanduser(), progress
-        if self.root.name == "VOC2012" or (self.root / "JPEGImages").is_dir():
-            self.tree = self.root
-        elif (self.root / "VOCdevkit" / "VOC2012").is_dir():
-            self.tree = self.root / "VOCdevkit" / "VOC2012"
+    """Puts files into place. source: from a `Remote` to the URL or path that stands for it."""
+
+    def __init__(self, root, source, sbd, progress):
+        root = Path(root).expanduser()
+        self.source, self.sbd, self.progress = source, sbd, progress
+        if root.name == "VOC2012" or (root / "JPEGImages").is_dir():
+            self.tree = root
+        elif (root / "VOCdevkit" / "VOC2012").is_dir():
+            self.tree = root / "VOCdevkit" / "VOC2012"
         else:
-            self.tree = self.root / "VOC2012"
-        self.downloads = self.tree.parent / "downloads"
+            self.tree = root / "VOC2012"
+
+    def install(self, kind):
+        if kind in _PNGS:
+            self.pngs(kind)
+        elif kind == "voc":
+            self.voc()
+        elif kind == "aug":
+            self.masks()
+        else:
+            self.weights(FILES[kind])
+
+    def _fetch(self, remote, folder=None):
+        """The file's path, and whether it was downloaded."""
+        source = self.source(remote)
+        folder = self.tree.parent / "downloads" if folder is None else folder
+        return fetch(source, folder, known=remote.known, progress=self.progress), _is_url(source)
 
     def _list(self, split, tree=None):
         path = (tree or self.tree) / "ImageSets" / "Segmentation" / f"{split}.txt"
@@ -304,16 +325,25 @@ class _Installer:
 
     @contextmanager
     def _workspace(self):
-        self.tree.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=".extracting-", dir=self.tree.parent))
         try:
             yield work
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
-    def clear_leftovers(self):
-        for leftover in self.tree.parent.glob(".extracting-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+    def weights(self, remote):
+        place = weights_folder() / remote.name
+        path, downloaded = self._fetch(remote, place.parent)
+        with open(path, "rb") as file:
+            begins = file.read(2)
+        if begins not in (b"PK", b"\x80\x02"):  # what torch.save writes, now and before 1.6
+            if downloaded:
+                _remove(path)
+            raise ValueError(f"{path} holds no weights{'; it was removed' if downloaded else ''}")
+        if not place.is_file() or not place.samefile(path):
+            with atomic_path(place) as temporary:
+                shutil.copyfile(path, temporary)
+        print(place)
 
     def _missing(self, tree, names, folders):
         """Files of ``names`` that are not there, as relative paths."""
@@ -336,42 +366,31 @@ class _Installer:
         missing = self._missing(tree, names, folders)
         return f"missing: {first_few(missing)}" if missing else None
 
-    def voc(self, source):
+    def voc(self):
         if self.voc_problem() is None and all(
             len(os.listdir(self.tree / folder)) >= VOC_IMAGES for folder in ("JPEGImages", "Annotations")
         ):
             print(f"{self.tree}: VOC 2012 is complete")
             return
-        path = fetch(source, self.downloads, md5=VOC_MD5, progress=self.progress)
-        keep = re.compile(r"(?:.*/)?VOC2012/((?:JPEGImages|Annotations|ImageSets|SegmentationClass)/.+)")
-
-        def place(name):
-            match = keep.fullmatch(name)
-            return match and match[1]
-
+        path, downloaded = self._fetch(FILES["voc"])
         with self._workspace() as work:
-            _require_space(work, _unpacked_size(path), "extracting VOC 2012")
-            with _reading(path, _is_url(source)):
-                _extract(path, work / "VOC2012", place)
-            if problem := self.voc_problem(work / "VOC2012"):
+            _unpack(path, work / "archive", downloaded)
+            tree = next((found.parent for found in work.rglob("JPEGImages")), work)
+            if problem := self.voc_problem(tree):
                 raise ValueError(f"{path} is not VOC 2012's train/val archive: {problem}")
-            _move(work / "VOC2012", self.tree)
+            _move(tree, self.tree)
         print(f"{self.tree}: VOC 2012 extracted")
 
-    def _pngs(self, source, folder, expected_modes):
-        """Fetch an archive and extract its PNGs into one flat folder; returns their ids."""
-        path = fetch(source, self.downloads, progress=self.progress)
-
-        def place(name):
-            pure = PurePosixPath(name)
-            hidden = pure.name.startswith(".") or "__MACOSX" in pure.parts
-            return pure.name if pure.suffix == ".png" and not hidden else None
-
+    def _pngs(self, remote, folder, expected_modes):
+        """Fetch an archive and put its PNGs into one flat folder; returns the archive and their ids."""
+        path, downloaded = self._fetch(remote)
+        _unpack(path, folder.with_name("archive"), downloaded)
         folder.mkdir()
-        _require_space(folder, _unpacked_size(path), f"extracting {path.name}")
-        with _reading(path, _is_url(source)):
-            _extract(path, folder, place)
-        for file in sorted(folder.iterdir()):
+        for file in sorted(folder.with_name("archive").rglob("*.png")):
+            if file.name.startswith(".") or "__MACOSX" in file.parts:
+                continue
+            if (folder / file.name).exists():
+                raise ValueError(f"{path} holds two files {file.name}")
             try:
                 with Image.open(file) as image:
                     mode = image.mode
@@ -382,182 +401,134 @@ class _Installer:
                     f"{path}: {file.name} has mode {mode}, expected {' or '.join(expected_modes)} "
                     "(L = 8-bit greyscale, P = indexed)"
                 )
-        return {file.stem for file in folder.iterdir()}
+            os.replace(file, folder / file.name)
+        return path, {file.stem for file in folder.iterdir()}
 
-    def _finish_masks(self, masks, names, origin):
-        """Check that the masks are those of trainaug, add VOC's own where they lack, write the list, move
-        it all."""
-        train, val = self._list("train"), self._list("val")
-        trainaug = sorted(names - set(val))
-        if len(trainaug) != VOC_LIST_SIZES["trainaug"] or not set(train) <= names:
-            raise ValueError(
-                f"{origin} has masks for {len(trainaug)} images outside of VOC's val list and "
-                f"{len(set(train) & names)} of VOC's {len(train)} train images; trainaug is "
-                f"{VOC_LIST_SIZES['trainaug']} images with all of train"
-            )
-        for name in set(val) - names:
-            shutil.copyfile(self.tree / "SegmentationClass" / f"{name}.png", masks / f"{name}.png")
-        _move(masks, self.tree / "SegmentationClassAug")
+    def masks(self):
+        """SegmentationClassAug and the list trainaug."""
+        train, val, trainaug = (self._list(split) for split in ("train", "val", "trainaug"))
+        if len(trainaug) == VOC_LIST_SIZES["trainaug"] and not self._missing(
+            self.tree, trainaug + val, [("SegmentationClassAug", ".png")]
+        ):
+            print(f"{self.tree}: the augmented masks are complete")
+            return
+        if problem := self.voc_problem():
+            raise ValueError(f"{self.tree}: VOC 2012 has to be there before its augmented masks; {problem}")
+        with self._workspace() as work:
+            masks = work / "SegmentationClassAug"
+            if self.sbd:
+                origin, names = self._masks_from_sbd(masks)
+            else:
+                origin, names = self._pngs(FILES["aug"], masks, ("L", "P"))
+            trainaug = sorted(names - set(val))
+            if len(trainaug) != VOC_LIST_SIZES["trainaug"] or not set(train) <= names:
+                raise ValueError(
+                    f"{origin} has masks for {len(trainaug)} images outside of VOC's val list and "
+                    f"{len(set(train) & names)} of VOC's {len(train)} train images; trainaug is "
+                    f"{VOC_LIST_SIZES['trainaug']} images with all of train"
+                )
+            self._copy_masks(set(val) - names, masks)
+            _move(masks, self.tree / "SegmentationClassAug")
         write_text(self.tree / "ImageSets" / "Segmentation" / "trainaug.txt", "\n".join(trainaug) + "\n")
         print(f"{self.tree}: {len(trainaug)} trainaug masks and the list trainaug.txt")
 
-    def _masks_complete(self):
-        names = self._list("trainaug")
-        folders = [("SegmentationClassAug", ".png")]
-        return len(names) == VOC_LIST_SIZES["trainaug"] and not self._missing(
-            self.tree, names + self._list("val"), folders
-        )
+    def _copy_masks(self, names, folder):
+        for name in names:
+            shutil.copyfile(self.tree / "SegmentationClass" / f"{name}.png", folder / f"{name}.png")
 
-    def _ready_for_masks(self):
-        if self._masks_complete():
-            print(f"{self.tree}: the augmented masks are complete")
-            return False
-        if problem := self.voc_problem():
-            raise ValueError(f"{self.tree}: VOC 2012 has to be there before its augmented masks; {problem}")
-        return True
-
-    def masks(self, source):
-        if not self._ready_for_masks():
-            return
-        with self._workspace() as work:
-            masks = work / "SegmentationClassAug"
-            self._finish_masks(masks, self._pngs(source, masks, ("L", "P")), source)
-
-    def masks_from_sbd(self, source):
-        """SegmentationClassAug from the Semantic Boundaries Dataset; VOC's own masks where VOC has one."""
-        if not self._ready_for_masks():
-            return
+    def _masks_from_sbd(self, masks):
+        """Masks of the Semantic Boundaries Dataset; VOC's own where VOC has one."""
         try:
             from scipy.io import loadmat
         except ImportError as error:
             raise RuntimeError(
-                "reading the Semantic Boundaries Dataset needs SciPy: python -m pip install scipy; or pass "
-                "SegmentationClassAug.zip with --aug instead"
+                "reading the Semantic Boundaries Dataset needs SciPy: python -m pip install scipy; or leave "
+                "out --sbd, which takes SegmentationClassAug.zip"
             ) from error
-        path = fetch(source, self.downloads, md5=SBD_MD5, progress=self.progress)
+        path, downloaded = self._fetch(SBD)
         voc = set(self._list("train") + self._list("val"))
-        with self._workspace() as work:
-            masks = work / "SegmentationClassAug"
-            masks.mkdir()
-            _require_space(masks, VOC_LIST_SIZES["trainaug"] * 20_000, "converting the masks")
-            with _reading(path, _is_url(source)):
-                for member, _, opened in tqdm(_members(path), desc="SBD", disable=not self.progress):
-                    match = re.fullmatch(r"(?:.*/)?dataset/cls/([^/]+)\.mat", member)
-                    if match is None or match[1] in voc:
-                        continue
-                    with opened() as file:
-                        content = loadmat(io.BytesIO(file.read()))
-                    save_indexed_png(
-                        masks / f"{match[1]}.png", np.asarray(content["GTcls"]["Segmentation"][0][0])
-                    )
-            for name in voc:
-                shutil.copyfile(self.tree / "SegmentationClass" / f"{name}.png", masks / f"{name}.png")
-            self._finish_masks(masks, {file.stem for file in masks.iterdir()}, path)
+        masks.mkdir()
+        _require_space(masks, VOC_LIST_SIZES["trainaug"] * 20_000, "converting the masks")
+        with _reading(path, downloaded), tarfile.open(path) as archive:
+            for member in tqdm(archive, desc="SBD", disable=not self.progress):
+                match = re.fullmatch(r"(?:.*/)?dataset/cls/([^/]+)\.mat", member.name)
+                if match and match[1] not in voc:
+                    content = loadmat(io.BytesIO(archive.extractfile(member).read()))
+                    labels = np.asarray(content["GTcls"]["Segmentation"][0][0])
+                    save_indexed_png(masks / f"{match[1]}.png", labels)
+        self._copy_masks(voc, masks)
+        return path, {file.stem for file in masks.iterdir()}
 
-    def saliency(self, source):
+    def pngs(self, kind):
+        folder, modes, what = _PNGS[kind]
         split = "trainaug" if self._list("trainaug") else "train"
         names = self._list(split)
-        if names and not self._missing(self.tree, names, [("saliency_map", ".png")]):
-            print(f"{self.tree}: the saliency maps of {split} are complete")
+        if names and not self._missing(self.tree, names, [(folder, ".png")]):
+            print(f"{self.tree}: the {what}, of {split}, are complete")
             return
         if not names:
-            raise ValueError(
-                f"{self.tree}: VOC 2012 has to be there before its saliency maps; no train list found"
-            )
+            raise ValueError(f"{self.tree}: VOC 2012 has to be there before the {what}; no train list found")
         with self._workspace() as work:
-            maps = work / "saliency_map"
-            found = self._pngs(source, maps, ("L",))
-            missing = [name for name in names if name not in found]
+            path, found = self._pngs(FILES[kind], work / folder, modes)
+            missing = [f"{name}.png" for name in names if name not in found]
             if missing:
-                raise ValueError(f"{source} has no saliency map for images of {split}: {first_few(missing)}")
-            _move(maps, self.tree / "saliency_map")
-        print(f"{self.tree}: {len(found)} saliency maps")
+                raise ValueError(f"{path} lacks {what} for images of {split}: {first_few(missing)}")
+            _move(work / folder, self.tree / folder)
+        print(f"{self.tree}: {len(found)} {what}")
 
 
-def _voc_source(voc_tar, mirror):
-    if voc_tar is not None:
-        return voc_tar
-    if mirror is None:
-        return VOC_URL
-    name = PurePosixPath(urlsplit(VOC_URL).path).name
-    return mirror if mirror.endswith(".tar") else f"{mirror.rstrip('/')}/{name}"
+def _sources(mirror, local):
+    """The function from a `Remote` to the path or URL to fetch it from."""
+    known = {remote.name for remote in (*FILES.values(), SBD)}
+    paths = [Path(path).expanduser() for path in local]
+    copies = {file.name: file for path in paths for file in (path.iterdir() if path.is_dir() else [path])}
+    if local and not copies.keys() & known:
+        raise ValueError(
+            f"--local {' '.join(map(str, paths))}: no file there has the name of one that is wanted; the "
+            f"names are {', '.join(sorted(known))}"
+        )
+
+    def source(remote):
+        if remote.name in copies:
+            return copies[remote.name]
+        last = mirror and PurePosixPath(urlsplit(mirror).path).name
+        if mirror is None or (last in known and last != remote.name):
+            return remote.url
+        return mirror if last == remote.name else f"{mirror.rstrip('/')}/{remote.name}"
+
+    return source
 
 
-def download_voc(
-    root, *, voc_tar=None, mirror=None, aug=None, sbd=None, saliency=None, only=None, progress=True
-):
-    """Fetch, check and extract what a VOC tree at ``root`` still lacks; see the command's help.
+def download(root="data", *, only=None, mirror=None, local=(), sbd=False, progress=True):
+    """Fetch, check and put into place what is still lacking; see the command's help.
 
     Args:
         root: the folder that holds (or will hold) VOC2012, or VOC2012 itself.
-        voc_tar: a copy of VOCtrainval_11-May-2012.tar. mirror: URL of that file or of its folder.
-        aug: SegmentationClassAug.zip, path or URL. sbd: benchmark.tgz, path or URL, instead of it.
-        saliency: saliency_map.zip, path or URL.
-        only: some of "voc", "aug", "saliency"; default: voc, and whatever has a source.
+        only: keys of `FILES`; None: all.
+        mirror: URL of one of the files, or of a folder that has all that is wanted.
+        local: copies of the files under their names, or folders with such.
+        sbd: make the augmented masks from the Semantic Boundaries Dataset (benchmark.tgz).
+
+    Returns:
+        The VOC2012 folder.
 
     Raises:
-        ValueError: a wrong checksum, an archive that is damaged, unsafe or not what it should be, a missing
-        source. ConnectionError, FileNotFoundError, OSError: as `fetch`.
-        RuntimeError: another download works on this root, or SciPy is missing for ``sbd``.
+        ValueError: another checksum, or a file that is damaged, unsafe or not what it should be.
+        ConnectionError, FileNotFoundError, OSError: as `fetch`.
+        RuntimeError: another download is at work there, or SciPy is missing for ``sbd``.
     """
-    wanted = only or ["voc", *(["aug"] if aug or sbd else []), *(["saliency"] if saliency else [])]
-    if "aug" in wanted and not (aug or sbd):
-        raise ValueError(
-            "the augmented masks need a source: --aug SegmentationClassAug.zip (linked from the README of "
-            "the authors' release), or --sbd, which makes them from the Semantic Boundaries Dataset"
-        )
-    if "saliency" in wanted and not saliency:
-        raise ValueError(
-            "the saliency maps need a source: --saliency saliency_map.zip (linked from the README of the "
-            "authors' release)"
-        )
-    installer = _Installer(root, progress)
-    installer.tree.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(installer.tree.parent / ".download.lock", timeout=0):
-            installer.clear_leftovers()
-            if "voc" in wanted:
-                installer.voc(_voc_source(voc_tar, mirror))
-            if "aug" in wanted:
-                installer.masks(aug) if aug else installer.masks_from_sbd(sbd)
-            if "saliency" in wanted:
-                installer.saliency(saliency)
-    except Timeout as error:
-        raise RuntimeError(f"another download is working on {installer.tree.parent}; wait for it") from error
+    wanted = [kind for kind in FILES if only is None or kind in only]
+    if unknown := sorted(set(only or ()) - set(FILES)):
+        raise ValueError(f"nothing to download is called {unknown[0]!r}; there are {', '.join(FILES)}")
+    installer = _Installer(root, _sources(mirror, local), sbd, progress)
+    for kind in wanted:
+        folder = installer.tree.parent if kind in TREE else weights_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(folder / ".download.lock", timeout=0):
+                for leftover in folder.glob(".extracting-*"):
+                    shutil.rmtree(leftover, ignore_errors=True)
+                installer.install(kind)
+        except Timeout as error:
+            raise RuntimeError(f"another download is working on {folder}; wait for it") from error
     return installer.tree
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m drs_lib.data.download",
-        description="Download, check and extract VOC 2012, its augmented masks and the saliency maps.",
-    )
-    parser.add_argument("--root", required=True, help="the folder that will hold VOC2012")
-    parser.add_argument("--voc-tar", metavar="FILE", help="a copy of VOCtrainval_11-May-2012.tar")
-    parser.add_argument("--mirror", metavar="URL", help="another place of that file, or of its folder")
-    parser.add_argument("--aug", metavar="FILE|URL", help="SegmentationClassAug.zip of the authors' release")
-    parser.add_argument(
-        "--sbd", metavar="FILE|URL", nargs="?", const=SBD_URL,
-        help="make the augmented masks from the Semantic Boundaries Dataset (benchmark.tgz); needs SciPy",
-    )  # fmt: skip
-    parser.add_argument("--saliency", metavar="FILE|URL", help="saliency_map.zip of the authors' release")
-    parser.add_argument("--only", nargs="+", choices=("voc", "aug", "saliency"), help="leave out the rest")
-    arguments = vars(parser.parse_args(argv))
-    try:
-        tree = download_voc(arguments.pop("root"), **arguments)
-    except (ValueError, OSError, RuntimeError) as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
-    lacking = [
-        hint
-        for folder, hint in (
-            ("SegmentationClassAug", "the augmented masks (--aug or --sbd)"),
-            ("saliency_map", "the saliency maps (--saliency)"),
-        )
-        if not (tree / folder).is_dir()
-    ]
-    if lacking:
-        print(f"still missing: {' and '.join(lacking)}")
-
-
-if __name__ == "__main__":
-    main()

@@ -39,7 +39,7 @@ VOC_LIST_SIZES = {"train": 1464, "val": 1449, "trainval": 2913, "trainaug": 1058
 
 MASK_FOLDERS = ("SegmentationClassAug", "SegmentationClass")
 
-DOWNLOAD_HINT = "python -m drs_lib.data.download --root {root}"
+DOWNLOAD_HINT = "python -m drs_lib download --root {root}"
 
 _IGNORED = 255
 _SAMPLE = 16  # saliency maps that are looked at to tell how all are stored
@@ -287,8 +287,7 @@ class VOC2012(Dataset):
             if self.split == "trainaug":
                 hint = (
                     " VOC doesn't come with this list; "
-                    f"'{DOWNLOAD_HINT.format(root=self.root.parent)} --only aug --aug "
-                    "SegmentationClassAug.zip' makes it."
+                    f"'{DOWNLOAD_HINT.format(root=self.root.parent)} --only aug' makes it."
                 )
             raise FileNotFoundError(f"no list {path}; lists there: {there}.{hint}")
         names = read_list(path)
@@ -342,9 +341,9 @@ class VOC2012(Dataset):
 
     def _without_saliency(self, folder):
         return (
-            f"no {folder}: DRS takes its background cue from saliency maps. Get saliency_map.zip of the "
-            f"authors' release and run '{DOWNLOAD_HINT.format(root=self.root.parent)} --only saliency "
-            "--saliency saliency_map.zip', or put 8-bit greyscale PNGs named by image id there."
+            f"no {folder}: DRS takes its background cue from saliency maps. "
+            f"'{DOWNLOAD_HINT.format(root=self.root.parent)} --only saliency' fetches those of the authors' "
+            "release; or put 8-bit greyscale PNGs named by image id there."
         )
 
     def __len__(self):

@@ -81,6 +81,8 @@ def load_weights(network, weights):
     - deeplabv1_resnet101-coco.pth: initial weights of the ResNet-101, trained on COCO *with pixel masks* and
       converted from Caffe. The network becomes Caffe-style, see `DilatedResNet`; the file's own head is left
       out. Other DeepLabs converted by the same code (github.com/kazuto1011/deeplab-pytorch) are read alike.
+    - Deeplabv2_pseudo_segmentation_labels.pth: "aspp" on resnet101 in that code's layout, trained on the
+      release's pseudo labels. Its head is taken too, by a network that has the same.
 
     Raises FileNotFoundError if there is no such file, ValueError if it does not fit, holds Python objects, or
     bears the name of a torchvision file and is another one, and RuntimeError if the download fails.
@@ -154,9 +156,11 @@ def _from_caffe(network, state, source):
         )
     prefix = first.removesuffix(_CAFFE_STEM)  # "base." or "scale.", of a network over several scales
     block_entry = re.compile(r"layer([2-5])\.block(\d+)\.(\w+)\.(conv|bn)\.(\w+)")
-    renamed = {f"layers.{CAFFE_STYLE}": torch.ones((), dtype=torch.uint8)}
+    renamed, head = {f"layers.{CAFFE_STYLE}": torch.ones((), dtype=torch.uint8)}, {}
     for name, tensor in state.items():
         name = name.removeprefix(prefix)
+        if name.startswith("aspp.c"):
+            head[name.replace("aspp.c", "head.")] = tensor
         if name.startswith(("fc.", "aspp.")) or name.endswith(".num_batches_tracked"):
             continue
         if (match := block_entry.fullmatch(name)) and match.group(3, 4) in _CAFFE_NAMES:
@@ -168,7 +172,8 @@ def _from_caffe(network, state, source):
     _check_fit(body_state_dict(network), renamed, f"the body of {network.backbone!r}", source)
     stem = ("layers.conv1.weight", "layers.bn1.weight", "layers.bn1.running_mean")
     renamed.update(zip(stem, _for_normalised_rgb(*(renamed[name] for name in stem)), strict=True))
-    return renamed
+    own = {name: v.shape for name, v in network.state_dict().items() if name.startswith("head.")}
+    return renamed | (head if {name: v.shape for name, v in head.items()} == own else {})
 
 
 def _for_normalised_rgb(weight, scale, running_mean):
