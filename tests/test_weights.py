@@ -380,7 +380,7 @@ def test_a_caffe_file_in_the_wrong_place_is_refused(coco, thin_resnet101, thin_v
 # The release's own checkpoints.
 
 
-def release_state(controllers):
+def release_state(controllers, classes=3):
     """A checkpoint's model by the names of the release; controllers: DRS_learnable.pth's, or none."""
     generator = torch.Generator().manual_seed(0)
     state, inputs, number = {}, 3, 0
@@ -396,8 +396,8 @@ def release_state(controllers):
             inputs, number = channels, number + 2
         number += 1
     assert "features.28.weight" in state and "features.30.weight" not in state
-    state["extra_conv4.weight"] = torch.randn(3, inputs, 1, 1, generator=generator)
-    state["extra_conv4.bias"] = torch.randn(3, generator=generator)
+    state["extra_conv4.weight"] = torch.randn(classes, inputs, 1, 1, generator=generator)
+    state["extra_conv4.bias"] = torch.randn(classes, generator=generator)
     return state
 
 
