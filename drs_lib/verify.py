@@ -221,7 +221,7 @@ def _hours(passes):
     ready = [(one, one.left()) for one in passes if not one.lacking()]
     hours = [sum(left * one.measure.seconds[k] for one, left in ready) / 3600 for k in (0, 1)]
     return (
-        f"{sum(left for _, left in ready):,} images to go: {hours[0]:.1f} hours on two cores, {hours[1]:.1f} "
+        f"{sum(left for _, left in ready):,} images to go: {hours[0]:.2f} hours on two cores, {hours[1]:.2f} "
         f"on one GPU beside 16 cores (estimated). Every {CHUNK} images are kept."
     )
 

@@ -128,7 +128,7 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_read(root, monkeypatch, caps
     first = capsys.readouterr().out
     assert main(arguments) == int(not available()) and len(calls) == 4
     again = capsys.readouterr().out
-    assert again.startswith("0 images to go: 0.0 hours on two cores, 0.0 on one GPU")
+    assert again.startswith("0 images to go: 0.00 hours on two cores, 0.00 on one GPU")
     assert again.splitlines()[1:] == first.splitlines()[1:]
     # Another file of the same name is another measurement.
     path = root / "hub" / "checkpoints" / FILES["drs"].name
@@ -171,7 +171,7 @@ def test_hours_count_what_is_left(root, capsys, monkeypatch):
     verify(root, limit=2, store=root / "runs", jobs=1)
     # Five passes over 2 training images, one over 2 validation images.
     assert capsys.readouterr().out.startswith(
-        "12 images to go: 12.0 hours on two cores, 1.2 on one GPU beside 16 cores (estimated)."
+        "12 images to go: 12.00 hours on two cores, 1.20 on one GPU beside 16 cores (estimated)."
     )
 
 

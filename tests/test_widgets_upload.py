@@ -9,13 +9,21 @@ from datetime import datetime
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from test_weights import release_state, thin_vgg16  # noqa: F401
+from torch.nn.functional import interpolate
 
+from drs_lib.data import VOC_CLASSES, normalize
+from drs_lib.data.download import FILES
+from drs_lib.localization import localization_maps
 from drs_lib.networks import classifier
 from drs_lib.paper import Configuration
 from drs_lib.pipeline import STAGE_VERSIONS, Pipeline, get_budget
 from drs_lib.widgets import ImageLab
+from drs_lib.widgets import image as image_module
 from drs_lib.widgets import upload as upload_module
+from drs_lib.widgets.image import AUTHORS, LONGEST, START
 from drs_lib.widgets.upload import MOST_BYTES, ImageRefused, read_image
 
 NOISE = np.random.default_rng(0).integers(0, 255, (120, 160, 3), dtype=np.uint8)
@@ -294,6 +302,15 @@ def line(tmp_path_factory):
     return line
 
 
+@pytest.fixture(autouse=True)
+def hub(tmp_path_factory, monkeypatch):
+    """Torch hub's folder of checkpoints, empty."""
+    folder = tmp_path_factory.mktemp("hub") / "checkpoints"
+    folder.mkdir()
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(folder.parent))
+    return folder
+
+
 @pytest.fixture
 def lab(line):
     lab = ImageLab(line, image=3)
@@ -393,6 +410,118 @@ def test_a_voc_classifier_of_the_store_is_used_and_one_that_is_damaged_is_said(l
     lab = ImageLab(own)
     lab.receive(JPEG, "photo.jpg")
     assert "alert" in lab.busy.value and "damaged or gone" in lab.busy.value
+    lab.set(source="drawn")
+    assert lab.busy.value == "" and lab.shown.numbers
+    lab.close()
+
+
+@pytest.fixture
+def released(hub, thin_vgg16):  # noqa: F811
+    """DRS_learnable.pth, thin, with random weights."""
+    path = hub / FILES["drs"].name
+    torch.save({"model": release_state(True, classes=20), "miou": np.float64(0.5)}, path)
+    return path
+
+
+def expected_views(network, data):
+    """What a lab shows of a photograph: (probabilities, most likely class, its map)."""
+    picture = read_image(data, LONGEST)
+    image = torch.from_numpy(picture).permute(2, 0, 1)
+    side = interpolate(image[None], (320, 320), mode="bilinear", antialias=True)
+    with torch.no_grad():
+        probabilities = torch.sigmoid(network.eval()(normalize(side)))[0].numpy()
+    return (
+        picture,
+        probabilities,
+        localization_maps(network, normalize(side), size=picture.shape[:2])[0].numpy(),
+    )
+
+
+def test_the_authors_network_is_used_for_photographs(line, released, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(image_module, "overlay", lambda picture, values: drawn.append(values) or picture)
+    lab = ImageLab(line)
+    lab.receive(JPEG, "photo.jpg")
+    assert lab.controls["network"].options == (AUTHORS,) and lab.busy.value == ""
+    assert "authors trained on PASCAL VOC" in lab.note.value and "97 MB" not in lab.note.value
+    drawn.clear()
+    lab.set(cap=True, delta=0.3)
+    learnable = classifier("vgg16", 20, weights=released)
+    constant = classifier("vgg16", 20, delta=0.3)
+    controllers = [name for name in learnable.state_dict() if ".drs" in name]
+    rest = {k: v for k, v in learnable.state_dict().items() if k not in controllers}
+    constant.load_state_dict(rest)
+    assert controllers and lab.shown.numbers[0] == ["class", "probability, %", "with δ = 0.30"]
+    columns = []
+    for network in (learnable, constant):
+        picture, probabilities, maps = expected_views(network, JPEG)
+        columns.append(probabilities)
+        if network is learnable:
+            shown = [c for c in probabilities.argsort()[::-1] if probabilities[c] >= 0.5][:2]
+        for values, c in zip(drawn[:2] if network is learnable else drawn[2:], shown, strict=True):
+            np.testing.assert_allclose(values, maps[c], atol=1e-5)
+    assert np.abs(columns[0] - columns[1]).max() > 1e-3
+    order = columns[0].argsort()[::-1][:6]
+    assert [row[0] for row in lab.shown.numbers[1:]] == [VOC_CLASSES[c] for c in order]
+    found = np.array([row[1:] for row in lab.shown.numbers[1:]])
+    np.testing.assert_allclose(found, np.stack([c[order] for c in columns], 1), atol=1e-5)
+    assert "takes the place of the controllers" in lab.note.value and "δ = 0.30" in lab.describe(lab.state)
+    # The controllers are back.
+    lab.set(cap=False)
+    np.testing.assert_allclose(drawn[-1], expected_views(learnable, JPEG)[2][shown[-1]], atol=1e-5)
+    lab.close()
+
+
+def test_a_lab_may_begin_with_a_photograph(line, released, tmp_path):
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(JPEG)
+    lab = ImageLab(line, photo=path)
+    assert lab.state["source"] == "own" and lab.state["network"] == AUTHORS and lab.busy.value == ""
+    lab.close()
+
+
+def test_without_the_authors_network_one_sentence_says_how_to_get_it(line, lab):
+    lab.receive(JPEG, "photo.jpg")
+    assert "python -m drs_lib download --only drs" in lab.shown.note and "97 MB" in lab.shown.note
+    lab.set(source="drawn")
+    assert "97 MB" not in lab.shown.note
+
+
+def test_of_an_imagenet_network_the_features_are_shown(line, hub, thin_vgg16, monkeypatch):  # noqa: F811
+    network = classifier("vgg16", 20, ())
+    torch.save(network.state_dict(), hub / FILES["vgg16"].name)
+    drawn = []
+    monkeypatch.setattr(image_module, "overlay", lambda picture, values: drawn.append(values) or picture)
+    lab = ImageLab(line)
+    lab.receive(JPEG, "photo.jpg")
+    assert lab.controls["network"].options == (START,) and lab.shown.numbers == []
+    assert "none of VOC" in lab.shown.note and "97 MB" in lab.shown.note
+    picture = read_image(JPEG, LONGEST)
+    image = torch.from_numpy(picture).permute(2, 0, 1)[None]
+    side = normalize(interpolate(image, (320, 320), mode="bilinear", antialias=True))
+    with torch.no_grad():
+        mean = network.eval().layer_outputs(side)[4][0].mean(0)
+    mean = (mean - mean.min()) / (mean.max() - mean.min())
+    expected = interpolate(mean[None, None], picture.shape[:2], mode="bilinear")[0, 0]
+    np.testing.assert_allclose(drawn[-1], expected, atol=1e-4)
+    lab.set(cap=True, delta=0.2)
+    assert np.abs(drawn[-1] - drawn[-2]).max() > 0.01 and lab.busy.value == ""
+    lab.close()
+
+
+def test_on_voc_the_authors_network_spares_the_training(voc_tree, released, tmp_path):
+    line = Pipeline("voc", "ci", voc_root=voc_tree, store=tmp_path / "runs")
+    lab = ImageLab(line)
+    assert lab.state["network"] == AUTHORS and lab.busy.value == ""
+    assert not list(line.store.metas("classify")) and lab.shown.numbers[1][0] in VOC_CLASSES
+    lab.close()
+
+
+def test_a_damaged_file_of_the_authors_is_said(line, released):
+    released.write_bytes(released.read_bytes()[:1000])
+    lab = ImageLab(line)
+    lab.receive(JPEG, "photo.jpg")
+    assert "alert" in lab.busy.value and "DRS_learnable.pth cannot be read" in lab.busy.value
     lab.set(source="drawn")
     assert lab.busy.value == "" and lab.shown.numbers
     lab.close()

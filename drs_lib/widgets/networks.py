@@ -70,11 +70,16 @@ def prepared(image, resize=None, device="cpu"):
 
 def class_map(model, image, label, resize=None):
     """The localization map of one class, float32 (H, W) at the image's size, on the CPU; from one scale."""
+    return class_maps(model, image, [label], resize)[0]
+
+
+def class_maps(model, image, classes, resize=None):
+    """`class_map` of several classes, from one pass: a list."""
     device = next(model.parameters()).device
     labels = torch.zeros(1, model.num_classes)
-    labels[0, label] = 1
+    labels[0, list(classes)] = 1
     maps = localization_maps(model, prepared(image, resize, device), labels, size=tuple(image.shape[-2:]))
-    return maps[0, label].cpu().numpy()
+    return [maps[0, label].cpu().numpy() for label in classes]
 
 
 def class_probabilities(model, image, resize=None):
