@@ -44,12 +44,15 @@ class Finding(NamedTuple):
 
 
 def examine(voc_root=None):
-    """Look at Python, packages, devices, shipped weights, the run store and, if asked, VOC 2012.
+    """Look at Python, packages, devices, shipped weights, the run store and, if asked, VOC 2012 and the
+    weights that are downloaded for it.
 
     voc_root: the folder VOC 2012 is in, or None to leave it out. Returns a list of `Finding`.
     """
     found = [_python(), *map(_package, _requirements())]
-    found += [_device(), _weights(), _store(), *([_voc(voc_root)] if voc_root is not None else [])]
+    found += [_device(), _weights(), _store()]
+    if voc_root is not None:
+        found += [_voc(voc_root), _downloaded(voc_root)]
     return found
 
 
@@ -153,7 +156,7 @@ def _store():
 
 
 def _voc(root):
-    remedy = f"python -m drs_lib.data.download --root {root}"
+    remedy = f"python -m drs_lib download --root {root}"
     if not Path(root).is_dir():
         return Finding(_VOC, "missing", f"no folder {root}", remedy)
     try:
@@ -163,10 +166,23 @@ def _voc(root):
         splits["trainaug"].require_saliency()
     except (FileNotFoundError, ValueError) as error:
         # The message names the command, if one command mends it.
-        return Finding(
-            "VOC 2012", "missing", str(error), "" if "drs_lib.data.download" in str(error) else remedy
-        )
+        return Finding("VOC 2012", "missing", str(error), "" if "drs_lib download" in str(error) else remedy)
     return Finding(_VOC, "ok", ", ".join(f"{split} {len(data)}" for split, data in splits.items()))
+
+
+def _downloaded(root):
+    """The weights that come by download: ImageNet's, and the authors'."""
+    what = "downloaded weights"
+    try:
+        from drs_lib.data.download import FILES, TREE, weights_folder
+    except ImportError as error:
+        return Finding(what, "optional", f"unknown: {error}")
+    folder, weights = weights_folder(), [kind for kind in FILES if kind not in TREE]
+    if missing := [kind for kind in weights if not (folder / FILES[kind].name).is_file()]:
+        remedy = f"python -m drs_lib download --root {root} --only {' '.join(missing)}"
+        detail = f"not in {folder}: {', '.join(FILES[kind].name for kind in missing)}"
+        return Finding(what, "optional", detail, remedy)
+    return Finding(what, "ok", f"{', '.join(weights)}, in {folder}")
 
 
 def main(arguments=None):

@@ -30,7 +30,7 @@ import numpy as np
 from drs_lib import crf, distributed
 from drs_lib.arguments import whole
 from drs_lib.files import write_text
-from drs_lib.paper import NETWORKS, SOURCE, TITLES, Configuration, Row, table_rows
+from drs_lib.paper import AFTER_CRF, NETWORKS, SOURCE, TITLES, Configuration, Row, table_rows
 from drs_lib.pipeline import STAGE_COST, TRAININGS, Budget, Pipeline, Splits, get_budget
 from drs_lib.store import RunStore, StoreError, run_name
 
@@ -724,7 +724,8 @@ def _notes(table):
         ("paper",),
     )
     known = [[f"{key}: {table.attrs[key]}" for key in keys if key in table.attrs] for keys in groups]
-    return ["; ".join(notes) for notes in known if notes]
+    after_crf = [AFTER_CRF] if table.attrs.get("table") == 4 else []
+    return [*("; ".join(notes) for notes in known if notes), *after_crf]
 
 
 def _shown(table):

@@ -7,9 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from conftest import write_voc_tree
 from drs_lib import doctor, store
+from drs_lib.data.download import FILES, TREE
 
 
 def without(monkeypatch, *modules):
@@ -114,6 +116,21 @@ def test_voc_without_saliency_maps_is_not_complete(tmp_path):
     assert found.status == "missing" and "--only saliency" in found.detail and not found.remedy
     ready = [f for f in doctor.examine() if f.status != "missing"]
     assert doctor.report([*ready, found]).endswith("The course can run, but not on VOC yet.")
+
+
+def test_downloaded_weights_that_are_missing_are_optional_and_named(tmp_path, voc_tree, monkeypatch):
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    weights = [kind for kind in FILES if kind not in TREE]
+    for kind in weights[:-2]:
+        (folder / FILES[kind].name).touch()
+    found = finding("downloaded weights", voc_root=voc_tree)
+    assert found.status == "optional" and str(folder) in found.detail
+    assert found.remedy == f"python -m drs_lib download --root {voc_tree} --only {' '.join(weights[-2:])}"
+    for kind in weights[-2:]:
+        (folder / FILES[kind].name).touch()
+    assert finding("downloaded weights", voc_root=voc_tree).status == "ok"
 
 
 def test_it_runs_without_loading_the_library_s_heavy_parts():

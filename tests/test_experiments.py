@@ -940,3 +940,10 @@ def test_the_budget_comes_from_the_environment(monkeypatch):
         get_budget()
     monkeypatch.delenv("DRS_BUDGET")
     assert get_budget().name == "laptop" and get_budget(data="voc").name == "paper"
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_the_paper_s_number_that_is_after_crf_is_said_to_be_below_its_table(number):
+    table = reference_table(number)
+    for text in (format_table(table), style_table(table).to_html()):
+        assert ("70.4 is after CRF, 69.4 without" in text.replace("\n", " ")) == (number == 4)

@@ -235,7 +235,7 @@ def test_missing_saliency_says_what_to_get(tree):
     with pytest.raises(FileNotFoundError, match=ds.names[2]):
         ds.saliency(2)
     shutil.rmtree(tree / "saliency_map")
-    with pytest.raises(FileNotFoundError, match="saliency_map.zip"):
+    with pytest.raises(FileNotFoundError, match="--only saliency"):
         ds.saliency(0)
 
 
