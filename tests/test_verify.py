@@ -1,6 +1,7 @@
 """The released networks measured: on files in their layout with random weights, and a tiny tree."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from drs_lib.__main__ import main
 from drs_lib.crf import CRFConfig, available
 from drs_lib.data import VOC2012
 from drs_lib.data.download import FILES
-from drs_lib.data.voc import save_indexed_png
+from drs_lib.data.voc import VOC_LIST_SIZES, save_indexed_png
 from drs_lib.labels import pseudo_labels
 from drs_lib.localization import iterate_maps
 from drs_lib.metrics import SegmentationScore
@@ -182,3 +183,12 @@ def test_files_that_are_not_the_released_ones_are_refused_by_name(root, capsys):
     (root / "VOC2012" / "classes.txt").write_text("cat\ndog\n")
     with pytest.raises(ValueError, match="classes of its own"):
         verify(root, store=root / "runs")
+
+
+def test_the_page_on_voc_tells_the_same_hours():
+    voc = (Path(__file__).parents[1] / "docs" / "voc.md").read_text(encoding="utf-8")
+    images = VOC_LIST_SIZES
+    cores, gpu = (sum(images[m.split] * m.seconds[k] for m in MEASURES.values()) / 3600 for k in (0, 1))
+    assert f"about {cores:.0f} hours on two cores and {60 * gpu:.0f} minutes on one GPU" in voc.replace(
+        "\n", " "
+    )
