@@ -230,13 +230,8 @@ class _Pass:
     """A `Measure` over the images of its split, chunk by chunk."""
 
     def __init__(self, name, dataset, limit, jobs, store):
-        self.name, self.measure, self.dataset, self.jobs, self.store = (
-            name,
-            MEASURES[name],
-            dataset,
-            jobs,
-            store,
-        )
+        self.name, self.measure, self.dataset = name, MEASURES[name], dataset
+        self.jobs, self.store = jobs, store
         images = range(len(dataset) if limit is None else min(limit, len(dataset)))
         self.chunks = [images[start : start + CHUNK] for start in range(0, len(images), CHUNK)]
         self._model = None
