@@ -15,7 +15,7 @@ from test_weights import release_state, thin_vgg16  # noqa: F401
 from torch.nn.functional import interpolate
 
 from drs_lib.data import VOC_CLASSES, normalize
-from drs_lib.data.download import FILES
+from drs_lib.data.download import FILES, Remote
 from drs_lib.localization import localization_maps
 from drs_lib.networks import classifier
 from drs_lib.paper import Configuration
@@ -489,7 +489,8 @@ def test_without_the_authors_network_one_sentence_says_how_to_get_it(line, lab):
 
 def test_of_an_imagenet_network_the_features_are_shown(line, hub, thin_vgg16, monkeypatch):  # noqa: F811
     network = classifier("vgg16", 20, ())
-    torch.save(network.state_dict(), hub / FILES["vgg16"].name)
+    monkeypatch.setitem(FILES, "vgg16", Remote("https://example.org/thin.pth"))  # torchvision's is checked
+    torch.save(network.state_dict(), hub / "thin.pth")
     drawn = []
     monkeypatch.setattr(image_module, "overlay", lambda picture, values: drawn.append(values) or picture)
     lab = ImageLab(line)
