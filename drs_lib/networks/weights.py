@@ -81,8 +81,8 @@ def load_weights(network, weights):
     - deeplabv1_resnet101-coco.pth: initial weights of the ResNet-101, trained on COCO *with pixel masks* and
       converted from Caffe. The network becomes Caffe-style, see `DilatedResNet`; the file's own head is left
       out. Other DeepLabs converted by the same code (github.com/kazuto1011/deeplab-pytorch) are read alike.
-    - Deeplabv2_pseudo_segmentation_labels.pth: "aspp" on resnet101 in that code's layout, trained on the
-      release's pseudo labels. Its head is taken too, by a network that has the same.
+    - the release's DeepLab-v2, trained on its pseudo labels: "aspp" on resnet101 in that code's layout. Its
+      head is taken too, by a network that has the same.
 
     Raises FileNotFoundError if there is no such file, ValueError if it does not fit, holds Python objects, or
     bears the name of a torchvision file and is another one, and RuntimeError if the download fails.
