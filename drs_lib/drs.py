@@ -9,7 +9,7 @@ import numbers
 import threading
 import weakref
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -136,7 +136,8 @@ def _suppress_by(x, weight):
 def _control_values(features, f):
     """Equation 2, G = sigmoid(f(GAP(X))): (N, K), in float32 whatever the type of the maps (N, K, H, W)."""
     average = features.mean(dim=(2, 3), dtype=_at_least_float32(features))
-    with torch.autocast(features.device.type, enabled=False):
+    kind = features.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
         return torch.sigmoid(f(average))
 
 
