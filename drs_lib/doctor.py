@@ -44,13 +44,13 @@ class Finding(NamedTuple):
 
 
 def examine(voc_root=None):
-    """Look at Python, packages, devices, shipped weights, the run store and, if asked, VOC 2012 and the
-    weights that are downloaded for it.
+    """Look at Python, packages, devices, compiled code, shipped weights, the run store and, if asked, VOC 2012
+    and the weights that are downloaded for it.
 
     voc_root: the folder VOC 2012 is in, or None to leave it out. Returns a list of `Finding`.
     """
     found = [_python(), *map(_package, _requirements())]
-    found += [_device(), _weights(), _store()]
+    found += [_device(), _compiled(), _weights(), _store()]
     if voc_root is not None:
         found += [_voc(voc_root), _downloaded(voc_root)]
     return found
@@ -125,6 +125,18 @@ def _device():
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores"
     return Finding("device", "ok", f"{device} ({name})")
+
+
+def _compiled():
+    """Whether DRS's loops compile here; the first time, this compiles them."""
+    what = "compiled DRS"
+    try:
+        from drs_lib import kernels
+    except ImportError as error:
+        return Finding(what, "optional", f"unknown: {error}")
+    if kernels.available():
+        return Finding(what, "ok", "numba's results are those of the plain form")
+    return Finding(what, "optional", "no; a training step takes about twice as long", kernels.REMEDIES["cpu"])
 
 
 def _weights():

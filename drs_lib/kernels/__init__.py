@@ -39,7 +39,7 @@ def disabled():
         _disabled.reset(token)
 
 
-_REMEDIES = {
+REMEDIES = {
     "cpu": "pip install numba; if it is there, delete what it stored, the files cpu.*.nb* in "
     f"{Path(__file__).with_name('__pycache__')} or in $NUMBA_CACHE_DIR, and start Python again",
     "cuda": "install PyTorch for Linux, which brings Triton",
@@ -68,7 +68,7 @@ def _form_for(device, dtype):
         # numba or Triton may be missing, meet a processor, a GPU or a driver that it does not know, or find
         # damaged what it stored of an earlier compilation, and then fails in many ways.
         passing = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        remedy = "the next call tries again" if passing else _REMEDIES[device.type]
+        remedy = "the next call tries again" if passing else REMEDIES[device.type]
         logging.getLogger(__name__).warning(
             "DRS runs uncompiled on %s in %s, and slower: %s: %s. What to do: %s.",
             device, dtype, type(error).__name__, error, remedy,
