@@ -44,8 +44,8 @@ class Finding(NamedTuple):
 
 
 def examine(voc_root=None):
-    """Look at Python, packages, devices, compiled code, shipped weights, the run store and, if asked, VOC 2012
-    and the weights that are downloaded for it.
+    """Look at Python, packages, devices, compiled code, shipped weights, the run store and, if asked, VOC
+    2012 and the weights that are downloaded for it.
 
     voc_root: the folder VOC 2012 is in, or None to leave it out. Returns a list of `Finding`.
     """
