@@ -1,4 +1,5 @@
-"""What a notebook needs around the library: the run at hand, and a loss curve that grows.
+"""What a notebook needs around the library: the run at hand, batches of its images, the price of a training
+that no table needs, and a loss curve that grows.
 
     line = open_course(DATA, BUDGET, VOC_ROOT)           the pipeline; one sentence says what it runs on
     model = line.classifier(Configuration())             from the store, or trained under a live loss curve
@@ -10,11 +11,13 @@ import math
 import time
 
 import numpy as np
+import torch
+from torch.nn.functional import interpolate
 
 from drs_lib.pipeline import Pipeline
 from drs_lib.store import RunStore, course_store
 
-__all__ = ["LiveLoss", "open_course"]
+__all__ = ["LiveLoss", "image_batch", "may_train", "open_course"]
 
 
 def open_course(data="critters", budget=None, voc_root=None, seed=0, store=None, device=None):
@@ -46,6 +49,40 @@ def open_course(data="critters", budget=None, voc_root=None, seed=0, store=None,
         f"budget {line.budget.name!r}, seed {seed}."
     )
     return line
+
+
+def image_batch(dataset, indices, side=None):
+    """Images of a data set as one batch, uint8 (N, 3, H, W).
+
+    side: of the square that they are resized to, as a budget's ``resize`` has it; images of different sizes
+    need one. None: they stay as they are.
+    """
+    images = [dataset[i][0][None] for i in indices]
+    if side is not None:
+        images = [interpolate(image, (side, side), mode="bilinear", antialias=True) for image in images]
+    return torch.cat(images)
+
+
+def may_train(line, recipe, trainings=1, anyway=False):
+    """Whether a notebook trains something that no table needs.
+
+    At the budgets "ci" and "laptop" it does: that is a matter of seconds, or of a minute or two. At the
+    others ``anyway`` decides, and what is trained or left out is printed, with its number of steps.
+
+    Args:
+        line: the `Pipeline`.
+        recipe: of the trainings, on the pipeline's training images.
+        trainings: how many there are.
+        anyway: a notebook's switch TRAIN_MORE.
+    """
+    if line.budget.name in ("ci", "laptop"):
+        return True
+    _, steps = recipe.steps(len(line.data.train))
+    cost = (
+        f"{trainings} x {steps:,} steps of {recipe.backbone}, {recipe.batch * recipe.accumulate} images each"
+    )
+    print(f"Training {cost}." if anyway else f"Left out: {cost}. TRAIN_MORE = True, above, trains it.")
+    return anyway
 
 
 class LiveLoss:

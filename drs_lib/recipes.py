@@ -169,6 +169,13 @@ class Recipe:
         per_epoch = max(1, images // (self.batch * self.accumulate))
         return per_epoch, self.iterations if self.iterations is not None else self.epochs * per_epoch
 
+    def at_most(self, epochs, images):
+        """The recipe cut to `epochs` epochs over `images` images, counted as the recipe counts; a shorter one
+        stays as it is."""
+        if self.iterations is None:
+            return self.replace(epochs=min(epochs, self.epochs))
+        return self.replace(iterations=min(epochs * self.steps(images)[0], self.iterations))
+
     def lr_factor(self, step, per_epoch, total):
         """The factor on the learning rate at iteration `step`, counted from 0, of `total`.
 
