@@ -77,10 +77,8 @@ def may_train(line, recipe, trainings=1, anyway=False):
     """
     if line.budget.name in ("ci", "laptop"):
         return True
-    _, steps = recipe.steps(len(line.data.train))
-    cost = (
-        f"{trainings} x {steps:,} steps of {recipe.backbone}, {recipe.batch * recipe.accumulate} images each"
-    )
+    steps, images = recipe.steps(len(line.data.train))[1], recipe.batch * recipe.accumulate
+    cost = f"{trainings} x {steps:,} steps of {recipe.backbone}, {images} images each"
     print(f"Training {cost}." if anyway else f"Left out: {cost}. TRAIN_MORE = True, above, trains it.")
     return anyway
 
