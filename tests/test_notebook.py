@@ -5,10 +5,14 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+import torch
+from torch.nn.functional import interpolate
 
 from drs_lib import notebook, store
-from drs_lib.notebook import LiveLoss, open_course
+from drs_lib.data import VOC2012
+from drs_lib.notebook import LiveLoss, image_batch, may_train, open_course
 from drs_lib.paper import Configuration
+from drs_lib.recipes import ClassifyRecipe
 
 
 def test_open_course_says_what_it_runs_on(tmp_path, capsys, monkeypatch):
@@ -31,6 +35,31 @@ def test_notebooks_share_the_store_of_make_course(tmp_path, monkeypatch):
     monkeypatch.delenv("DRS_STORE")
     monkeypatch.setattr(store, "__file__", str(tmp_path / "site-packages" / "drs_lib" / "store.py"))
     assert open_course(budget="ci").store.root == tmp_path / "runs"
+
+
+def test_images_of_different_sizes_become_one_batch(voc_tree):
+    data = VOC2012(voc_tree, "train")
+    assert data[0][0].shape != data[1][0].shape
+    batch = image_batch(data, [1, 0], 24)
+    assert batch.shape == (2, 3, 24, 24) and batch.dtype == torch.uint8
+    expected = interpolate(data[0][0][None].float(), (24, 24), mode="bilinear", antialias=True)[0]
+    assert (batch[1] - expected).abs().max() < 1
+    assert image_batch(data, [2]).equal(data[2][0][None])
+    with pytest.raises(RuntimeError, match="size"):
+        image_batch(data, [0, 1])
+
+
+def test_a_training_that_no_table_needs_is_done_where_it_is_short_and_else_asked_for(tmp_path, capsys):
+    line = open_course(budget="ci", store=tmp_path)
+    capsys.readouterr()
+    assert may_train(line, line.budget.classify) and not capsys.readouterr().out
+    line.budget = line.budget.replace(name="paper")
+    recipe = ClassifyRecipe(epochs=None, iterations=1234, batch=6)
+    assert not may_train(line, recipe, 2)
+    cost = "2 x 1,234 steps of vgg16, 6 images each"
+    assert capsys.readouterr().out == f"Left out: {cost}. TRAIN_MORE = True, above, trains it.\n"
+    assert may_train(line, recipe, 2, anyway=True)
+    assert capsys.readouterr().out == f"Training {cost}.\n"
 
 
 class Handle:

@@ -31,6 +31,26 @@ PARAMETERS = 'DATA = "voc"\nBUDGET = "ci"\nVOC_ROOT = {!r}'
 OPENING = re.compile(r"^line = open_course\(DATA, BUDGET, VOC_ROOT\)$", re.M)
 AS_PAPER = r"\g<0>\nline.budget = line.budget.replace(name='paper')"
 
+# What a notebook's variables must hold at its end: 255 is no label, and sizes are each image's own.
+AT_THE_END = {
+    "03": """
+masks = [line.data.val.mask(i) for i in range(len(shares))]
+assert np.allclose(shares, [np.isin(mask, range(1, 21)).mean() for mask in masks])""",
+    "04": """
+assert cases
+for (index, c), found in zip(cases, heads, strict=True):
+    places, (h, w) = np.nonzero(regions(index, c)["discriminative"]), line.data.val.mask(index).shape
+    assert np.isclose(found, max((np.ptp(places[0]) + 1) * 64 / h, (np.ptp(places[1]) + 1) * 64 / w))""",
+    "06": """
+scored = sum(int((train.mask(i) != 255).sum()) for i in counted)
+assert places[0].sum() == sum(len(np.concatenate(values)) for values in covered) == scored
+assert all(labels.shape == train.mask(i).shape for i, labels in enumerate(swapped))""",
+    "07": """
+for i in range(len(train)):
+    assert np.array_equal(saliency_of(i) == 255, np.isin(train.mask(i), range(1, 21)))
+assert len(rivals) == 3 and "ACoL" in scans""",
+}
+
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
@@ -57,6 +77,7 @@ def failure(path, tree, store):
         [opening] = [cell for cell in without if OPENING.search(cell.source)]
         opening.source = OPENING.sub(AS_PAPER, opening.source)
         notebook.cells = [*without, nbformat.v4.new_code_cell("%reset -f"), *notebook.cells]
+    notebook.cells.append(nbformat.v4.new_code_cell(AT_THE_END.get(path.name[:2], "")))
     environment = os.environ | {"DRS_STORE": str(store), "OMP_NUM_THREADS": "1"}
     folder = {"metadata": {"path": str(path.parent)}}
     try:

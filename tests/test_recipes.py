@@ -112,6 +112,14 @@ def test_steps():
         ClassifyRecipe().steps(0)
 
 
+def test_a_recipe_is_cut_as_it_counts_and_never_longer():
+    assert ClassifyRecipe().at_most(2, 103) == ClassifyRecipe(epochs=2)
+    assert ClassifyRecipe.ci().at_most(2, 103) == ClassifyRecipe.ci()
+    counted = SegmentRecipe(iterations=25, batch=5, accumulate=2)
+    assert counted.at_most(2, 103) == counted.replace(iterations=20)
+    assert counted.at_most(3, 103) == counted
+
+
 @pytest.mark.parametrize("recipe", PRESETS, ids=lambda r: f"{type(r).__name__}-{r.backbone}-{r.epochs}")
 def test_recipes_survive_json(recipe):
     text = json.dumps(recipe.to_dict(), sort_keys=True, allow_nan=False)
