@@ -9,10 +9,10 @@ plane is read as rows of ``LANES`` neighbours, and the lanes are reduced at the 
 within a block of positions and float64 across blocks.
 
 The loops release the GIL and are spread over the batch by torch's own OpenMP threads: after their work these
-go on spinning for a while, and threads of ours would have to share their cores. Threads fetch parts until
-none is left, so that one that comes late holds nobody up. Where torch has no OpenMP (Windows), and after a
-fork, a pool of threads does it. numba's threading layers differ between platforms, and its portable one
-aborts when two threads call at once.
+go on spinning for a while, and threads of ours would have to share their cores. A thread that comes late
+finds its part done by another. Where torch has no OpenMP (Windows), and after a fork, a pool of threads does
+it. numba's threading layers differ between platforms, and its portable one aborts when two threads call at
+once.
 """
 
 import ctypes
@@ -33,7 +33,6 @@ from drs_lib.kernels import autograd
 LANES = 32
 BLOCK = 64
 SMALLEST_PART = 1 << 16  # elements: below this, fetching a part costs more than it saves
-PARTS_PER_THREAD = 4
 
 
 def _compiled(function):
@@ -256,7 +255,7 @@ def _in_threads(work, threads):
 def _run(loop, *arrays):
     """``loop`` over the first axis of ``arrays``, split between threads where that pays."""
     rows, threads = len(arrays[0]), torch.get_num_threads()
-    parts = min(threads * PARTS_PER_THREAD, rows, arrays[0].size // SMALLEST_PART)
+    parts = min(threads, rows, arrays[0].size // SMALLEST_PART)
     if threads == 1 or parts < 2:
         loop(*arrays)
         return
