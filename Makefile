@@ -40,7 +40,7 @@ help: ## show this list
 	@echo "Settings of make course: DATA=critters|voc VOC_ROOT=folder BUDGET=ci|laptop|paper|release OUT=folder SEEDS=\"0 1 2\" JOBS=n TABLES=\"1 2\""
 
 course: $(READY) ## run Tables 1-4, print them beside the paper's, write results/ (tables and figures)
-	$(PY) -m drs_lib course $(COURSE_ARGS)
+	$(PY) -m drs_course tables $(COURSE_ARGS)
 
 test: $(READY) ## run the whole test suite
 	$(PY) -m pytest $(PYTEST_ARGS)
@@ -52,8 +52,8 @@ lab-page: $(READY) ## show the labs, the pages with sliders, as one page without
 	$(JUPYTER) $(PY) -m voila notebooks/lab.ipynb
 
 figures: $(READY) ## draw figures/, which README and notebooks show, from the stored runs
-	$(PY) -m drs_lib.plots $(RUN_ARGS)
-	$(PY) -m drs_lib.widgets
+	$(PY) -m drs_course.plots $(RUN_ARGS)
+	$(PY) -m drs_course.labs
 
 notebooks: $(READY) ## run all notebooks and store their outputs in them
 	$(PY) tools/notebooks.py run
@@ -76,10 +76,10 @@ check-links: site ## build the site and check every link within it
 	$(PY) docs/check_links.py site/html
 
 reference: $(READY) ## measure the committed reference results again, three seeds (50 minutes)
-	$(PY) -m drs_lib reference --seeds $(or $(SEEDS),0 1 2)
+	$(PY) -m drs_course reference --seeds $(or $(SEEDS),0 1 2)
 
 weights: $(READY) ## train the committed Critters weights again
-	$(PY) -m drs_lib.pretrain
+	$(PY) -m drs_course.pretrain
 
 bench: $(READY) ## time a training step with and without DRS, localization maps, the CRF and the labs (30 minutes)
 	$(PY) benchmarks/step.py $(BENCH_ARGS)

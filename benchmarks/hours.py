@@ -26,12 +26,13 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from drs_lib import experiments, networks
+from drs_course import tables as experiments
+from drs_course.paper import NETWORKS
+from drs_course.stages import STAGE_VERSIONS, TRAININGS, Pipeline, Splits, get_budget
+from drs_lib import networks
 from drs_lib.data import VOC_CLASSES
 from drs_lib.data.voc import VOC_LIST_SIZES
 from drs_lib.files import write_text
-from drs_lib.paper import NETWORKS
-from drs_lib.pipeline import STAGE_VERSIONS, TRAININGS, Pipeline, Splits, get_budget
 from drs_lib.recipes import PRECISIONS
 
 PEAK = 989  # TFLOP/s of an H100 SXM in bfloat16, dense

@@ -27,12 +27,12 @@ from pathlib import Path
 import numpy as np
 from machine import processor
 
+from drs_course.labs import CueLab
+from drs_course.paper import Configuration
+from drs_course.stages import Pipeline
+from drs_course.store import RunStore, course_store
 from drs_lib.crf import available
 from drs_lib.files import write_text
-from drs_lib.paper import Configuration
-from drs_lib.pipeline import Pipeline
-from drs_lib.store import RunStore, course_store
-from drs_lib.widgets import CueLab
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from browser import serving  # noqa: E402
@@ -174,7 +174,7 @@ def in_browser(store, options):
         names = [kind.__name__ for kind in MAIN]
         write_notebook(
             pages / "labs.ipynb",
-            f"from drs_lib.notebook import open_course\nfrom drs_lib.widgets import {', '.join(names)}\n"
+            f"from drs_course.notebook import open_course\nfrom drs_course.labs import {', '.join(names)}\n"
             "line = open_course()",
             *(f"{name.lower()} = {name}(line)\n{name.lower()}" for name in names),
             BASELINE_CELL,

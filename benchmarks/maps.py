@@ -17,7 +17,7 @@ import torch
 
 from drs_lib.data import normalize
 from drs_lib.files import write_text
-from drs_lib.localization import RELEASE_SCALES, iterate_maps, localization_maps
+from drs_lib.maps import RELEASE_SCALES, iterate_maps, localization_maps
 from drs_lib.networks import classifier
 from drs_lib.runtime import memory_format
 

@@ -179,7 +179,7 @@ def complete_notebook(app, docname, source):
                     or f"Figure in the section: {_plain(heading)}"
                 )
                 cell["metadata"].setdefault("mystnb", {})["image"] = {"alt": alt}
-    has_labs = any("drs_lib.widgets" in "".join(cell["source"]) for cell in cells)
+    has_labs = any("drs_course.labs" in "".join(cell["source"]) for cell in cells)
     note = {"cell_type": "markdown", "metadata": {}, "source": _note(Path(docname).name, has_labs)}
     if "id" in cells[0]:
         note["id"] = "about-this-page"

@@ -1,39 +1,28 @@
-"""drs_lib: the implementations behind the course on Discriminative Region Suppression.
+"""Discriminative Region Suppression (Kim, Han, Kim, AAAI 2021), and the pipeline of its Figure 3.
 
-The public names below are resolved on first use, so that ``import drs_lib`` costs nothing: a worker process
-that only runs the CRF never loads torch, and a warm ``make course`` never loads torchvision.
+The course that stands on it, with tables, exercises and labs, is `drs_course`.
 """
 
-from importlib import import_module
+from drs_lib.data import VOC2012, Critters
+from drs_lib.drs import DRS, ConstantController, LearnableController, plug_drs, suppress
+from drs_lib.labels import pseudo_labels
+from drs_lib.maps import localization_maps, refined_maps
+from drs_lib.networks import classifier, deeplab, refinement_network
 
 __version__ = "0.1.0"
 
-_HOME_OF = {
-    "suppress": "drs",
-    "DRS": "drs",
-    "LearnableController": "drs",
-    "ConstantController": "drs",
-    "plug_drs": "drs",
-    "classifier": "networks",
-    "refinement_network": "networks",
-    "deeplab": "networks",
-    "localization_maps": "localization",
-    "pseudo_labels": "labels",
-    "Critters": "data",
-    "VOC2012": "data",
-    "run_table": "experiments",
-    "run_tables": "experiments",
-    "reference_table": "experiments",
-}
-
-__all__ = ["__version__", *_HOME_OF]
-
-
-def __getattr__(name):
-    if name in _HOME_OF:
-        return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__():
-    return sorted(set(globals()) | set(__all__))
+__all__ = [
+    "DRS",
+    "VOC2012",
+    "ConstantController",
+    "Critters",
+    "LearnableController",
+    "classifier",
+    "deeplab",
+    "localization_maps",
+    "plug_drs",
+    "pseudo_labels",
+    "refined_maps",
+    "refinement_network",
+    "suppress",
+]

@@ -1,7 +1,7 @@
 """One training on several processes, one for each GPU, by Hugging Face Accelerate.
 
 All processes run the same program and take the same steps; each passes its part of every batch through the
-network, and the gradients are averaged. `accelerate launch -m drs_lib course ...` starts them from a command
+network, and the gradients are averaged. `accelerate launch -m drs_course tables ...` starts them from a command
 line, `accelerate.notebook_launcher` from a notebook. The batch is the recipe's, whatever the number of
 processes: each takes its share of it, so that the steps are those of one process but for rounding. What is
 not training is done by the first process, and the others read it from the run store.

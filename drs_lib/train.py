@@ -150,7 +150,7 @@ def fit(
     ids, for messages. progress: True for a bar, False for none, or a function (title, step, steps, epoch,
     loss) that is called after every iteration and must not draw random numbers; on a GPU the loss is the last
     that was fetched, NaN before the first. on_epoch(history): called after every epoch; random numbers it
-    draws don't change the training. checkpoint: a `drs_lib.checkpoint.Checkpoint`, from which the training
+    draws don't change the training. checkpoint: a `drs_course.checkpoint.Checkpoint`, from which the training
     goes on if it holds one, and which is written after every epoch but the last; streams: the generators from
     which `batches` draws. compile: a mode of torch.compile for the loss, or None. With several processes (see
     `drs_lib.distributed`), `batches` are this process's parts, and the loss is the mean over all parts.

@@ -1,4 +1,4 @@
-"""Right answers and plausible wrong ones to every check of `drs_lib.checks`, written as students would.
+"""Right answers and plausible wrong ones to every check of `drs_course.checks`, written as students would.
 
 `test_checks.py` tries them all. As a program, it prints how many of the wrong ones each check rejects:
 
@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from drs_lib import checks
+from drs_course import checks
+from drs_course.plots import CHANGES
+from drs_course.plots import cue_changes as librarys_changes
 from drs_lib.drs import DRS, LearnableController, suppress, suppress_plain
 from drs_lib.labels import pseudo_labels
-from drs_lib.localization import keep_largest_class
+from drs_lib.maps import keep_largest_class
 from drs_lib.metrics import SegmentationScore
-from drs_lib.plots import CHANGES
-from drs_lib.plots import cue_changes as librarys_changes
 from drs_lib.train import Batch, refinement_loss
 
 

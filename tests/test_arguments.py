@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from conftest import TinyDataset
-from drs_lib import experiments
+from drs_course import tables as experiments
 from drs_lib.arguments import whole
 from drs_lib.crf import CRFConfig, iterate_crf
 from drs_lib.data.decoded import decoded
 from drs_lib.data.transforms import training_transform
-from drs_lib.localization import iterate_maps, localization_maps
+from drs_lib.maps import iterate_maps, localization_maps
 from drs_lib.networks import classifier
 from drs_lib.recipes import ClassifyRecipe
 from drs_lib.runtime import seeded, threads

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from conftest import TinyDataset
-from drs_lib.audit import ALPHAS, AlphaScan, scan_alpha, score_every_epoch
+from drs_course.audit import ALPHAS, AlphaScan, scan_alpha, score_every_epoch
+from drs_course.paper import Configuration
+from drs_course.stages import Pipeline, Splits, get_budget
 from drs_lib.labels import pseudo_labels
 from drs_lib.metrics import SegmentationScore
-from drs_lib.paper import Configuration
-from drs_lib.pipeline import Pipeline, Splits, get_budget
 
 CLASSES = 3
 

@@ -114,7 +114,7 @@ def test_no_mask_can_be_reached_from_memory(monkeypatch):
 
 
 def test_a_checkpoint_of_one_way_serves_the_other(tmp_path):
-    from drs_lib.checkpoint import Checkpoint
+    from drs_course.checkpoint import Checkpoint
 
     class Killed(BaseException):
         pass
@@ -138,9 +138,10 @@ def test_a_checkpoint_of_one_way_serves_the_other(tmp_path):
 
 def test_a_pipeline_on_voc_from_memory_makes_what_it_makes_from_files(tmp_path):
     """Decoded once, into the store's folder, where trainings and maps find it."""
-    from drs_lib.data import VOC2012, Critters, export_voc
-    from drs_lib.paper import Configuration
-    from drs_lib.pipeline import Pipeline, Splits, get_budget
+    from drs_course.export import export_voc
+    from drs_course.paper import Configuration
+    from drs_course.stages import Pipeline, Splits, get_budget
+    from drs_lib.data import VOC2012, Critters
 
     splits = {"train": Critters("train", size=64, length=12), "val": Critters("val", size=64, length=4)}
     tree = export_voc(splits, tmp_path, progress=False)

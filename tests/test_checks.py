@@ -22,12 +22,13 @@ from mutants import ANSWERS, rejection_table, verdicts
 from torch import nn
 
 import drs_lib
-from drs_lib import DRS, checks, suppress
-from drs_lib.checks.__main__ import table
-from drs_lib.checks.verdict import Verdict
+from drs_course import checks
+from drs_course.checks.__main__ import table
+from drs_course.checks.verdict import Verdict
+from drs_course.paper import Configuration, table_rows
+from drs_lib import DRS, suppress
 from drs_lib.labels import pseudo_labels
 from drs_lib.metrics import SegmentationScore, map_quality
-from drs_lib.paper import Configuration, table_rows
 
 NAMES = sorted(checks.__all__)
 BY_NAME = pytest.mark.parametrize("name", NAMES)
@@ -223,7 +224,7 @@ def test_the_list_has_every_check_and_an_unknown_one_gets_help():
 
 
 def test_importing_the_checks_loads_no_torch():
-    code = "import sys, drs_lib.checks; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    code = "import sys, drs_course.checks; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(drs_lib.__file__).parents[1])
 
 
@@ -310,8 +311,8 @@ def test_deltas_of_1_and_near_0():
 
 
 def test_shared_stages_by_their_keys(tmp_path):
-    from drs_lib.pipeline import Pipeline
-    from drs_lib.store import RunStore
+    from drs_course.stages import Pipeline
+    from drs_course.store import RunStore
 
     line = Pipeline("critters", "ci", store=RunStore(tmp_path))
     rows = [row.configuration for n in (1, 2) for row in table_rows(n) if row.configuration]
@@ -424,7 +425,7 @@ def test_dense_pairs_and_spans_by_the_gradient():
 
 
 def test_a_map_of_ones_has_a_flat_curve():
-    from drs_lib.audit import AlphaScan
+    from drs_course.audit import AlphaScan
 
     rng = np.random.default_rng(0)
     scan = AlphaScan(3)

@@ -11,11 +11,12 @@ import joblib
 import pandas as pd
 import pytest
 
-from drs_lib import experiments, train
-from drs_lib.experiments import RowsFailed, run_table
-from drs_lib.paper import Configuration, table_rows
-from drs_lib.pipeline import Pipeline, get_budget
-from drs_lib.store import RunStore, StoreError
+from drs_course import tables as experiments
+from drs_course.paper import Configuration, table_rows
+from drs_course.stages import Pipeline, get_budget
+from drs_course.store import RunStore, StoreError
+from drs_course.tables import RowsFailed, run_table
+from drs_lib import train
 
 distributed = pytest.importorskip("distributed")
 
@@ -147,7 +148,7 @@ class LateClock(distributed.WorkerPlugin):
     def setup(self, worker):
         from types import SimpleNamespace
 
-        from drs_lib import store
+        from drs_course import store
 
         kept = {name: getattr(time, name) for name in ("perf_counter", "sleep")}
         self.store, self.clock = store, store.time

@@ -13,10 +13,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from conftest import TinyDataset, write_voc_tree
+from drs_course.store import StoreError
 from drs_lib.data import VOC2012, Critters, MaskAccessError, Packed, pack, without_masks
 from drs_lib.data.decoded import decoded
-from drs_lib.localization import _Inputs
-from drs_lib.store import StoreError
+from drs_lib.maps import _Inputs
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from drs_course.paper import Configuration
+from drs_course.stages import Pipeline
 from drs_lib import distributed
-from drs_lib.paper import Configuration
-from drs_lib.pipeline import Pipeline
 
 TRAIN = """
 import json, sys
@@ -21,7 +21,7 @@ import numpy as np, torch
 from safetensors.torch import save_file
 from conftest import TinyDataset
 from drs_lib import distributed, networks
-from drs_lib.checkpoint import Checkpoint
+from drs_course.checkpoint import Checkpoint
 from drs_lib.recipes import ClassifyRecipe, RefineRecipe, SegmentRecipe
 from drs_lib.train import train_classifier, train_refinement, train_segmentation
 
@@ -155,7 +155,7 @@ COURSE = ("course", "--budget", "ci", "--tables", "3", "--quiet")
 
 def test_a_table_from_the_command_line(tmp_path):
     options = ("--store", tmp_path / "store", "--out", tmp_path / "out")
-    printed = start(*LAUNCH, "-m", "drs_lib", *COURSE, *options)
+    printed = start(*LAUNCH, "-m", "drs_course", *COURSE, *options)
     assert printed.count("Table 3:") == 1  # the first process prints
     rows = json.loads((tmp_path / "out" / "table3.json").read_text())
     assert "measured" in json.dumps(rows)
@@ -170,7 +170,7 @@ NOTEBOOK = """
 import sys
 from accelerate import notebook_launcher
 from drs_lib.distributed import world_size
-from drs_lib.experiments import run_tables
+from drs_course.tables import run_tables
 
 def cell(store):
     assert world_size() == 2
@@ -197,7 +197,7 @@ def test_a_failure_of_the_first_process_ends_all(tmp_path):
     """The store is a file, so that nothing can be kept."""
     (tmp_path / "store").write_text("")
     with pytest.raises(AssertionError, match="is not a folder"):
-        start(*LAUNCH, "-m", "drs_lib", *COURSE, "--store", tmp_path / "store", "--out", tmp_path / "out")
+        start(*LAUNCH, "-m", "drs_course", *COURSE, "--store", tmp_path / "store", "--out", tmp_path / "out")
 
 
 def test_alone_nothing_is_shared():

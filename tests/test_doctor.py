@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from conftest import write_voc_tree
-from drs_lib import doctor, store
-from drs_lib.data.download import FILES, TREE
+from drs_course import doctor, store
+from drs_course.download import FILES, TREE
 
 
 def without(monkeypatch, *modules):
@@ -95,7 +95,7 @@ def test_a_broken_device_weights_and_store(monkeypatch, tmp_path):
     monkeypatch.setenv("DRS_DEVICE", "cuda:99")
     assert finding("device").status == "missing"
     monkeypatch.setattr(doctor, "HERE", tmp_path)
-    assert "drs_lib.pretrain --only mini mini_resnet saliency" in finding("Critters weights").remedy
+    assert "drs_course.pretrain --only mini mini_resnet saliency" in finding("Critters weights").remedy
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 3e8}))
     assert "0.3 GB free" in finding("run store").detail
 
@@ -127,12 +127,12 @@ def test_downloaded_weights_that_are_missing_are_optional_and_named(tmp_path, vo
         (folder / FILES[kind].name).touch()
     found = finding("downloaded weights", voc_root=voc_tree)
     assert found.status == "optional" and str(folder) in found.detail
-    assert found.remedy == f"python -m drs_lib download --root {voc_tree} --only {' '.join(weights[-2:])}"
+    assert found.remedy == f"python -m drs_course download --root {voc_tree} --only {' '.join(weights[-2:])}"
     for kind in weights[-2:]:
         (folder / FILES[kind].name).touch()
     assert finding("downloaded weights", voc_root=voc_tree).status == "ok"
 
 
 def test_it_runs_without_loading_the_library_s_heavy_parts():
-    code = "import sys, drs_lib.doctor; print(sorted({'torch', 'numba', 'pandas'} & set(sys.modules)))"
+    code = "import sys, drs_course.doctor; print(sorted({'torch', 'numba', 'pandas'} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

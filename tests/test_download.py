@@ -14,14 +14,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from drs_lib.__main__ import DOWNLOADS, main
 from filelock import FileLock
 from PIL import Image
 from torchvision.models import ResNet101_Weights, VGG16_Weights
 
 from conftest import write_voc_tree
-from drs_lib.__main__ import DOWNLOADS, main
+from drs_course.download import FILES, TREE, Remote, fetch
 from drs_lib.data import VOC2012, download, voc_palette
-from drs_lib.data.download import FILES, TREE, Remote, fetch
 from drs_lib.data.voc import read_list
 
 CONTENT = np.random.default_rng(0).bytes(3_000_000)
@@ -558,7 +558,8 @@ def test_torchvisions_files_are_torchvisions():
 
 def test_weights_go_where_torchvision_looks(server, tmp_path, hub, capsys):
     weights = [kind for kind in FILES if kind not in TREE and FILES[kind].known is None]
-    with pytest.raises(FileNotFoundError, match="DRS_learnable.pth: 'python -m drs_lib download --only drs'"):
+    command = "DRS_learnable.pth: 'python -m drs_course download --only drs'"
+    with pytest.raises(FileNotFoundError, match=command):
         download.weights_file("drs")
     torch.save({"x": torch.ones(1)}, tmp_path / "any.pth")
     server.files = {FILES[kind].name: (tmp_path / "any.pth").read_bytes() for kind in weights}

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from conftest import TinyDataset
+from drs_course.erasing import AdversarialErasing, ErasedImages, discriminative_region, erase
+from drs_course.stages import Pipeline, Splits, get_budget
 from drs_lib.data import MaskAccessError, normalize
-from drs_lib.erasing import AdversarialErasing, ErasedImages, discriminative_region, erase
-from drs_lib.localization import localization_maps
-from drs_lib.pipeline import Pipeline, Splits, get_budget
+from drs_lib.maps import localization_maps
 
 
 def tiny_line(store):

@@ -20,11 +20,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from drs_lib.__main__ import main
 
 from conftest import TinyDataset
-from drs_lib import experiments, pipeline
-from drs_lib.__main__ import main
-from drs_lib.experiments import (
+from drs_course import stages as pipeline
+from drs_course import tables as experiments
+from drs_course.paper import NETWORKS, Configuration, table_rows
+from drs_course.stages import Budget, LabelArchive, Pipeline, Splits, TargetMaps, get_budget
+from drs_course.store import EntryWriter, RunStore, StoreError
+from drs_course.tables import (
     RowsFailed,
     format_table,
     load_table,
@@ -34,9 +38,6 @@ from drs_lib.experiments import (
     save_table,
     style_table,
 )
-from drs_lib.paper import NETWORKS, Configuration, table_rows
-from drs_lib.pipeline import Budget, LabelArchive, Pipeline, Splits, TargetMaps, get_budget
-from drs_lib.store import EntryWriter, RunStore, StoreError
 
 ROOT = Path(__file__).parents[1]
 REFINED, CAM = Configuration(refine=True), Configuration(drs_layers=())
@@ -362,7 +363,7 @@ def test_other_initial_weights_are_another_training(tmp_path, monkeypatch):
     assert pipeline.weights_identity("mini", str(moved)) != one
     names = {pipeline.weights_identity("resnet101", w) for w in (None, "pretrained", "coco")}
     assert len(names) == 3
-    with pytest.raises(FileNotFoundError, match="no weights file.*drs_lib.pretrain"):
+    with pytest.raises(FileNotFoundError, match="no weights file.*drs_course.pretrain"):
         pipeline.weights_identity("mini", str(tmp_path / "absent.safetensors"))
 
 
@@ -569,7 +570,7 @@ def test_progress_is_shown_and_overwrite_makes_each_stage_again_once(tmp_path, m
         time = staticmethod(lambda: time.time() + 3600 * hours)
 
     monkeypatch.setattr(RunStore, "_make", noted)
-    monkeypatch.setattr("drs_lib.store.time", Clock)
+    monkeypatch.setattr("drs_course.store.time", Clock)
     again = run_table(3, splits, budget, overwrite=True, progress=False, **options)
     assert sorted(made) == sorted(stored(RunStore(tmp_path))), "every stage once, however many rows share it"
     pd.testing.assert_frame_equal(first, again)
@@ -692,7 +693,7 @@ def test_saved_tables_come_back(finished, tmp_path, monkeypatch):
         assert list(csv.columns) == list(table.columns) and len(csv) == len(table)
     monkeypatch.setattr(experiments, "REFERENCE", tmp_path)
     pd.testing.assert_frame_equal(reference_table(2), tables[2])
-    with pytest.raises(FileNotFoundError, match="python -m drs_lib reference --data voc --tables 2"):
+    with pytest.raises(FileNotFoundError, match="python -m drs_course reference --data voc --tables 2"):
         reference_table(2, "voc")
     assert not list(tmp_path.glob(".*")), "no temporary file is left"
 
@@ -793,7 +794,7 @@ def test_figures_are_drawn_again_when_their_stages_were_made_again(finished, tmp
     drawn = []
     monkeypatch.setattr("drs_lib.__main__.run_tables", lambda *a, **k: tables)
     monkeypatch.setattr(
-        "drs_lib.plots.make_figures",
+        "drs_course.plots.make_figures",
         lambda folder, **k: (folder.mkdir(parents=True, exist_ok=True), drawn.append(k)),
     )
     monkeypatch.setattr(

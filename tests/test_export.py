@@ -8,8 +8,8 @@ from PIL import Image
 
 import drs_lib.data
 from conftest import TinyDataset
-from drs_lib.data import VOC2012, export_voc
-from drs_lib.data.export import _components, main
+from drs_course.export import _components, export_voc, main
+from drs_lib.data import VOC2012
 
 
 @pytest.fixture(scope="module")

@@ -16,16 +16,16 @@ from torch.nn import functional as F
 from torchvision.models import VGG16_Weights
 
 from conftest import TinyDataset
+from drs_course.paper import table_rows
+from drs_course.stages import get_budget, open_data
 from drs_lib import networks, train
 from drs_lib.crf import CRFConfig, dense_crf
 from drs_lib.data import VOC2012, normalize, training_transform
 from drs_lib.data.voc import VOC_LIST_SIZES
 from drs_lib.drs import DRS
 from drs_lib.labels import pseudo_labels
-from drs_lib.localization import keep_largest_class, localization_maps, refined_maps
+from drs_lib.maps import keep_largest_class, localization_maps, refined_maps
 from drs_lib.metrics import exact_match_accuracy
-from drs_lib.paper import table_rows
-from drs_lib.pipeline import get_budget, open_data
 from drs_lib.recipes import PARAMETER_GROUPS, ClassifyRecipe
 
 NOT_THE_RELEASE_S = {

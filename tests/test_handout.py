@@ -31,7 +31,7 @@ def square(x):
     ### END SOLUTION
 square(3)
 '''
-CHECK = 'verdict = drs_lib.checks.square(square)\nprint(verdict)\nassert verdict == "correct"'
+CHECK = 'verdict = drs_course.checks.square(square)\nprint(verdict)\nassert verdict == "correct"'
 TWICE = """\
 values = [1, 2]
 for v in values:
@@ -55,7 +55,7 @@ Because the maximum bounds every position of the map.
 OPENING = """\
 %matplotlib inline
 import types, drs_lib
-drs_lib.checks = types.SimpleNamespace(square=lambda f: "correct" if f(3) == 9 else "wrong")
+drs_course.checks = types.SimpleNamespace(square=lambda f: "correct" if f(3) == 9 else "wrong")
 print("opened")"""
 
 
@@ -231,13 +231,13 @@ except (ValueError, Exception):
         ([code(CAUGHT)], 1, 3, "catches NotImplementedError"),
         ([code(UNCALLED), code("print(1)")], 1, 5, "not stop at the blank in 'square'"),
         ([code(UNCALLED), code(CHECK, tags=["check"]), code("square(1)")], 1, 5, "before a check does"),
-        ([code(UNCALLED + "drs_lib.checks.square(square)")], 1, 5, "not stop at the blank in 'square'"),
+        ([code(UNCALLED + "drs_course.checks.square(square)")], 1, 5, "not stop at the blank in 'square'"),
         (["## Summary", code(HINTED)], 2, 2, "belongs to no exercise"),
         (["**1. Again.**"], 1, 1, "Exercise 1 is in this notebook twice"),
-        ([code("drs_lib.checks.a(1)\nassert 1")], 1, 1, "not tagged 'check'"),
-        ([code("from drs_lib.checks import a as b\nb(1)")], 1, 1, "not tagged 'check'"),
-        ([code("assert 1", tags=["check"])], 1, 1, "calls nothing of drs_lib.checks"),
-        ([code("drs_lib.checks.a(1)", tags=["check"])], 1, 1, "can't fail"),
+        ([code("drs_course.checks.a(1)\nassert 1")], 1, 1, "not tagged 'check'"),
+        ([code("from drs_course.checks import a as b\nb(1)")], 1, 1, "not tagged 'check'"),
+        ([code("assert 1", tags=["check"])], 1, 1, "calls nothing of drs_course.checks"),
+        ([code("drs_course.checks.a(1)", tags=["check"])], 1, 1, "can't fail"),
         ([code(HINTED, tags=["check"])], 1, 1, "split the cell"),
         (["## Summary", code(CHECK, tags=["check"])], 2, 1, "belongs to no exercise"),
         ([code(HINTED, tags=["points-x"])], 1, 1, "expected one such as 'points-3'"),
@@ -320,7 +320,7 @@ def course(tmp_path, tool):
         "figures/x.png": "picture",
         "figures/y.png": "another",
         "drs_lib/__init__.py": "",
-        "drs_lib/weights/mini.safetensors": "weights",
+        "drs_lib/shipped/mini.safetensors": "weights",
         "tests/test_solutions.py": "secret_result_of_square = 1",
         "tools/handout.py": "",
         tool.STUDENTS_README: "for students\n",
@@ -376,7 +376,7 @@ def test_the_folder_and_the_zip(tool, course):
         *(f"notebooks/{name}" for name in both),
         "figures/y.png",
         "drs_lib/__init__.py",
-        "drs_lib/weights/mini.safetensors",
+        "drs_lib/shipped/mini.safetensors",
     }
     instructor = course / "notebooks" / "02_small.ipynb"
     assert (out / "solutions" / instructor.name).read_text() == instructor.read_text()
@@ -598,7 +598,7 @@ def test_make_lab_has_all_its_files_in_the_students_folder(real):
     tools = set(re.findall(r"\btools/[\w./]+", run.stdout))
     assert "tools/make_env.py" in tools and "tools/jupyter" in tools
     assert not [name for name in tools if not (student / name).exists()]
-    for name in ("environment.yml", "pyproject.toml", "drs_lib/weights/mini.safetensors", "docs/voc.md"):
+    for name in ("environment.yml", "pyproject.toml", "drs_lib/shipped/mini.safetensors", "docs/voc.md"):
         assert (student / name).is_file(), name
 
 

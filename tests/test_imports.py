@@ -23,7 +23,7 @@ network = drs_lib.classifier("mini", 6)
 maps = drs_lib.localization_maps(network, normalize(data[0][0][None]))
 assert maps.shape == (1, 6, 64, 64)
 import matplotlib.pyplot as plt
-from drs_lib import plots
+from drs_course import plots
 plots.panels([{{"map": maps[0, 0]}}])
 plt.savefig(sys.argv[1])
 print(len(names))

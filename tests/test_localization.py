@@ -3,9 +3,9 @@ import pytest
 import torch
 from torch import nn
 
-from drs_lib import localization
+from drs_lib import maps as localization
 from drs_lib.data import normalize, without_masks
-from drs_lib.localization import iterate_maps, keep_largest_class, localization_maps, refined_maps
+from drs_lib.maps import iterate_maps, keep_largest_class, localization_maps, refined_maps
 from drs_lib.networks import classifier, refinement_network
 
 

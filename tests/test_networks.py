@@ -513,7 +513,7 @@ def test_a_pretrained_body_reaches_every_network_on_its_backbone(backbone, tmp_p
 
 def test_pretrained_means_the_shipped_file_for_mini(tmp_path, monkeypatch):
     monkeypatch.setattr(networks.weights, "_SHIPPED", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"mini.safetensors.*drs_lib.pretrain"):
+    with pytest.raises(FileNotFoundError, match=r"mini.safetensors.*drs_course.pretrain"):
         classifier("mini", 6, weights="pretrained")
     source = seeded(pretraining_classifier, "mini", 12)
     save_file(body_state_dict(source), tmp_path / "mini.safetensors")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from drs_lib import notebook, store
+from drs_course import notebook, store
+from drs_course.notebook import LiveLoss, image_batch, may_train, open_course
+from drs_course.paper import Configuration
 from drs_lib.data import VOC2012
-from drs_lib.notebook import LiveLoss, image_batch, may_train, open_course
-from drs_lib.paper import Configuration
 from drs_lib.recipes import ClassifyRecipe
 
 
@@ -129,7 +129,7 @@ def test_a_cell_that_is_run_again_after_an_interrupt_has_its_display():
     """nbclient empties the cell's outputs; an update of the display that was there fails."""
     from nbclient import NotebookClient
 
-    define = "from drs_lib.notebook import LiveLoss\nlive, begin = LiveLoss(interval=0), 1"
+    define = "from drs_course.notebook import LiveLoss\nlive, begin = LiveLoss(interval=0), 1"
     train = (
         "for step in range(begin, 9):\n"
         "    if begin == 1 and step == 5:\n"

@@ -114,7 +114,7 @@ def test_wheel_and_sdist_have_every_file_of_the_library(distributions):
     copy, in_wheel, in_sdist = distributions
     files = {p.relative_to(copy).as_posix() for p in (copy / "drs_lib").rglob("*") if p.is_file()}
     files = {name for name in files if "__pycache__" not in name}
-    assert {"drs_lib/weights/probe.safetensors", "drs_lib/reference/probe.json", "drs_lib/drs.py"} <= files
+    assert {"drs_lib/shipped/probe.safetensors", "drs_course/reference/probe.json", "drs_lib/drs.py"} <= files
     assert not files - in_wheel
     assert not files - in_sdist
     assert {"LICENSE", "LICENSE-docs", "README.md", "pyproject.toml"} <= in_sdist

@@ -12,16 +12,16 @@ from matplotlib.text import Text
 from PIL import Image
 
 from conftest import TinyDataset
-from drs_lib import plots
+from drs_course import plots
+from drs_course.paper import Configuration
+from drs_course.plots import colors as plot_colors
+from drs_course.plots import layout
+from drs_course.stages import Pipeline, Splits, get_budget
+from drs_course.store import RunStore
+from drs_course.tables import run_tables
 from drs_lib.data import MaskAccessError, without_masks
 from drs_lib.data.voc import voc_palette
 from drs_lib.drs import suppress
-from drs_lib.experiments import run_tables
-from drs_lib.paper import Configuration
-from drs_lib.pipeline import Pipeline, Splits, get_budget
-from drs_lib.plots import colors as plot_colors
-from drs_lib.plots import layout
-from drs_lib.store import RunStore
 
 CLASSES = ("ant", "bee", "cow")
 RNG = np.random.default_rng(0)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from drs_lib import Critters, networks, pretrain
+from drs_course import pretrain
+from drs_lib import Critters, networks
 from drs_lib.data.saliency import saliency_network
 
 

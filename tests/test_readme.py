@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from drs_lib.__main__ import main
 from mutants import ANSWERS
 
-from drs_lib import doctor
-from drs_lib.__main__ import main
-from drs_lib.experiments import reference_table
-from drs_lib.paper import NETWORKS
+from drs_course import doctor
+from drs_course.paper import NETWORKS
+from drs_course.tables import reference_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -111,7 +111,7 @@ COMMANDS = {
     "drs_lib course": lambda arguments: main(["course", *arguments]),
     "drs_lib download": lambda arguments: main(["download", *arguments]),
     "drs_lib verify": lambda arguments: main(["verify", *arguments]),
-    "drs_lib.doctor": doctor.main,
+    "drs_course.doctor": doctor.main,
 }
 
 

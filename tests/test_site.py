@@ -114,7 +114,7 @@ def test_pages_show_the_stored_outputs_and_say_so(pages, path):
     page = article(pages[f"notebooks/{path.stem}.html"])
     text = text_of(page)
     assert "This page is a still" in text
-    labs = any("drs_lib.widgets" in cell.source for cell in cells(path, "code"))
+    labs = any("drs_course.labs" in cell.source for cell in cells(path, "code"))
     assert ("sliders" in text[text.index("This page is a still") :][:200]) == labs
     outputs = [output for cell in cells(path, "code") for output in cell.outputs]
     printed = [output.text for output in outputs if output.output_type == "stream"]
@@ -160,7 +160,7 @@ def test_every_module_of_the_library_has_its_section(site):
         for path in (ROOT / "drs_lib").rglob("*.py")
     }
     # What only hands a command on, and the package, whose names have a table.
-    assert modules - {"drs_lib", "drs_lib.plots.__main__", "drs_lib.widgets.__main__"} == documented
+    assert modules - {"drs_lib", "drs_course.plots.__main__", "drs_course.labs.__main__"} == documented
 
 
 def test_docstrings_are_read_as_they_are_meant(pages):

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from conftest import TinyDataset
+from drs_course.paper import Configuration
+from drs_course.stages import STAGE_VERSIONS, LabelArchive, Pipeline, Splits, TargetMaps, get_budget
+from drs_course.store import EntryWriter, RunStore
 from drs_lib import crf, train
 from drs_lib.batches import Batch
 from drs_lib.data import normalize
-from drs_lib.paper import Configuration
-from drs_lib.pipeline import STAGE_VERSIONS, LabelArchive, Pipeline, Splits, TargetMaps, get_budget
 from drs_lib.recipes import ClassifyRecipe, RefineRecipe, SegmentRecipe
-from drs_lib.store import EntryWriter, RunStore
 
 TINY, QUIET = TinyDataset(8, 32), dict(device="cpu", progress=False)
 # The paper's recipes, with every choice of the release's, at a size for three epochs of two steps.
@@ -270,6 +270,6 @@ def test_a_stage_makes_what_its_version_stands_for(stage, tmp_path):
     expected = np.array(EXPECTED[stage, version], float)
     assert found.shape == expected.shape and np.allclose(found, expected, rtol=2e-3, atol=1e-5), (
         f"version {version} of the stage {stage!r} makes {expected.tolist()} of this input, the code now "
-        f"{found.tolist()}. If that is meant, raise STAGE_VERSIONS[{stage!r}] in drs_lib/pipeline.py, or "
+        f"{found.tolist()}. If that is meant, raise STAGE_VERSIONS[{stage!r}] in drs_course/stages.py, or "
         "stored results of the old code are shown for the new one's, and enter the new values in EXPECTED."
     )

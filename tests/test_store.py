@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 import torch
 
-from drs_lib import store as store_module
-from drs_lib.store import MANIFEST, META, EntryWriter, RunStore, StoreError, writer_tag
+from drs_course import store as store_module
+from drs_course.store import MANIFEST, META, EntryWriter, RunStore, StoreError, writer_tag
 
 CONFIG, INPUTS = {"epochs": 3, "lr": 1e-3, "layers": [1, 2]}, {"data": "abc"}
 
@@ -306,7 +306,7 @@ def test_store_below_a_file(tmp_path):
 PROGRAM = textwrap.dedent(
     """
     import os, sys, time
-    from drs_lib.store import RunStore
+    from drs_course.store import RunStore
     root, log, pause, locks = sys.argv[1], sys.argv[2], float(sys.argv[3]), sys.argv[4] == "True"
     if not locks:
         import errno, fcntl, warnings

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from drs_lib.data.submission import read_submission, write_submission
+from drs_course.submission import read_submission, write_submission
 from drs_lib.data.voc import voc_palette
 
 

@@ -6,22 +6,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from drs_lib.__main__ import main
 from PIL import Image
 from test_weights import aspp_state, caffe_state, release_state, thin_resnet101, thin_vgg16  # noqa: F401
 
 from conftest import write_voc_tree
-from drs_lib import verify as module
-from drs_lib.__main__ import main
+from drs_course import verify as module
+from drs_course.download import FILES
+from drs_course.verify import MEASURES, no_map, verify
 from drs_lib.crf import CRFConfig, available
 from drs_lib.data import VOC2012
-from drs_lib.data.download import FILES
 from drs_lib.data.voc import VOC_LIST_SIZES, save_indexed_png
 from drs_lib.labels import pseudo_labels
-from drs_lib.localization import iterate_maps
+from drs_lib.maps import iterate_maps
 from drs_lib.metrics import SegmentationScore
 from drs_lib.networks import classifier, deeplab, refinement_network
 from drs_lib.train import evaluate_classifier, evaluate_segmentation
-from drs_lib.verify import MEASURES, no_map, verify
 
 ROWS = [row for measure in MEASURES.values() for row, _ in measure.rows]
 
@@ -145,7 +145,7 @@ def test_what_is_missing_is_named_with_its_command(root, capsys):
     next((root / "VOC2012" / "refined_pseudo_segmentation_labels").iterdir()).unlink()
     assert main(["verify", "--voc-root", str(root), "--store", str(root / "runs"), "--limit", "5"]) == 1
     out = capsys.readouterr().out
-    command = f"'python -m drs_lib download --root {root} --only"
+    command = f"'python -m drs_course download --root {root} --only"
     for line in (
         f"control: no map: needs saliency_map.zip: {command} saliency'",
         "Refine_DRS_learnable.pth, pseudo labels: needs Refine_DRS_learnable.pth and saliency_map.zip: "
@@ -156,7 +156,7 @@ def test_what_is_missing_is_named_with_its_command(root, capsys):
         assert line in out.splitlines()
     assert "The first 5 images only" in out
     assert main(["verify", "--voc-root", str(root / "nowhere"), "--store", str(root / "runs")]) == 1
-    assert "python -m drs_lib download --root" in capsys.readouterr().err
+    assert "python -m drs_course download --root" in capsys.readouterr().err
 
 
 def test_without_pydensecrf_the_rest_is_measured(root, monkeypatch, capsys):

@@ -12,6 +12,8 @@ from PIL.PngImagePlugin import PngInfo
 from torch.utils.data import DataLoader
 
 from conftest import TinyDataset, write_voc_tree
+from drs_course.paper import Configuration
+from drs_course.stages import Pipeline, open_data
 from drs_lib.data import (
     VOC2012,
     VOC_CLASSES,
@@ -21,8 +23,6 @@ from drs_lib.data import (
     without_masks,
 )
 from drs_lib.data.voc import labels_from_colours, read_list
-from drs_lib.paper import Configuration
-from drs_lib.pipeline import Pipeline, open_data
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torchvision.models.resnet import Bottleneck
 
 from conftest import TinyDataset
+from drs_course.checkpoint import Checkpoint
 from drs_lib import networks
-from drs_lib.checkpoint import Checkpoint
 from drs_lib.data import IMAGENET_MEAN, normalize
 from drs_lib.networks import body_state_dict, classifier, deeplab, load_body_state_dict, refinement_network
 from drs_lib.recipes import SegmentRecipe

@@ -14,17 +14,17 @@ from PIL import Image
 from test_weights import release_state, thin_vgg16  # noqa: F401
 from torch.nn.functional import interpolate
 
+from drs_course.download import FILES, Remote
+from drs_course.labs import ImageLab
+from drs_course.labs import image as image_module
+from drs_course.labs import upload as upload_module
+from drs_course.labs.image import AUTHORS, LONGEST, START
+from drs_course.labs.upload import MOST_BYTES, ImageRefused, read_image
+from drs_course.paper import Configuration
+from drs_course.stages import STAGE_VERSIONS, Pipeline, get_budget
 from drs_lib.data import VOC_CLASSES, normalize
-from drs_lib.data.download import FILES, Remote
-from drs_lib.localization import localization_maps
+from drs_lib.maps import localization_maps
 from drs_lib.networks import classifier
-from drs_lib.paper import Configuration
-from drs_lib.pipeline import STAGE_VERSIONS, Pipeline, get_budget
-from drs_lib.widgets import ImageLab
-from drs_lib.widgets import image as image_module
-from drs_lib.widgets import upload as upload_module
-from drs_lib.widgets.image import AUTHORS, LONGEST, START
-from drs_lib.widgets.upload import MOST_BYTES, ImageRefused, read_image
 
 NOISE = np.random.default_rng(0).integers(0, 255, (120, 160, 3), dtype=np.uint8)
 PHOTO = Image.fromarray(NOISE)
@@ -176,7 +176,7 @@ def test_pixels_of_what_is_too_large_are_never_decoded(name, monkeypatch):
         raise AssertionError("decoded")
 
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", decode)
-    monkeypatch.setattr("drs_lib.widgets.upload._small", decode)
+    monkeypatch.setattr("drs_course.labs.upload._small", decode)
     with pytest.raises(ImageRefused, match="million|passes"):
         read_image(REFUSED[name][0], 64)
 
@@ -482,7 +482,7 @@ def test_a_lab_may_begin_with_a_photograph(line, released, tmp_path):
 
 def test_without_the_authors_network_one_sentence_says_how_to_get_it(line, lab):
     lab.receive(JPEG, "photo.jpg")
-    assert "python -m drs_lib download --only drs" in lab.shown.note and "97 MB" in lab.shown.note
+    assert "python -m drs_course download --only drs" in lab.shown.note and "97 MB" in lab.shown.note
     lab.set(source="drawn")
     assert "97 MB" not in lab.shown.note
 

@@ -1,11 +1,11 @@
 """What a change of the code's shape must leave as it is: keys of all stages, reference tables, and bits.
 
     python tools/golden.py freeze golden.json       # before the change: three minutes, on one core
-    python tools/golden.py compare golden.json      # after it; exit status 1 and the differences if there are any
+    python tools/golden.py compare golden.json      # after it; exit status 1 and what differs, if anything does
 
-Frozen are the run store's keys of every stage of Tables 1-4 under every budget, the committed reference tables,
-the weights of two classifiers trained at the laptop budget, and the pseudo labels that one of them gives 20
-images. The last two are bits of one processor: compare on the machine that froze them.
+Frozen are the run store's keys of every stage of Tables 1-4 under every budget, the committed reference
+tables, the weights of two classifiers trained at the laptop budget, and the pseudo labels that one of them
+gives 20 images. The last two are bits of one processor: compare on the machine that froze them.
 """
 
 import argparse
@@ -17,12 +17,12 @@ from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
+from drs_course.paper import table_rows
+from drs_course.stages import MEASURES, Pipeline, Splits, get_budget
+from drs_course.tables import TABLES, reference_path
 from drs_lib.data import Critters, without_masks
-from drs_lib.experiments import TABLES, reference_path
 from drs_lib.labels import pseudo_labels
-from drs_lib.localization import iterate_maps
-from drs_lib.paper import table_rows
-from drs_lib.pipeline import MEASURES, Pipeline, Splits, get_budget
+from drs_lib.maps import iterate_maps
 from drs_lib.train import train_classifier
 
 BUDGETS = (("critters", ("ci", "laptop", "paper")), ("voc", ("ci", "paper", "release")))
@@ -46,14 +46,10 @@ def stage_keys():
             for budget in budgets:
                 pipeline = Pipeline(splits, get_budget(budget, data), store=folder)
                 for configuration in {row.configuration for t in TABLES for row in table_rows(t)} - {None}:
-                    measures = set(MEASURES) - ({"labels", "maps", "accuracy"} & configuration_lacks(configuration))
-                    for stage in pipeline.stages(configuration, sorted(measures)):
+                    weak = {"labels", "maps", "accuracy"} if configuration.supervised else set()
+                    for stage in pipeline.stages(configuration, sorted(set(MEASURES) - weak)):
                         found[f"{data}, {budget}, {stage.name}"].add(stage.key)
     return {name: digest(*(key.encode() for key in sorted(keys))) for name, keys in sorted(found.items())}
-
-
-def configuration_lacks(configuration):
-    return {"labels", "maps", "accuracy"} if configuration.supervised else set()
 
 
 def reference():
@@ -71,13 +67,14 @@ def bits():
         found[f"classifier, {name}"] = digest(*(state[key].numpy().tobytes() for key in sorted(state)))
     labels = []
     for index, _, maps in iterate_maps(model, without_masks(train), indices=range(20)):
-        labels.append(pseudo_labels(maps[None], train.saliency(index)[None], alpha=budget.alpha, beta=budget.beta))
+        cues = maps[None], train.saliency(index)[None]
+        labels.append(pseudo_labels(*cues, alpha=budget.alpha, beta=budget.beta))
     found["labels of 20 images"] = digest(*(part.numpy().tobytes() for part in labels))
     return found
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("freeze", "compare"))
     parser.add_argument("file", type=Path)
     options = parser.parse_args()

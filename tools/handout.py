@@ -49,7 +49,7 @@ the region the cell calls it (or a later cell does, before a check, which would 
 *Text to write.* A markdown cell with a region, here best as ``<!-- ### BEGIN SOLUTION -->``, ``<!-- ### END
 SOLUTION -->``, which no page shows. The student reads "*Your answer here.*".
 
-*A check.* A code cell with the tag ``check``, which calls ``drs_lib.checks``, and has an ``assert`` (or
+*A check.* A code cell with the tag ``check``, which calls ``drs_course.checks``, and has an ``assert`` (or
 ``raise``): whoever grades by machine gives the points to every cell that ends without an exception::
 
     verdict = checks.suppress(suppress)
@@ -477,8 +477,8 @@ def _not_called(function, where):
 
 
 def _checks_modules(notebook):
-    """The names under which a notebook knows drs_lib.checks, and functions of it."""
-    names = {"drs_lib.checks"}
+    """The names under which a notebook knows drs_course.checks, and functions of it."""
+    names = {"drs_course.checks"}
     for cell in notebook.cells:
         if cell.cell_type != "code" or "checks" not in cell.source:
             continue
@@ -489,10 +489,10 @@ def _checks_modules(notebook):
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.module == "drs_lib":
                 names |= {a.asname or a.name for a in node.names if a.name == "checks"}
-            elif isinstance(node, ast.ImportFrom) and node.module == "drs_lib.checks":
+            elif isinstance(node, ast.ImportFrom) and node.module == "drs_course.checks":
                 names |= {a.asname or a.name for a in node.names}
             elif isinstance(node, ast.Import):
-                names |= {a.asname for a in node.names if a.name == "drs_lib.checks" and a.asname}
+                names |= {a.asname for a in node.names if a.name == "drs_course.checks" and a.asname}
     return names
 
 
@@ -510,14 +510,14 @@ def _is_check(cell, tree, modules, label, solution, where):
     if not tagged:
         if calls and label:
             raise HandoutError(
-                f"{where}, line 1: the cell calls drs_lib.checks and is not tagged 'check'. Add the tag (in "
-                "JupyterLab: Property Inspector, Cell Tags)."
+                f"{where}, line 1: the cell calls drs_course.checks and is not tagged 'check'. Add the tag "
+                "(in JupyterLab: Property Inspector, Cell Tags)."
             )
         return False
     if not calls or label is None:
         raise HandoutError(
             f"{where}, line 1: a cell tagged 'check' "
-            + ("that calls nothing of drs_lib.checks." if label else "that belongs to no exercise.")
+            + ("that calls nothing of drs_course.checks." if label else "that belongs to no exercise.")
             + " Mend it or remove the tag."
         )
     if not any(isinstance(n, ast.Assert | ast.Raise) for n in ast.walk(tree)):

@@ -30,7 +30,7 @@ DATA = "critters"  # or "voc"
 BUDGET = None  # "laptop" on Critters, "paper" on VOC
 VOC_ROOT = None  # the folder VOC 2012 is in"""
 OPENING = """\
-from drs_lib.notebook import open_course
+from drs_course.notebook import open_course
 
 line = open_course(DATA, BUDGET, VOC_ROOT)"""
 TEMPLATE = (

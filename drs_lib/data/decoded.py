@@ -30,9 +30,8 @@ from torch.nn.functional import interpolate
 from tqdm.auto import tqdm
 
 from drs_lib.arguments import whole
-from drs_lib.data import _WithoutMasks, without_masks
-from drs_lib.files import atomic_path
-from drs_lib.store import StoreError
+from drs_lib.data.weak import WithoutMasks, without_masks
+from drs_lib.files import StoreError, atomic_path
 
 # A file is the arrays' bytes, the index (JSON), and this: the index's length and a mark. The index comes last
 # because shapes are known last.
@@ -300,7 +299,7 @@ def decoded(dataset, cache_dir=None, resize=None, workers=None, progress=False):
         value if value is None else whole(name, value)
         for name, value in (("resize", resize), ("workers", workers))
     )
-    if type(dataset) is _WithoutMasks:
+    if type(dataset) is WithoutMasks:
         inner = object.__getattribute__(dataset, "_dataset")
         return without_masks(decoded(inner, cache_dir, resize, workers, progress))
     if isinstance(dataset, Decoded):

@@ -39,7 +39,7 @@ VOC_LIST_SIZES = {"train": 1464, "val": 1449, "trainval": 2913, "trainaug": 1058
 
 MASK_FOLDERS = ("SegmentationClassAug", "SegmentationClass")
 
-DOWNLOAD_HINT = "python -m drs_lib download --root {root}"
+DOWNLOAD_HINT = "python -m drs_course download --root {root}"
 
 _IGNORED = 255
 _SAMPLE = 16  # saliency maps that are looked at to tell how all are stored

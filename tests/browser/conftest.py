@@ -10,9 +10,9 @@ import pytest
 
 from browser import serving
 from browser.pages import LabOnPage, Notebook, eventually
-from drs_lib.paper import Configuration
-from drs_lib.pipeline import Pipeline
-from drs_lib.widgets import CueLab, DeltaLab, FeatureMapLab, ImageLab, LayerLab
+from drs_course.labs import CueLab, DeltaLab, FeatureMapLab, ImageLab, LayerLab
+from drs_course.paper import Configuration
+from drs_course.stages import Pipeline
 
 LABS = {
     "delta_lab": DeltaLab,

@@ -12,7 +12,7 @@ import numpy as np
 from jupyter_client import BlockingKernelClient
 from PIL import Image
 
-from drs_lib.widgets import CueLab, DeltaLab, FeatureMapLab, ImageLab, LayerLab
+from drs_course.labs import CueLab, DeltaLab, FeatureMapLab, ImageLab, LayerLab
 
 # The labs, each with its main slider.
 MAIN = {

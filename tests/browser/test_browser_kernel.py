@@ -4,11 +4,11 @@ import pytest
 
 from browser.conftest import Subject
 from browser.pages import Notebook, eventually, write_notebook
-from drs_lib.widgets import DeltaLab
+from drs_course.labs import DeltaLab
 
 CELL = (
-    "from drs_lib.notebook import open_course\n"
-    "from drs_lib.widgets import DeltaLab\n"
+    "from drs_course.notebook import open_course\n"
+    "from drs_course.labs import DeltaLab\n"
     "delta_lab = DeltaLab(open_course())\n"
     "delta_lab"
 )

@@ -3,10 +3,10 @@
 import pytest
 
 from browser.pages import MAIN, eventually
+from drs_course.labs import CueLab, DeltaLab, FeatureMapLab, ImageLab, LayerLab
+from drs_course.labs.networks import PLAIN, Dial, class_map, layer_presets
+from drs_course.labs.scenes import cue_scores, scene
 from drs_lib.crf import available
-from drs_lib.widgets import CueLab, DeltaLab, FeatureMapLab, ImageLab, LayerLab
-from drs_lib.widgets.networks import PLAIN, Dial, class_map, layer_presets
-from drs_lib.widgets.scenes import cue_scores, scene
 
 FOCUSABLE = 'select, input, button, [tabindex="0"], [contenteditable="true"]'
 STOPS = f"""lab => [...lab.querySelectorAll('{FOCUSABLE}')].filter(e => e.checkVisibility() && !e.disabled)"""

@@ -4,11 +4,11 @@ import pytest
 
 from browser.conftest import Subject
 from browser.pages import Notebook, write_notebook
-from drs_lib.widgets import CueLab, DeltaLab
+from drs_course.labs import CueLab, DeltaLab
 
 CELLS = (
-    "from drs_lib.notebook import open_course\n"
-    "from drs_lib.widgets import CueLab, DeltaLab\n"
+    "from drs_course.notebook import open_course\n"
+    "from drs_course.labs import CueLab, DeltaLab\n"
     "line = open_course()",
     "first = DeltaLab(line)\nfirst",
     "second = DeltaLab(line)\nsecond",

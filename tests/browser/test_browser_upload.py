@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from browser.pages import eventually
-from drs_lib.widgets import ImageLab
+from drs_course.labs import ImageLab
 
 
 def picture_file(kind, width=96, height=64):

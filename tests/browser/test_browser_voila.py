@@ -5,7 +5,7 @@ import pytest
 from browser import serving
 from browser.conftest import LABS, Subject
 from browser.pages import Kernel, listen
-from drs_lib.widgets import DeltaLab
+from drs_course.labs import DeltaLab
 
 
 @pytest.fixture(scope="module")

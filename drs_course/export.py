@@ -1,0 +1,206 @@
+"""Write any data set as a VOC development kit, so that the path for real VOC data can be run on it.
+
+    python -m drs_course.export --root DIR --train 1000 --val 300
+
+writes Critters; `VOC2012(DIR, "train")` reads it back.
+"""
+
+import argparse
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+from PIL import Image
+from tqdm.auto import tqdm
+
+from drs_lib.data.voc import MASK_FOLDERS, save_indexed_png
+
+_IGNORED = 255
+
+
+def _components(region):
+    """Bounding boxes (top, left, bottom, right), ends included, of the 8-connected parts of a boolean (H, W).
+
+    The runs of every row are the nodes of a union-find; runs of neighbouring rows that touch are joined.
+    """
+    parent, boxes = [], []
+
+    def find(i):
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    above = []
+    for y, row in enumerate(region):
+        edges = np.flatnonzero(np.diff(row.astype(np.int8), prepend=0, append=0))
+        runs = []
+        for left, end in edges.reshape(-1, 2).tolist():
+            node = len(parent)
+            parent.append(node)
+            boxes.append((y, left, y, end - 1))
+            for other, other_left, other_end in above:
+                if other_left <= end and left <= other_end:
+                    parent[find(other)] = find(node)
+            runs.append((node, left, end))
+        above = runs
+    merged = {}
+    for node, box in enumerate(boxes):
+        known = merged.get(find(node), box)
+        merged[find(node)] = (*map(min, known[:2], box[:2]), *map(max, known[2:], box[2:]))
+    return sorted(merged.values())
+
+
+def _annotation(name, mask, classes):
+    """VOC's annotation of one image. Pixels count from 1, as they do in VOC."""
+    height, width = mask.shape
+    root = ElementTree.Element("annotation")
+
+    def add(parent, tag, text=None):
+        element = ElementTree.SubElement(parent, tag)
+        element.text = None if text is None else str(text)
+        return element
+
+    add(root, "folder", "VOC2012")
+    add(root, "filename", f"{name}.jpg")
+    size = add(root, "size")
+    for tag, value in (("width", width), ("height", height), ("depth", 3)):
+        add(size, tag, value)
+    add(root, "segmented", 1)
+    for value, class_name in enumerate(classes, 1):
+        for top, left, bottom, right in _components(mask == value):
+            item = add(root, "object")
+            add(item, "name", class_name)
+            add(item, "pose", "Unspecified")
+            add(item, "truncated", int(top == 0 or left == 0 or bottom == height - 1 or right == width - 1))
+            add(item, "difficult", 0)
+            box = add(item, "bndbox")
+            ends = {"xmin": left + 1, "ymin": top + 1, "xmax": right + 1, "ymax": bottom + 1}
+            for tag, end in ends.items():
+                add(box, tag, end)
+    ElementTree.indent(root)
+    return ElementTree.ElementTree(root)
+
+
+def _ids(splits):
+    """File names: the data sets' own, with the split in front if two splits share some."""
+    names = {split: list(dataset.names) for split, dataset in splits.items()}
+    everything = [name for group in names.values() for name in group]
+    if len(set(everything)) < len(everything):
+        names = {split: [f"{split}_{name}" for name in group] for split, group in names.items()}
+        everything = [name for group in names.values() for name in group]
+    strange = [
+        n for n in everything if not n or n != Path(n).name or n.split() != [n] or set(n) & set('\\:*?"<>|')
+    ]
+    if strange or len(set(everything)) < len(everything):
+        raise ValueError(
+            f"names must be different and fit for files; found e.g. {(strange or everything)[0]!r}"
+        )
+    return names
+
+
+def export_voc(splits, root, *, progress=True):
+    """Write data sets as ``root``/VOC2012 in VOC's layout, with a ``classes.txt`` that `VOC2012` reads.
+
+    Images become JPEG at quality 95 without colour subsampling, masks indexed PNG (under SegmentationClass
+    and SegmentationClassAug alike), saliency maps 8-bit greyscale PNG; annotations carry a bounding box for
+    every connected part of a class. Next to the given lists there are ``trainval`` (all of them) and, if
+    there is a split "train" and no "trainaug", ``trainaug`` (the same images as train). The tree appears when
+    it is complete.
+
+    Args:
+        splits: dict of split name to data set, e.g. ``{"train": Critters("train"), "val": Critters("val")}``.
+        root: the folder that will hold VOC2012.
+
+    Returns:
+        The path of the VOC2012 folder.
+
+    Raises:
+        FileExistsError: there is a VOC2012 folder already.
+        ValueError: no data, data sets of different classes, names that can't be file names, or an image whose
+            labels are not the classes of its mask (a reader would get other labels than the data set gave).
+    """
+    splits = dict(splits)
+    if not splits or any(len(dataset) == 0 for dataset in splits.values()):
+        raise ValueError("nothing to export: pass {split name: data set}, none of them empty")
+    classes = {tuple(dataset.classes) for dataset in splits.values()}
+    if len(classes) > 1:
+        raise ValueError(f"the data sets have different classes: {', '.join(map(str, classes))}")
+    (classes,) = classes
+    names = _ids(splits)
+    target = Path(root).expanduser() / "VOC2012"
+    if target.exists():
+        raise FileExistsError(f"{target} exists; remove it or choose another root")
+    target.parent.mkdir(parents=True, exist_ok=True)
+
+    work = Path(tempfile.mkdtemp(prefix=".VOC2012-", dir=target.parent))
+    try:
+        tree = work / "VOC2012"
+        for folder in ("JPEGImages", "Annotations", "ImageSets/Segmentation", *MASK_FOLDERS, "saliency_map"):
+            (tree / folder).mkdir(parents=True)
+        with tqdm(
+            total=sum(map(len, splits.values())), desc="export", unit="image", disable=not progress
+        ) as bar:
+            for split, dataset in splits.items():
+                for index, name in enumerate(names[split]):
+                    _write(tree, dataset, index, name, classes)
+                    bar.update()
+        lists = {"trainval": [name for group in names.values() for name in group], **names}
+        if "train" in names:
+            lists.setdefault("trainaug", names["train"])
+        for split, group in lists.items():
+            path = tree / "ImageSets" / "Segmentation" / f"{split}.txt"
+            path.write_text("\n".join(group) + "\n", encoding="utf-8")
+        (tree / "classes.txt").write_text("\n".join(classes) + "\n", encoding="utf-8")
+        os.replace(tree, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def _write(tree, dataset, index, name, classes):
+    image, labels = dataset[index]
+    mask = np.asarray(dataset.mask(index))
+    in_mask = sorted(set(np.unique(mask).tolist()) - {0, _IGNORED})
+    in_labels = [value + 1 for value in np.flatnonzero(np.asarray(labels)).tolist()]
+    if in_mask != in_labels:
+        raise ValueError(
+            f"image {dataset.names[index]}: labels {in_labels}, but the mask has classes {in_mask}"
+        )
+    pixels = Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
+    pixels.save(tree / "JPEGImages" / f"{name}.jpg", quality=95, subsampling=0)
+    _annotation(name, mask, classes).write(tree / "Annotations" / f"{name}.xml", encoding="utf-8")
+    for folder in MASK_FOLDERS:
+        save_indexed_png(tree / folder / f"{name}.png", mask)
+    saliency = np.ascontiguousarray(dataset.saliency(index), dtype=np.uint8)
+    Image.fromarray(saliency).save(tree / "saliency_map" / f"{name}.png")
+
+
+def main(argv=None):
+    from drs_lib.data import Critters
+
+    parser = argparse.ArgumentParser(
+        prog="python -m drs_course.export", description="Write Critters as a VOC 2012 development kit."
+    )
+    parser.add_argument("--root", required=True, help="the folder that will hold VOC2012")
+    parser.add_argument("--train", type=int, default=1000, metavar="N", help="training images (default 1000)")
+    parser.add_argument("--val", type=int, default=300, metavar="M", help="validation images (default 300)")
+    parser.add_argument("--size", type=int, default=128, help="side length in pixels (default 128)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the drawing (default 0)")
+    arguments = parser.parse_args(argv)
+    splits = {
+        split: Critters(split, size=arguments.size, seed=arguments.seed, length=length)
+        for split, length in (("train", arguments.train), ("val", arguments.val))
+        if length > 0
+    }
+    try:
+        print(export_voc(splits, arguments.root))
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""The lab for an image of one's own: what a classifier sees in it, and where."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import ipywidgets
+import numpy as np
+import torch
+from torch.nn.functional import interpolate
+
+from drs_course.download import COMMAND, weights_file
+from drs_course.labs import networks, pictures
+from drs_course.labs.lab import Lab, View, picker, recent, show, slider, switch
+from drs_course.labs.upload import FORMATS, MOST_BYTES, ImageRefused, read_image
+from drs_course.paper import ALL_LAYERS
+from drs_course.plots import layer_mean, overlay
+from drs_course.stages import STAGE_VERSIONS
+from drs_lib.data.voc import VOC_CLASSES
+from drs_lib.networks import classifier
+from drs_lib.runtime import threads
+
+DRAWN, OWN = "drawn", "own"
+PLAIN, DRS = "CAM (plain classifier)", "DRS (learnable)"
+AUTHORS, START = "DRS (learnable), the authors' network", "VGG-16 from ImageNet, not trained on VOC"
+LONGEST = 500  # pixels: the longer side of VOC's images, to which a photograph is reduced
+MAPS = 2  # shown at most
+VOC_SIDE = 320  # the release's size of the images from which maps are made
+GET = f"'{COMMAND} --only drs' fetches the authors' network, 97 MB, which knows VOC's classes."
+
+
+class ImageLab(Lab):
+    """Localization maps of the classes that are predicted for an uploaded image, or for one of the data set.
+
+    A photograph is given to a VOC classifier: the run's own where it runs on VOC, one that was trained from
+    ImageNet weights and lies in the run store, or the authors', if DRS_learnable.pth was downloaded (by
+    ``python -m drs_course download --only drs``, to torch hub's folder of checkpoints). Of an ImageNet VGG-16
+    in that folder the features are shown. Without any of them the photograph goes to the Critters classifier,
+    and the lab says what that is worth.
+
+    Args:
+        line: the `Pipeline`; its plain classifier is trained if it is not in the store (on VOC not if there
+            is the authors').
+        image: index of the validation image to begin with.
+        photo: an image file to begin with instead.
+    """
+
+    title = "Your own image"
+    about = (
+        "What a classifier sees in an image, and the localization maps of the classes to which it gives 50 % "
+        f"or more, {MAPS} at most; of the likeliest class where it gives none that much. Below, with δ at "
+        "inference: the same with every feature map cut at δ times its maximum."
+    )
+
+    def __init__(self, line, image=0, photo=None):
+        super().__init__(line)
+        val, voc, downloaded = line.data.val, line.data.name == "voc", _downloaded()
+        self._own = _of_line(line)
+        if voc and not line.has("classify", networks.PLAIN) and AUTHORS in downloaded:
+            del self._own[PLAIN]  # a day's training, for a lab
+        if voc:
+            self._own |= downloaded
+        self._photo = self._own if voc else _voc_classifiers(line.store) | downloaded
+        self._image = recent(lambda index: val[index][0].permute(1, 2, 0).contiguous().numpy(), 8)
+        self._seen = recent(self._look, 8)
+        self._uploaded, self._uploads, self._refused = None, 0, ""
+        self.upload = ipywidgets.FileUpload(
+            accept=",".join(f"image/{kind.lower()}" for kind in FORMATS),
+            multiple=False,
+            description=f"Upload an image (up to {MOST_BYTES // 1_000_000} MB)",
+            tooltip="JPEG, PNG, WEBP, GIF or BMP; it stays on the machine that runs this page",
+            layout={"width": "auto"},
+        )
+        self.upload.observe(self._on_upload, "value")
+        self.controls = {
+            "source": picker("image from", [("the validation set", DRAWN), ("your upload", OWN)]),
+            "image": slider("image", image, 0, len(val) - 1, 1, "300px"),
+            "network": picker("maps of", list(self._own)),
+            "cap": switch("δ at inference"),
+            "delta": slider("δ", 0.55, 0.05, 1.0, 0.01, shown=False),
+        }
+        at = self.controls
+        self._build([at["source"], at["image"], self.upload], [at["network"], at["cap"], at["delta"]])
+        if photo is not None:
+            self.receive(Path(photo).expanduser().read_bytes(), Path(photo).name)
+
+    def _on_upload(self, change):
+        if not change["new"]:
+            return
+        content = bytes(change["new"][0]["content"])
+        name = str(change["new"][0]["name"])
+        # The file's bytes are not kept, and the same file can be chosen again.
+        self.upload.value = ()
+        self.receive(content, name)
+
+    def receive(self, content: bytes, name: str = "upload") -> None:
+        """What the upload button does with a file: shows it, or says why not and leaves the picture."""
+        with self._lock:
+            try:
+                side = LONGEST if self._photo else self._image(0).shape[1]
+                self._uploaded, self._refused = read_image(content, side), ""
+                self._uploads += 1
+                self.controls["source"].value = OWN
+            except ImageRefused as refusal:
+                self._refused = f"{name}: {refusal}"
+            self.drawn = None  # the controls may be as they were, and what is shown is new all the same
+            self.request()
+
+    def adjust(self, name):
+        at = self.controls
+        self._refused = ""
+        names = list(self._models(at["source"].value))
+        if list(at["network"].options) != names:
+            at["network"].options = names
+        at["image"].disabled = at["source"].value == OWN
+        show(at["delta"], at["cap"].value)
+
+    def _models(self, source):
+        return self._photo or self._own if source == OWN else self._own
+
+    def describe(self, state):
+        source = f"validation image {state['image']}" if state["source"] == DRAWN else "uploaded image"
+        cap = f", δ = {state['delta']:.2f} at inference" if state["cap"] else ""
+        return f"{source}, maps of {state['network']}{cap}"
+
+    def _look(self, source, number, name, delta, classes=None):
+        """(probabilities or None, {caption: map (H, W)}) of a picture. delta: None for the network as it is.
+        classes: whose maps; None: those that it predicts. number: of the image or the upload."""
+        model = self._models(source)[name]
+        picture = self._uploaded if source == OWN else self._image(number)
+        image = torch.from_numpy(picture.transpose(2, 0, 1).copy())
+        with threads(model.threads):
+            network = model.load().set([delta] * 6)
+            if not model.classes:
+                mean = torch.from_numpy(layer_mean(networks.layer_features(network, image, model.resize)[4]))
+                mean = interpolate(mean[None, None], picture.shape[:2], mode="bilinear")[0, 0]
+                return None, {"mean of layer 5": mean.float().numpy()}
+            probabilities = networks.class_probabilities(network, image, model.resize)
+            if classes is None:
+                order = probabilities.argsort()[::-1]
+                classes = [c for c in order if probabilities[c] >= 0.5][:MAPS] or [order[0]]
+            maps = networks.class_maps(network, image, classes, model.resize)
+        captions = [f"{model.classes[c]}, {100 * probabilities[c]:.1f} %" for c in classes]
+        return (probabilities, tuple(classes)), dict(zip(captions, maps, strict=True))
+
+    def view(self, state):
+        own, name = state["source"] == OWN, state["network"]
+        if own and self._uploaded is None:
+            blank = np.full((pictures.SIDE, pictures.SIDE, 3), 235, np.uint8)
+            return View(
+                pictures.sheet([[("no image yet: use the upload button", blank)]], columns=3),
+                [],
+                "",
+                self._refused,
+            )
+        picture = self._uploaded if own else self._image(state["image"])
+        at = state["source"], self._uploads if own else state["image"], name
+        seen, maps = self._seen(*at, None)
+        rows = [[("image", picture), *((text, overlay(picture, values)) for text, values in maps.items())]]
+        columns = [seen]
+        if state["cap"]:
+            capped, maps = self._seen(*at, state["delta"], seen and seen[1])
+            columns.append(capped)
+            rows.append(
+                [(f"δ = {state['delta']:.2f}", picture)]
+                + [(text, overlay(picture, values)) for text, values in maps.items()]
+            )
+        numbers, classes = [], self._models(state["source"])[name].classes
+        if classes:
+            heads = ["probability, %", f"with δ = {state['delta']:.2f}"]
+            numbers = [["class", *heads[: len(columns)]]]
+            for c in seen[0].argsort()[::-1][:6]:
+                numbers.append([classes[c], *(float(column[0][c]) for column in columns)])
+        note = self._note(own, name, state["cap"], not classes or seen[0].max() >= 0.5)
+        return View(pictures.sheet(rows, columns=MAPS + 1), numbers, note, self._refused)
+
+    def _note(self, own, name, cap, found):
+        texts = []
+        if not found:
+            texts.append("No class reaches 50 %; the map is that of the likeliest.")
+        if name == AUTHORS:
+            texts.append("The network that the paper's authors trained on PASCAL VOC and published.")
+        elif name == START:
+            texts.append("It knows none of VOC's classes: the map is the mean of its features in layer 5.")
+        elif own and not self._photo:
+            classes = ", ".join(self._own[name].classes)
+            texts.append(
+                "There is no VOC classifier with ImageNet weights in the run store, so this is the Critters "
+                f"classifier, which has seen nothing but drawn images of six animals ({classes}): on a "
+                "photograph its answer means nothing."
+            )
+        elif own and self._photo is not self._own:
+            texts.append("The classifier was trained on PASCAL VOC from ImageNet weights.")
+        if cap and name in (DRS, AUTHORS):
+            texts.append(
+                "This δ takes the place of the controllers that the network was trained with: it shows what "
+                "suppression does, not what a training with this δ would give."
+            )
+        elif cap:
+            texts.append("The network was trained without suppression.")
+        if own and AUTHORS not in self._models(OWN):
+            texts.append(GET)
+        return " ".join(texts)
+
+
+class _Model(NamedTuple):
+    """A classifier: a function that gives its `Dial`, its classes (none: its features are shown), the size of
+    its input, and on how many threads it runs."""
+
+    load: Callable
+    classes: tuple
+    resize: int | None
+    threads: int | None = None
+
+
+def _kept(load):
+    """The function, whose network is kept as a `Dial`."""
+    return recent(lambda: networks.Dial(load()), 1)
+
+
+def _downloaded():
+    """The authors' classifier and ImageNet's VGG-16, if they are in the folder of downloaded weights."""
+    found = {}
+    for name, kind, layers, classes in ((AUTHORS, "drs", ALL_LAYERS, VOC_CLASSES), (START, "vgg16", (), ())):
+        try:
+            weights = weights_file(kind)
+        except FileNotFoundError:
+            continue
+        load = partial(classifier, "vgg16", len(VOC_CLASSES), layers, weights=weights)
+        found[name] = _Model(_kept(load), classes, VOC_SIDE)
+    return found
+
+
+def _of_line(line):
+    options = line.data.val.classes, line.budget.resize, line.budget.classify.threads
+    models = {PLAIN: _Model(_kept(lambda: line.classifier(networks.PLAIN)), *options)}
+    if line.has("classify", networks.LEARNABLE):
+        load = partial(networks.stored_classifier, line, networks.LEARNABLE)
+        models[DRS] = _Model(_kept(load), *options)
+    return models
+
+
+def _voc_classifiers(store):
+    """The newest plain and learnable VOC classifiers in a store that began from ImageNet weights."""
+    found = {}
+    for meta in store.metas("classify"):
+        config = meta["config"]
+        inputs = meta["inputs"]
+        voc = inputs["data"].startswith("voc-") and inputs["weights"].startswith("torchvision vgg16")
+        if voc and meta["version"] == STAGE_VERSIONS["classify"] and config["delta"] is None:
+            name = {(): PLAIN, ALL_LAYERS: DRS}.get(tuple(config["drs_layers"]))
+            if name:
+                found[name] = _Model(_kept(_loader(store, meta)), VOC_CLASSES, VOC_SIDE)
+    return found
+
+
+def _loader(store, meta):
+    def load():
+        config = meta["config"]
+        entry = store.get("classify", config, meta["inputs"], meta["version"])
+        if entry is None:
+            raise FileNotFoundError(
+                f"the VOC classifier in {store.folder('classify', meta['key'])} is damaged or gone."
+            )
+        model = classifier(config["backbone"], len(VOC_CLASSES), config["drs_layers"], config["delta"])
+        model.load_state_dict(entry.weights())
+        return model.eval()
+
+    return load

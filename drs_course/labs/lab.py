@@ -1,0 +1,397 @@
+"""What every lab is built on: controls, one picture that is replaced, numbers beside it, and when to redraw.
+
+A lab is a function from a state to a `View`; this module does the rest:
+
+* a burst of changes is drawn once, with its last values: a drawing waits until no change has come for a few
+  milliseconds, though never long;
+* where a drawing takes longer than a moment (VGG-16 on a processor), it waits until the hand rests, and the
+  lab says that it is computing;
+* an error is shown in the place of the picture, which would be the wrong one;
+* when the kernel is gone, the page says that the lab has to be run again;
+* readers without a kernel find a picture of the lab in the notebook.
+"""
+
+import asyncio
+import base64
+import html
+import logging
+import threading
+import time
+from collections import deque
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import ipywidgets
+import numpy as np
+from traitlets import TraitError
+
+from drs_course.labs import pictures
+
+_log = logging.getLogger(__name__)
+
+# Seconds. A queue of changes counts as one while they follow each other this closely, for at most this long.
+QUIET, LONGEST_WAIT = 0.004, 0.15
+# A drawing that takes longer than SLOW waits until nothing has changed for SETTLED.
+SLOW, SETTLED = 0.15, 0.35
+
+STYLE = """<style>
+.drs-lab {border: 1px solid #8886; border-radius: 6px; padding: 8px 12px; max-width: 1120px; overflow: hidden}
+.drs-lab .drs-picture {flex: 3 1 540px; max-width: 780px; overflow: auto}
+.drs-lab .drs-picture .widget-image {width: 100%; min-width: 540px; height: auto}
+.drs-lab .drs-side {flex: 1 1 240px; min-width: min-content}
+.drs-lab .drs-title {font-size: 115%; font-weight: 600; margin: 0}
+.drs-lab .drs-numbers table {border-collapse: collapse; font-variant-numeric: tabular-nums}
+.drs-lab .drs-numbers td, .drs-lab .drs-numbers th {padding: 0 10px 0 0; text-align: right; line-height: 1.5}
+.drs-lab .drs-numbers td:first-child, .drs-lab .drs-numbers th:first-child {text-align: left}
+.drs-lab .widget-html-content {line-height: 1.35}
+.drs-lab .drs-lost {display: none}
+.drs-lab.jupyter-widgets-disconnected .drs-lost {display: block}
+.drs-lab.jupyter-widgets-disconnected .widget-image {opacity: .25}
+.drs-lab.jupyter-widgets-disconnected::before,
+.drs-lab.jupyter-widgets-disconnected .jupyter-widgets-disconnected::before {display: none}
+.drs-lab .drs-alert {background: #fff3cd; color: #4d3800; border-radius: 4px; padding: 4px 8px}
+.drs-lab :focus-visible {outline: 2px solid #0072B2; outline-offset: 2px}
+.drs-lab .widget-readout:focus-visible {outline-offset: -2px}
+</style>"""
+LOST = (
+    '<div class="drs-alert" role="alert">The kernel that drew this lab is gone, so its controls do nothing. '
+    "Run the cell above again, or the whole notebook (<i>Run &gt; Run All Cells</i>).</div>"
+)
+
+# A notebook that was saved with a lab and opened again without its kernel has no lab to show. JupyterLab says
+# no more than "model not found"; this picture, hidden wherever the lab is there, says the rest.
+STORED = """<style>
+.drs-stored {{display: none}}
+.jp-OutputArea:not(:has(.drs-lab)) .drs-stored {{display: block}}
+</style><div class="drs-stored"><p>{text}</p><img alt="{text}" src="data:image/jpeg;base64,{data}"></div>"""
+
+
+class View(NamedTuple):
+    """What a lab shows for a state.
+
+    picture: uint8 (H, W, 3). numbers: a table, its first row the heading, cells text or floats. note: a
+    sentence about this state, or nothing. alert: what the user has to be told first.
+    """
+
+    picture: np.ndarray
+    numbers: list
+    note: str = ""
+    alert: str = ""
+
+
+def recent(function, size):
+    """The function, which remembers its last ``size`` results by its arguments."""
+    return lru_cache(maxsize=size)(function)
+
+
+class Lab:
+    """The base of the labs. A subclass fills ``self.controls`` (name: widget) before it calls `_build`.
+
+    ``title``, ``about``: what it is, in a line and in a sentence. ``view(state)`` draws, where a state is a
+    dict of the controls' values; ``describe(state)`` puts it into a line of text.
+    """
+
+    title = ""
+    about = ""
+
+    def __init__(self, line):
+        self.line = line
+        self.controls: dict[str, Any] = {}
+        self.drawn: dict | None = None  # the state of the picture
+        self.shown: View | None = None
+        self.drawings = 0
+        self._took = deque(maxlen=2)
+        self._adjusting = self._holding = False
+        # Jupyter hands a page's changes to a thread of their own while cells run in the main one.
+        self._lock = threading.RLock()
+        # The loop in which a drawing waits (None: none does), its number, the last change, the first.
+        self._loop, self._turn, self._changed, self._since = None, 0, 0.0, 0.0
+
+    def view(self, state: dict) -> View:
+        raise NotImplementedError
+
+    def describe(self, state: dict) -> str:
+        raise NotImplementedError
+
+    def adjust(self, name: str) -> None:
+        """Called when a control was changed, before anything is drawn: brings the other controls in line."""
+
+    @property
+    def state(self) -> dict:
+        """The controls' values by name."""
+        # A page sends 0.2 back as 0.19999999999999996.
+        values = {name: control.value for name, control in self.controls.items()}
+        return {name: round(v, 9) if isinstance(v, float) else v for name, v in values.items()}
+
+    def set(self, **values) -> "Lab":
+        """Sets controls by name and draws at once.
+
+        Raises KeyError for a control that isn't there, TraitError for a value that it does not take.
+        """
+        unknown = set(values) - set(self.controls)
+        if unknown:
+            raise KeyError(f"no control {unknown.pop()!r}; there are {', '.join(self.controls)}.")
+        with self._lock:
+            self._holding = True
+            try:
+                # Twice: a control may follow another, or have its range from another, that comes later.
+                for last in (False, True):
+                    for name, value in values.items():
+                        try:
+                            self.controls[name].value = value
+                        except TraitError:
+                            if last:
+                                raise
+            finally:
+                self._holding = False
+                self.draw()
+        return self
+
+    def _build(self, *groups):
+        """groups: rows of controls, above the picture; the rest of the lab is the same for all."""
+        for name, control in self.controls.items():
+            control.observe(lambda change, name=name: self._on_change(name), "value")
+        self.picture = ipywidgets.Image(format="jpeg")
+        self.numbers = ipywidgets.HTML()
+        self.numbers.add_class("drs-numbers")
+        self.note = ipywidgets.HTML()
+        self.busy = ipywidgets.HTML()
+        lost = ipywidgets.HTML(LOST)
+        lost.add_class("drs-lost")
+        picture = ipywidgets.Box([self.picture])
+        picture.add_class("drs-picture")
+        side = ipywidgets.VBox([self.numbers, self.note])
+        side.add_class("drs-side")
+        title = ipywidgets.HTML(f'{STYLE}<p class="drs-title">{html.escape(self.title)}</p>')
+        self.widget = ipywidgets.VBox(
+            [
+                title,
+                lost,
+                ipywidgets.HTML(html.escape(self.about)),
+                *(_row(group) for group in groups[:-1]),
+                _row([*groups[-1], self.busy]),
+                _row([picture, side], top=True),
+            ]
+        )
+        self.widget.add_class("drs-lab")
+        self.draw()
+
+    def _on_change(self, name):
+        with self._lock:
+            if self._adjusting:
+                return
+            self._adjusting = True
+            try:
+                self.adjust(name)
+            except Exception:
+                # Of an image that can't be read, for example: drawing it fails in the same way, and shows it.
+                _log.exception("%s: following %s failed", self.title, name)
+            finally:
+                self._adjusting = False
+            if not self._holding:
+                self.request()
+
+    def request(self) -> None:
+        """Draws soon, once for all that is asked for until then; at once where no event loop runs."""
+        loop = _running_loop()
+        with self._lock:
+            # A loop may end with its page before it has drawn.
+            waiting = self._loop is not None and self._loop.is_running()
+            if not waiting and self.state == self.drawn:
+                return
+            if loop is None:
+                self.draw()
+                return
+            self._changed = time.monotonic()
+            if not waiting:
+                self._since = self._changed
+                if self.slow:
+                    self._say("Computing …")
+                self._loop = loop
+                loop.call_later(self._quiet, self._when_quiet, self._turn)
+
+    @property
+    def slow(self) -> bool:
+        """Whether a drawing takes longer than a moment; a single one, such as the first, does not count."""
+        return len(self._took) == 2 and min(self._took) > SLOW
+
+    @property
+    def _quiet(self):
+        return SETTLED if self.slow else QUIET
+
+    def _when_quiet(self, turn):
+        with self._lock:
+            if turn != self._turn:
+                return
+            now = time.monotonic()
+            left = self._changed + self._quiet - now
+            # A slow drawing waits for the hand to rest, a quick one is not put off for long.
+            if left > 0 and (self.slow or now - self._since < LONGEST_WAIT):
+                self._loop.call_later(left, self._when_quiet, turn)
+            else:
+                self.draw()
+
+    def draw(self) -> None:
+        """Draws the state of the controls now."""
+        with self._lock:
+            self._stop_waiting()
+            self._draw()
+
+    def _stop_waiting(self):
+        self._turn += 1
+        self._loop = None
+
+    def _draw(self):
+        state, began = self.state, time.perf_counter()
+        try:
+            view = self.view(state)
+            data = pictures.jpeg(view.picture)
+        except Exception as error:
+            # Nobody sees an exception of a callback; the old picture, under the new values, would be a lie.
+            _log.exception("%s: drawing %s failed", self.title, state)
+            self._fail(error)
+            return
+        self.numbers.value, self.picture.value = table(view.numbers), data
+        note = html.escape(view.note)
+        if self.note.value != note:
+            self.note.value = note
+        self._say(view.alert, alert=True)
+        self.drawn, self.shown = state, view
+        self.drawings += 1
+        self._took.append(time.perf_counter() - began)
+
+    def _fail(self, error):
+        blank = np.full((pictures.SIDE, 2 * pictures.SIDE, 3), 235, np.uint8)
+        self.shown = View(blank, [], "", f"{type(error).__name__}: {error}")
+        self.picture.value, self.numbers.value, self.note.value = pictures.jpeg(blank), "", ""
+        self.drawn = None
+        self._say(self.shown.alert, alert=True)
+
+    def _say(self, text, alert=False):
+        kind = 'class="drs-alert" role="alert"' if alert else 'role="status"'
+        value = f"<div {kind}>{html.escape(text)}</div>" if text else ""
+        if self.busy.value != value:
+            self.busy.value = value
+
+    def snapshot(self) -> bytes:
+        """The lab as it stands, as PNG: for readers without a kernel."""
+        with self._lock:
+            if self._loop is not None:
+                self.draw()
+            numbers = [[_cell(cell) for cell in row] for row in self.shown.numbers]
+            note = self.shown.alert or self.shown.note
+            texts = (self.title, self._described(), self.about)
+            return pictures.snapshot(*texts, self.shown.picture, numbers, note)
+
+    def _described(self):
+        try:
+            return self.describe(self.state)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+    def close(self) -> None:
+        """Removes the lab from the page and from memory."""
+        with self._lock:
+            self._stop_waiting()
+        for widget in (*_all(self.widget), self.widget):
+            for part in (getattr(widget, "style", None), widget.layout, widget):
+                if part is not None:
+                    part.close()
+
+    def _ipython_display_(self):
+        from IPython.display import display
+
+        bundle = self._repr_mimebundle_()
+        data = base64.b64encode(pictures.jpeg(self.shown.picture)).decode()
+        stored = STORED.format(text=html.escape(bundle["text/plain"]), data=data)
+        display({"text/html": stored, "text/plain": ""}, raw=True)
+        display(bundle, raw=True)
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        bundle = {
+            "text/plain": f"{self.title}: {self._described()} (run the cell to use the controls)",
+            "image/png": self.snapshot(),
+        }
+        return bundle | {
+            kind: data for kind, data in self.widget._repr_mimebundle_().items() if kind not in bundle
+        }
+
+
+def _running_loop():
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+def show(control, visible):
+    """Puts a control on the page, or takes it off."""
+    control.layout.display = None if visible else "none"
+
+
+def _row(children, top=False):
+    layout = {
+        "flex_flow": "row wrap",
+        "align_items": "flex-start" if top else "center",
+        "grid_gap": "2px 14px",
+    }
+    return ipywidgets.Box(list(children), layout=layout)
+
+
+def _all(widget):
+    for child in getattr(widget, "children", ()):
+        yield from _all(child)
+        yield child
+
+
+def table(rows):
+    """The numbers as an HTML table; the first row is its heading. Without rows: nothing."""
+    if not rows:
+        return ""
+    head, *body = (["" if cell is None else html.escape(_cell(cell)) for cell in row] for row in rows)
+    lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in body)
+    return f"<table><tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>{lines}</table>"
+
+
+def _cell(value):
+    """Text as it is, shares in percent; what is not defined is a dash."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    return "–" if np.isnan(value) else f"{100 * value:.1f}"
+
+
+def slider(description, value, low, high, step, width="330px", shown=True, **options):
+    """A slider that reports while it is dragged; arrow keys move it by ``step``."""
+    kind = ipywidgets.IntSlider if isinstance(step, int) else ipywidgets.FloatSlider
+    options = {"readout_format": ".2f"} | options if kind is ipywidgets.FloatSlider else options
+    return kind(
+        value=value,
+        min=low,
+        max=high,
+        step=step,
+        description=description,
+        continuous_update=True,
+        layout={"width": width, "display": None if shown else "none"},
+        style={"description_width": "initial"},
+        **options,
+    )
+
+
+def picker(description, options, value=None, shown=True, **more):
+    """A list to choose one from: labels, or (label, value) pairs."""
+    more = more if value is None else more | {"value": value}
+    return ipywidgets.Dropdown(
+        options=options,
+        description=description,
+        layout={"width": "auto", "display": None if shown else "none"},
+        style={"description_width": "initial"},
+        **more,
+    )
+
+
+def switch(description, value=False, shown=True, **options):
+    """A check box with its label beside it."""
+    layout = {"width": "auto", "display": None if shown else "none"}
+    return ipywidgets.Checkbox(value=value, description=description, indent=False, layout=layout, **options)

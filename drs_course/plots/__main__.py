@@ -1,0 +1,3 @@
+from drs_course.plots.stored import main
+
+main()

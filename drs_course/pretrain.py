@@ -1,0 +1,118 @@
+"""The shipped weights of Critters, and the command that retrains them: ``python -m drs_course.pretrain``.
+
+Three networks are trained on the twelve species that the course does not use: the bodies of "mini" and
+"mini_resnet" as plain image classifiers, without DRS, in the place of ImageNet's weights; and the saliency
+network with class-agnostic masks (animals and props), in the place of PoolNet. The masks of these other
+species are the only pixel labels from which any weakly supervised network of the course comes.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from drs_lib.data import Critters, normalize
+from drs_lib.data.critters import draw
+from drs_lib.data.saliency import saliency_network
+from drs_lib.files import atomic_path
+from drs_lib.networks import pretraining_classifier
+from drs_lib.recipes import ClassifyRecipe
+from drs_lib.train import classification_loss, evaluate_classifier, train_network
+from drs_lib.weights import SHIPPED, body_state_dict
+
+CLASSIFY = ClassifyRecipe.laptop().replace(
+    weights=None, drs_layers=(), epochs=12, batch=32, lr=4e-3, lr_multipliers=(1, 1, 1, 1), warmup=0.3
+)
+SALIENCY = CLASSIFY.replace(lr=5e-3, epochs=4)
+SALIENCY_IMAGES = 1500
+
+
+def pretrain_backbone(backbone, progress=True):
+    """Train "mini" or "mini_resnet" on the other species; returns (state dict of its body, facts)."""
+    train, held_out = Critters("pretrain"), Critters("pretrain_val")
+    model, history = train_network(
+        CLASSIFY,
+        train,
+        lambda data: pretraining_classifier(backbone, data.num_classes),
+        classification_loss,
+        title=f"pretrain {backbone}",
+        progress=progress,
+    )
+    accuracy = evaluate_classifier(model, held_out)
+    return body_state_dict(model), {"exact-match accuracy, held out": accuracy, "loss": history[-1]["loss"]}
+
+
+def pretrain_saliency(progress=True):
+    """Train the saliency network on masks of the other species, class-agnostic; (state dict, facts)."""
+    train, held_out = Critters("pretrain", length=SALIENCY_IMAGES), Critters("pretrain_val")
+
+    class Network(torch.nn.Module):
+        # `train_network` asks a network what of it is new; with one learning rate for all it does not matter.
+        def __init__(self):
+            super().__init__()
+            self.detector = saliency_network()
+
+        def new_modules(self):
+            return [self.detector.head]
+
+        def forward(self, x):
+            return self.detector(x)
+
+    def loss(model, batch):
+        return F.binary_cross_entropy_with_logits(model(batch.images), batch.extra.float())
+
+    salient = [draw("pretrain", i).salient.astype(np.uint8) for i in range(len(train))]
+    model, history = train_network(
+        SALIENCY,
+        train,
+        lambda data: Network(),
+        loss,
+        labels=salient,
+        title="pretrain saliency",
+        progress=progress,
+    )
+    detector = model.detector.cpu()  # where the held-out images are
+    overlap = union = 0
+    with torch.inference_mode():
+        for i in range(len(held_out)):
+            found = detector(normalize(held_out[i][0][None]))[0] > 0
+            truth = torch.from_numpy(draw("pretrain_val", i).salient)
+            overlap, union = overlap + int((found & truth).sum()), union + int((found | truth).sum())
+    state = {k: v.detach().contiguous() for k, v in detector.state_dict().items()}
+    return state, {"IoU at 0.5, held out": overlap / union, "loss": history[-1]["loss"]}
+
+
+NETWORKS = {
+    "mini": lambda progress: pretrain_backbone("mini", progress),
+    "mini_resnet": lambda progress: pretrain_backbone("mini_resnet", progress),
+    "saliency": pretrain_saliency,
+}
+
+
+def main(argv=None):
+    about = __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser(prog="python -m drs_course.pretrain", description=about)
+    parser.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument(
+        "--out", type=Path, default=SHIPPED, help="folder for the weights (default: the library's)"
+    )
+    arguments = parser.parse_args(argv)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name in arguments.only:
+        start = time.perf_counter()
+        state, facts = NETWORKS[name](True)
+        path = arguments.out / f"{name}.safetensors"
+        with atomic_path(path) as temporary:
+            save_file(state, temporary, metadata={"facts": json.dumps(facts)})
+            temporary.chmod(0o644)  # safetensors makes a file that only its owner can read
+        shown = ", ".join(f"{k} {v:.4f}" for k, v in facts.items())
+        print(f"{path}: {path.stat().st_size / 1000:.0f} kB, {shown}, {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,3 +1,0 @@
-from drs_lib.plots.stored import main
-
-main()
