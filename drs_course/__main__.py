@@ -18,7 +18,6 @@ from drs_course.tables import (
     run_tables,
     save_table,
 )
-from drs_lib import distributed
 from drs_lib.crf import ENGINES
 from drs_lib.files import write_text
 from drs_lib.recipes import COMPILE, PRECISIONS
@@ -28,10 +27,10 @@ DOWNLOADS = ("vgg16", "resnet101", "drs", "refine", "coco", "deeplab", "voc", "a
 
 
 def _parser():
-    parser = argparse.ArgumentParser(prog="python -m drs_lib", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m drs_course", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     course = commands.add_parser(
-        "course", help="run the tables, print them beside the paper's, write them and figures"
+        "tables", help="run the tables, print them beside the paper's, write them and figures"
     )
     reference = commands.add_parser(
         "reference", help="run the tables and keep them as the course's reference results"
@@ -190,7 +189,7 @@ def main(arguments=None):
     began = time.perf_counter()
     store = RunStore(options.store)
     failed, run = None, run_name(options.overwrite)
-    if run and distributed.rank() == 0:
+    if run:
         print(f"This run trains again what is in the store. Stopped, --overwrite {run} goes on.", flush=True)
     try:
         options.budget = _budget(options)
@@ -203,7 +202,7 @@ def main(arguments=None):
             store=store,
             jobs=options.jobs,
             overwrite=run,
-            progress=not options.quiet and distributed.rank() == 0,
+            progress=not options.quiet,
         )
     except RowsFailed as error:
         tables, failed = error.tables, error
@@ -214,13 +213,11 @@ def main(arguments=None):
         again = f"the same command{f' with --overwrite {run}' if run else ''} goes on from there"
         print(f"\nstopped; finished stages are kept, {again}", file=sys.stderr)
         return 130
-    if distributed.rank() > 0:
-        return 0 if failed is None else 1
     for table in tables.values():
         print("\n" + format_table(table))
     written = []
     try:
-        if failed is None or options.command == "course":
+        if failed is None or options.command == "tables":
             for number, table in tables.items():
                 if options.command == "reference":
                     path = reference_path(number, options.data)
@@ -228,9 +225,8 @@ def main(arguments=None):
                     path = options.out / f"table{number}.json"
                 save_table(table, path)
                 written.append(path)
-        if options.command == "course" and options.figures and failed is None:
-            with distributed.alone():  # the other processes have ended, or soon will
-                written.append(_figures(options, store))
+        if options.command == "tables" and options.figures and failed is None:
+            written.append(_figures(options, store))
     except OSError as error:
         print(
             f"error: not everything could be written: {error}. All results are kept in {store.root}: put "

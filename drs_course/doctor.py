@@ -24,7 +24,6 @@ _IMPORT_NAMES = {
 }
 _OPTIONAL = {
     "pydensecrf2": "everything but the CRF columns of Table 4",
-    "accelerate": "everything but a training on several GPUs",
     "dask": "everything but tables on a cluster",
     "distributed": "everything but tables on a cluster",
     "dask-jobqueue": "everything but tables on a cluster with a queue",

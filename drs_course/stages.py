@@ -9,9 +9,6 @@ it was in. The hashes follow from configurations alone, so a finished run is rea
 building a network.
 
 The stages that make labels see the training images through `without_masks`; only scores are given masks.
-
-Among several processes (see `drs_lib.distributed`) all call the same methods in the same order: they train
-together, the first makes everything else, and all read it from the store.
 """
 
 import hashlib
@@ -29,8 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from drs_course.paper import NETWORKS, Configuration
-from drs_course.store import Entry, EntryWriter, RunStore, StoreError
-from drs_lib import distributed
+from drs_course.store import Entry, EntryWriter, RunStore
 from drs_lib.crf import ENGINES, CRFConfig
 from drs_lib.recipes import ClassifyRecipe, RefineRecipe, SegmentRecipe
 from drs_lib.weights import SHIPPED
@@ -329,10 +325,8 @@ class Pipeline:
         else:
             self.data = data
         self.seed, self.device, self.crf_jobs, self.run = seed, device, crf_jobs, run
-        first = distributed.rank() == 0
-        self._report = report if report and first else (lambda text: None)
-        self._progress = progress if first else False
-        self._making = False
+        self._report = report or (lambda text: None)
+        self._progress = progress
         self._parent = os.getppid() if multiprocessing.parent_process() is not None else None
 
     def scores(self, configuration: Configuration, measures: Iterable[str] = ("miou",)) -> dict[str, Any]:
@@ -443,11 +437,6 @@ class Pipeline:
         """The stage's entry, made if it is not in the store. overwrite: made again, from the stored stages
         that it reads."""
         _expect_a_main_guard()
-        if distributed.world_size() > 1 and not self._making:
-            return self._get_together(stage, overwrite)
-        return self._get(stage, overwrite)
-
-    def _get(self, stage, overwrite=False, before=lambda: None):
         if overwrite or not self.store.has(stage.name, stage.key, self.run):
             for parent in stage.parents:
                 self.get(parent)
@@ -459,7 +448,6 @@ class Pipeline:
             self._report(stage.title)
             if overwrite:
                 self._checkpoint(stage).remove()
-            before()
             stage.make(writer)
             writer.note(device=str(self._device))
             finished.append(stage)
@@ -476,46 +464,6 @@ class Pipeline:
         if finished:
             self._checkpoint(stage).remove()  # only now that the entry is published
         return entry
-
-    def _get_together(self, stage, overwrite):
-        if overwrite or not distributed.agree(self._found(stage) is not None):
-            for parent in stage.parents:
-                self._get_together(parent, False)
-            self._making = True  # what the making reads has just been made, and is read alone
-            try:
-                (self._lead if distributed.rank() == 0 else self._follow)(stage, overwrite)
-            finally:
-                self._making = False
-        entry = self._found(stage)
-        if not all(distributed.gather(entry is not None)):
-            raise StoreError(
-                f"{stage.name}/{stage.key} was made, and not all processes find it in {self.store.root}: the "
-                "run store must be on a file system that all of them see."
-            )
-        return entry
-
-    def _lead(self, stage, overwrite):
-        """Make a stage, with the others' help if it is a training, and tell them how it ended."""
-        training = []
-
-        def call():
-            if stage.name in TRAININGS:
-                training.append(distributed.agree("train"))
-
-        try:
-            self._get(stage, overwrite, before=call)
-        except Exception as error:
-            # In a training the others fail alike, or wait; the end of this process ends them.
-            if not training:
-                distributed.agree(f"the first process failed: {type(error).__name__}: {error}")
-            raise
-        distributed.agree("done")
-
-    def _follow(self, stage, overwrite):
-        while (word := distributed.agree(None)) != "done":
-            if word != "train":
-                raise RuntimeError(word)
-            stage.make(_NoWriter())
 
     def _found(self, stage):
         version = STAGE_VERSIONS[stage.name]
@@ -772,13 +720,6 @@ def _expect_a_main_guard():
             "this program is run again by each process that reads its images. Put what trains under "
             "'if __name__ == \"__main__\":'."
         )
-
-
-class _NoWriter:
-    """What a process that helps with a training is given to write to."""
-
-    def __getattr__(self, name):
-        return lambda *args, **options: None
 
 
 class TrueMasks(Sequence):

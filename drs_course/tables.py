@@ -30,7 +30,7 @@ import numpy as np
 from drs_course.paper import AFTER_CRF, NETWORKS, SOURCE, TITLES, Configuration, Row, table_rows
 from drs_course.stages import STAGE_COST, TRAININGS, Budget, Pipeline, Splits, get_budget
 from drs_course.store import RunStore, StoreError, run_name
-from drs_lib import crf, distributed
+from drs_lib import crf
 from drs_lib.arguments import whole
 from drs_lib.files import write_text
 
@@ -135,7 +135,7 @@ def run_tables(
         budget=budget,
         voc_root=None if voc_root is None else str(Path(voc_root).expanduser().absolute()),
         store=store,
-        run=distributed.agree(run_name(overwrite)),
+        run=run_name(overwrite),
     )
     pipelines = {seed: Pipeline(seed=seed, **common) for seed in seeds}
     measures = _measures(numbers, budget)
@@ -145,9 +145,8 @@ def run_tables(
         found = pipelines[job.seed].stored_scores(job.configuration, job.measures)
         if found is not None:
             results[job] = found
-    results = distributed.agree(results)  # or processes that train together would miss different rows
     missing = _in_order([job for job in work if job not in results], pipelines)
-    if missing and distributed.rank() == 0:
+    if missing:
         store.tidy()
     failures = _run(missing, pipelines, common, jobs, progress, results)
     scores = {(job.configuration, job.seed): found for job, found in results.items()}
@@ -171,7 +170,7 @@ def run_row(
     [job] = [job for job in jobs if job.configuration == configuration]
     making = copy.copy(pipeline)
     if overwrite:
-        making.run = distributed.agree(run_name(overwrite))
+        making.run = run_name(overwrite)
     making.scores(configuration, job.measures)
     table = stored_table(number, pipeline)
     row = table[[row.configuration == configuration for row in table_rows(number)]]
@@ -279,8 +278,6 @@ def _run_job(job, common, device=None):
     except StoreError:
         raise  # on a full disk every other row would train in vain
     except Exception as error:
-        if distributed.world_size() > 1:
-            raise  # the others may wait for this process
         if pipeline.orphaned:
             os._exit(1)  # nobody is left to hand a result to, and the worker would idle on for minutes
         return None, f"{type(error).__name__}: {error}", traceback.format_exc()
@@ -297,8 +294,6 @@ def _processes(requested, jobs, budget):
     elif requested is None and not isinstance(backend, joblib.parallel.LokyBackend):
         requested = joblib.effective_n_jobs(-1)
     cores = joblib.cpu_count(only_physical_cores=True)
-    if distributed.world_size() > 1:  # all of them work on one row
-        return requested or cores, 1, [None]
     if requested == 1 or jobs == 1:
         return requested or cores, 1, [None]
     if getattr(backend, "uses_threads", False):

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from drs_lib import distributed
 from drs_lib.data.decoded import decoded, pack
 from drs_lib.data.transforms import training_transform
 from drs_lib.runtime import move, seeded
@@ -59,16 +58,9 @@ def make_batches(dataset, recipe, extra, seed, device, cache_dir=None):
     """The batches of a recipe, one pass over which is an epoch, and the random streams they draw from.
 
     extra: `TargetMaps`, `LabelMaps` or None. cache_dir: a folder for decoded images, see
-    `drs_lib.data.decoded`; None: they are kept in memory. Returns (iterable of `Batch`, generators); with
-    several processes a batch is this process's part.
+    `drs_lib.data.decoded`; None: they are kept in memory. Returns (iterable of `Batch`, generators).
     """
     per_epoch, _ = recipe.steps(len(dataset))
-    least = min(recipe.batch, len(dataset))
-    if least < distributed.world_size():
-        raise ValueError(
-            f"a batch of {least} images can't be shared by {distributed.world_size()} processes: start no "
-            "more processes than a batch has images"
-        )
     transform = training_transform(
         crop=recipe.crop, resize=recipe.resize, scale=recipe.scale, flip=recipe.flip, jitter=recipe.jitter
     )
@@ -90,12 +82,9 @@ def place_of_images(recipe, device):
 
 
 def _drawn(seed, indices, transform):
-    """This process's part of a batch, one image in turn for each, and the random numbers of each image's
-    augmentation: those it has when one process takes the whole batch."""
+    """The random numbers of each image's augmentation."""
     with seeded(seed, accelerators=False):
-        draws = [transform.draw() for _ in indices]
-    mine = slice(distributed.rank(), None, distributed.world_size())
-    return indices[mine], draws[mine]
+        return [transform.draw() for _ in indices]
 
 
 def _from_files(dataset, recipe, transform, extra, order, seed, device):
@@ -119,15 +108,15 @@ class _Samples(Dataset):
 
     def __getitem__(self, key):
         seed, indices = key
-        chosen, draws = _drawn(seed, indices, self.transform)
-        images, labels = zip(*(self.dataset[i] for i in chosen.tolist()), strict=True)
+        draws = _drawn(seed, indices, self.transform)
+        images, labels = zip(*(self.dataset[i] for i in indices.tolist()), strict=True)
         if self.extra is None:
             (images,), extra = self.transform.batch(images, draws=draws), None
         else:
-            extras = [self.extra(i, image) for i, image in zip(chosen.tolist(), images, strict=True)]
+            extras = [self.extra(i, image) for i, image in zip(indices.tolist(), images, strict=True)]
             images, extras = self.transform.batch(images, extras, draws=draws)
             extra = torch.stack(extras)
-        return Batch(chosen, images, torch.stack(labels), extra)
+        return Batch(indices, images, torch.stack(labels), extra)
 
 
 class _FromMemory:
@@ -147,16 +136,16 @@ class _FromMemory:
 
     def __iter__(self):
         for seed, indices in self.order:
-            chosen, draws = _drawn(seed, indices, self.transform)
-            images = [move(self.images[i], self.device) for i in chosen.tolist()]
-            labels = self.labels[move(chosen, self.device)]
+            draws = _drawn(seed, indices, self.transform)
+            images = [move(self.images[i], self.device) for i in indices.tolist()]
+            labels = self.labels[move(indices, self.device)]
             if self.extra is None:
                 (images,), extra = self.transform.batch(images, draws=draws), None
             else:
-                targets = [self.extra.unpack(move(self.targets[i], self.device)) for i in chosen.tolist()]
+                targets = [self.extra.unpack(move(self.targets[i], self.device)) for i in indices.tolist()]
                 images, targets = self.transform.batch(images, targets, draws=draws)
-                extra = self.extra.stack(targets, chosen.tolist())
-            yield Batch(chosen, images, labels, extra)
+                extra = self.extra.stack(targets, indices.tolist())
+            yield Batch(indices, images, labels, extra)
 
 
 def _placed(packed, place, device):

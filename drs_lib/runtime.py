@@ -12,7 +12,6 @@ from contextlib import contextmanager, nullcontext
 import numpy as np
 import torch
 
-from drs_lib import distributed
 from drs_lib.arguments import whole
 from drs_lib.recipes import PRECISIONS
 
@@ -98,21 +97,12 @@ def threads(n=None):
 def pick_device(name=None):
     """The device to compute on: `name`, else the environment variable DRS_DEVICE, else the best there is.
 
-    The best is cuda, then mps, then cpu. Among several processes each has its own GPU. Returns a
-    torch.device. Raises ValueError for a name torch doesn't know, RuntimeError for a device this machine
-    doesn't have.
+    The best is cuda, then mps, then cpu. Returns a torch.device. Raises ValueError for a name torch doesn't
+    know, RuntimeError for a device this machine doesn't have.
     """
     origin = "device"
     if name is None and os.environ.get("DRS_DEVICE"):
         name, origin = os.environ["DRS_DEVICE"], "the environment variable DRS_DEVICE"
-    if distributed.world_size() > 1 and name in (None, "cpu"):
-        device = distributed.device()
-        if name == "cpu" and device.type != "cpu":
-            raise RuntimeError(
-                f"{origin} asks for the CPU, and the processes have found each other on GPUs: to have them "
-                "train on the CPU, start them with the environment variable DRS_DEVICE=cpu"
-            )
-        return device
     if name is None:
         if torch.cuda.is_available():
             return torch.device("cuda")

@@ -14,14 +14,14 @@ import functools
 import math
 import time
 import traceback
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from drs_lib import distributed, networks
+from drs_lib import networks
 from drs_lib.batches import IGNORED, Batch, LabelMaps, TargetMaps, make_batches, resize_maps
 from drs_lib.crf import iterate_crf
 from drs_lib.data import normalize, without_masks
@@ -73,8 +73,7 @@ class OutOfMemory(RuntimeError):
 
 def classification_loss(model, batch):
     """Binary cross-entropy of P = sigmoid(GAP(F)) against the labels, averaged over images and classes."""
-    loss = F.binary_cross_entropy_with_logits(model(batch.images).float(), batch.labels)
-    return distributed.share(loss, len(batch.images))
+    return F.binary_cross_entropy_with_logits(model(batch.images).float(), batch.labels)
 
 
 def refinement_loss(model, batch, size="map", label_mask=False):
@@ -90,10 +89,9 @@ def refinement_loss(model, batch, size="map", label_mask=False):
     else:
         refined = resize_maps(refined, target.shape[-2:])
     if not label_mask:
-        return distributed.share(F.mse_loss(refined, target), len(refined))
+        return F.mse_loss(refined, target)
     error = (refined - target).square().mean((2, 3)) * batch.labels
-    present = batch.labels.sum()
-    return distributed.share(error.sum() / present.clamp(min=1), present)
+    return error.sum() / batch.labels.sum().clamp(min=1)
 
 
 def segmentation_loss(model, batch, size="logits"):
@@ -115,8 +113,7 @@ def _cross_entropy(logits, labels, size):
     labels = labels.long()
     # A batch of crops may hold no labelled pixel at all, and the mean over none of them is NaN.
     labelled = (labels != IGNORED).sum()
-    loss = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / labelled.clamp(min=1)
-    return distributed.share(loss, labelled)
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / labelled.clamp(min=1)
 
 
 def _resize_logits(logits, size):
@@ -152,8 +149,7 @@ def fit(
     that was fetched, NaN before the first. on_epoch(history): called after every epoch; random numbers it
     draws don't change the training. checkpoint: a `drs_course.checkpoint.Checkpoint`, from which the training
     goes on if it holds one, and which is written after every epoch but the last; streams: the generators from
-    which `batches` draws. compile: a mode of torch.compile for the loss, or None. With several processes (see
-    `drs_lib.distributed`), `batches` are this process's parts, and the loss is the mean over all parts.
+    which `batches` draws. compile: a mode of torch.compile for the loss, or None.
 
     Returns the history, a list of dict(epoch, loss, lr, seconds) in which `loss` is the epoch's mean and `lr`
     the first parameter group's rate at its end. Raises TrainingDiverged when the loss or a weight stops being
@@ -168,17 +164,15 @@ def fit(
         # CUDA graphs overwrite the gradients that they returned: they are summed up outside.
         for parameter in filter(lambda p: p.requires_grad, model.parameters()):
             parameter.grad = torch.zeros_like(parameter)
-    objective, local = distributed.objective(model, loss if compile is None else _compiled(loss, compile))
+    objective = loss if compile is None else _compiled(loss, compile)
     history, step, seen = [], 0, 0
     kept = dict(model=model, optimizer=optimizer, scheduler=scheduler)
-    found = _restored(checkpoint, streams, kept)
+    found = None if checkpoint is None else checkpoint.restore(streams, **kept)
     if found is not None:
         history, step, seen = found["history"], found["step"], found["seen"]
-    seed = torch.initial_seed()
     with _reporting(progress, title, steps, step) as report, _forgetting(compile):
         while step < steps:
             start, seen_before = time.perf_counter(), seen
-            distributed.reseed(len(history), seed)
             losses = _Losses(device, title, len(history) + 1, steps, names)
             rate = optimizer.param_groups[0]["lr"]
             for batch in batches:
@@ -187,8 +181,8 @@ def fit(
                 batch = batch._replace(images=normalize(batch.images).contiguous(memory_format=layout))
                 seen += 1
                 last = seen % accumulate == 0
-                with nullcontext() if last else local(), _memory_advice(model, loss, batch, precision, title):
-                    value = _gradients(objective, batch, accumulate, precision)
+                with _memory_advice(model, loss, batch, precision, title):
+                    value = _gradients(objective, model, batch, accumulate, precision)
                 losses.add(value, step + 1, _rates(optimizer), indices, batch.labels)
                 if not last:
                     continue
@@ -213,7 +207,7 @@ def fit(
             )
             if step == steps:
                 _check_weights(model, f"{title}: after the last iteration, {steps}")
-            elif checkpoint is not None and distributed.rank() == 0:
+            elif checkpoint is not None:
                 checkpoint.save(dict(history=history, step=step, seen=seen), streams, **kept)
             if on_epoch is not None:
                 with preserved_rng():
@@ -223,10 +217,10 @@ def fit(
     return history
 
 
-def _gradients(objective, batch, accumulate, precision):
+def _gradients(objective, model, batch, accumulate, precision):
     # In a function of its own: where memory runs out, nothing may hold the graph while it is tried what fits.
     with autocast(batch.images.device, precision):
-        value = objective(batch)
+        value = objective(model, batch)
     (value / accumulate).backward()
     return value.detach()
 
@@ -251,27 +245,8 @@ def _forgetting(compile):
             torch.compiler.reset()
 
 
-def _restored(checkpoint, streams, kept):
-    """The progress that a checkpoint holds, in all processes, or None."""
-    if checkpoint is None:
-        return None
-    # The first process goes first: it alone sets a damaged file aside.
-    first = distributed.rank() == 0
-    found = checkpoint.restore(streams, **kept) if first else None
-    if not distributed.agree(found is not None):
-        return None
-    if not first:
-        found = checkpoint.restore(streams, **kept)
-    if not all(distributed.gather(found is not None)):
-        raise RuntimeError(
-            f"only some of the processes see the checkpoint {checkpoint.path}: the run store must be on a "
-            "file system that all machines share"
-        )
-    return found
-
-
 class _Losses:
-    """The losses of an epoch, averaged over all processes; `known` are those that were fetched so far."""
+    """The losses of an epoch; `known` are those that were fetched so far."""
 
     def __init__(self, device, title, epoch, steps, names):
         self.title, self.epoch, self.steps, self.names = title, epoch, steps, names
@@ -287,7 +262,7 @@ class _Losses:
         """Raises TrainingDiverged at the first that is not finite, ValueError if its labels are unknown."""
         if not self.waiting:
             return
-        values = distributed.average(torch.stack([loss for loss, *_ in self.waiting])).tolist()
+        values = torch.stack([loss for loss, *_ in self.waiting]).tolist()
         for value, (_, step, rates, indices, labels) in zip(values, self.waiting, strict=True):
             if not math.isfinite(value):
                 known_labels(labels)
@@ -308,12 +283,6 @@ def _memory_advice(model, loss, batch, precision, title):
     except torch.OutOfMemoryError as error:
         traceback.clear_frames(error.__traceback__)  # or they would keep what did not fit
         count, _, height, width = batch.images.shape
-        if distributed.world_size() > 1:  # the others wait, and nothing can be tried alone
-            raise OutOfMemory(
-                f"{title}: {count} images of {height}x{width}, this process's part of a batch, do not fit "
-                f"into the memory of {batch.images.device}. Start more processes, or take a smaller batch "
-                "with recipe.replace(batch=..., accumulate=...)."
-            ) from error
         fits = next((n for n in _halves(count) if _fits(model, loss, batch, precision, n)), None)
         advice = (
             f"A batch of {fits} fits: recipe.replace(batch={fits}, accumulate=...) with accumulate "
@@ -530,8 +499,7 @@ def train_network(
     device = pick_device(device)
     per_epoch, steps = recipe.steps(len(dataset))
     with seeded(seed), threads(recipe.threads), tuned(device):
-        model = distributed.synchronised_norms(build(dataset))
-        model = model.to(device=device, memory_format=memory_format(device))
+        model = build(dataset).to(device=device, memory_format=memory_format(device))
         optimizer = make_optimizer(model, recipe)
         factor = functools.partial(recipe.lr_factor, per_epoch=per_epoch, total=steps)
         batches, streams = make_batches(dataset, recipe, extra, seed, device, image_cache)

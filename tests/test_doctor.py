@@ -56,8 +56,8 @@ def test_a_missing_package_gets_its_command(monkeypatch, capsys, known):
 
 
 def test_the_cluster_s_packages_are_optional(monkeypatch):
-    without(monkeypatch, "dask_jobqueue", "accelerate")
-    for name, what in (("dask-jobqueue", "tables on a cluster"), ("accelerate", "several GPUs")):
+    without(monkeypatch, "dask_jobqueue", "distributed")
+    for name, what in (("dask-jobqueue", "tables on a cluster"), ("distributed", "tables on a cluster")):
         found = finding(name)
         assert found.status == "optional" and f'pip install "{name}' in found.remedy and what in found.remedy
 

@@ -108,7 +108,7 @@ def test_the_first_map_s_times_are_the_stored_ones():
 
 VOC = (ROOT / "docs" / "voc.md").read_text(encoding="utf-8")
 COMMANDS = {
-    "drs_lib course": lambda arguments: main(["course", *arguments]),
+    "drs_course tables": lambda arguments: main(["tables", *arguments]),
     "drs_lib download": lambda arguments: main(["download", *arguments]),
     "drs_lib verify": lambda arguments: main(["verify", *arguments]),
     "drs_course.doctor": doctor.main,
