@@ -28,12 +28,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from drs_course import tables as experiments
 from drs_course.paper import NETWORKS
-from drs_course.stages import STAGE_VERSIONS, TRAININGS, Pipeline, Splits, get_budget
+from drs_course.stages import STAGE_VERSIONS, TRAININGS, Pipeline, Splits
 from drs_lib import networks
 from drs_lib.data import VOC_CLASSES
 from drs_lib.data.voc import VOC_LIST_SIZES
 from drs_lib.files import write_text
-from drs_lib.recipes import PRECISIONS
+from drs_lib.recipes import PRECISIONS, get_budget
 
 PEAK = 989  # TFLOP/s of an H100 SXM in bfloat16, dense
 # Without autocast convolutions run in TF32, torch's default for them, at half the rate.

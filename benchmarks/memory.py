@@ -14,10 +14,9 @@ from pathlib import Path
 
 import torch
 
-from drs_course.stages import get_budget
 from drs_lib import networks
 from drs_lib.files import write_text
-from drs_lib.recipes import ClassifyRecipe, RefineRecipe
+from drs_lib.recipes import ClassifyRecipe, RefineRecipe, get_budget
 from drs_lib.train import Batch, classification_loss, refinement_loss, segmentation_loss
 
 CLASSES = 20

@@ -32,8 +32,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from drs_course.stages import get_budget, write_labels, write_targets
 from drs_lib import kernels, networks
+from drs_lib.archives import write_labels, write_targets
 from drs_lib.data import VOC2012, VOC_CLASSES, Critters, normalize, save_indexed_png, without_masks
 from drs_lib.data.decoded import decoded
 from drs_lib.data.transforms import training_transform
@@ -41,6 +41,7 @@ from drs_lib.files import write_text
 from drs_lib.labels import pseudo_labels
 from drs_lib.maps import iterate_present_maps
 from drs_lib.metrics import mean_iou
+from drs_lib.recipes import get_budget
 from drs_lib.runtime import pick_device
 from drs_lib.train import (
     Batch,

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from drs_course.paper import table_rows
-from drs_course.stages import BUDGETS, Pipeline, get_budget
+from drs_course.stages import Pipeline
 from drs_course.store import RunStore, run_name
 from drs_course.tables import (
     TABLES,
@@ -20,7 +20,7 @@ from drs_course.tables import (
 )
 from drs_lib.crf import ENGINES
 from drs_lib.files import write_text
-from drs_lib.recipes import COMPILE, PRECISIONS
+from drs_lib.recipes import BUDGETS, COMPILE, PRECISIONS, get_budget
 
 # The keys of `drs_course.download.FILES`, which would load torch.
 DOWNLOADS = ("vgg16", "resnet101", "drs", "refine", "coco", "deeplab", "voc", "aug", "saliency", "labels")

@@ -3,32 +3,42 @@
     classify -> labels -> segment -> evaluate              without refinement
     classify -> target -> refine -> labels -> segment ...  with it
 
-A stage is a function of a configuration and of the stages before it, kept in the run store under the hash of
-both: rows of Tables 1 to 4 that share a stage train it once, and a run that was killed goes on at the stage
-it was in. The hashes follow from configurations alone, so a finished run is read without drawing an image or
-building a network.
+A stage is kept in the run store under the hash of its configuration and of the stages before it: rows of
+Tables 1 to 4 that share a stage train it once, and a run that was killed goes on at the stage it was in. The
+hashes follow from configurations alone, so a finished run is read without drawing an image or building a
+network. What a stage computes is `drs_lib.method`'s; here stands from what, and where it is kept.
 
 The stages that make labels see the training images through `without_masks`; only scores are given masks.
 """
 
 import hashlib
-import io
 import math
 import multiprocessing
 import os
-import zipfile
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, lru_cache, partial
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from drs_course.paper import NETWORKS, Configuration
-from drs_course.store import Entry, EntryWriter, RunStore
-from drs_lib.crf import ENGINES, CRFConfig
-from drs_lib.recipes import ClassifyRecipe, RefineRecipe, SegmentRecipe
+from drs_course.checkpoint import Checkpoint
+from drs_course.paper import Configuration
+from drs_course.store import Entry, RunStore
+from drs_lib.archives import LabelArchive, MapArchive, TrueMasks
+from drs_lib.data import VOC2012, Critters, without_masks
+from drs_lib.maps import iterate_maps
+from drs_lib.method import label_rule, localization_maps_of, map_options, present_maps_of, pseudo_labels_of
+from drs_lib.metrics import MapScore, SegmentationScore, mean_iou
+from drs_lib.networks import classifier, deeplab, refinement_network
+from drs_lib.recipes import Budget, get_budget
+from drs_lib.runtime import memory_format, pick_device, threads
+from drs_lib.train import (
+    evaluate_classifier,
+    evaluate_segmentation,
+    train_classifier,
+    train_refinement,
+    train_segmentation,
+)
 from drs_lib.weights import SHIPPED
 
 # Raised when the code of a stage changes what it produces: entries of an older version are then made again.
@@ -45,12 +55,8 @@ STAGE_VERSIONS = {
     "evaluate": 1,
     "evaluate_crf": 1,
 }
-# Pictures that may wait for their compression, or for their turn to be written.
-PNGS_AHEAD = 32
-BUDGETS = ("ci", "laptop", "paper", "release")
 # Rough work in each stage, for the order of the jobs and the progress bar.
 STAGE_COST = {"classify": 10, "refine": 10, "segment": 10, "evaluate_crf": 5}
-# The stages on which several processes work together.
 TRAININGS = ("classify", "refine", "segment")
 # What can be measured of a configuration, and the stage that holds it.
 MEASURES = {
@@ -60,164 +66,6 @@ MEASURES = {
     "labels": "label_score",
     "maps": "map_score",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """Sizes, recipes and thresholds of a run. Budgets differ in these values, never in code paths.
-
-    train_images, val_images, image_size: for Critters, which is drawn to order; VOC is what it is.
-    largefov, largefov_resnet, aspp: recipes of Table 4's three networks; crf_...: the CRF of each, and
-    crf_engine what computes it, see `drs_lib.crf`.
-    scales, resize: of the images from which localization maps are made, see `iterate_maps`; the classifier's
-    accuracy is measured at ``resize`` too.
-    alpha, beta, rule, conflict: see `pseudo_labels`.
-    target: what the refinement network learns, "maps" (the paper's M) or "largest" (the release's: each pixel
-    keeps its largest class only). refined_alpha, renormalize: how refined maps are read.
-    """
-
-    name: str
-    classify: ClassifyRecipe
-    refine: RefineRecipe
-    largefov: SegmentRecipe
-    largefov_resnet: SegmentRecipe
-    aspp: SegmentRecipe
-    train_images: int | None = None
-    val_images: int | None = None
-    image_size: int = 128
-    scales: tuple[int, ...] | None = None
-    resize: int | None = None
-    alpha: float = 0.2
-    beta: float = 0.06
-    rule: str = "paper"
-    conflict: str = "background"
-    target: str = "maps"
-    refined_alpha: float = 0.2
-    renormalize: bool = False
-    crf_largefov: CRFConfig = CRFConfig.LARGEFOV_VGG16
-    crf_largefov_resnet: CRFConfig = CRFConfig.LARGEFOV_RESNET101
-    crf_aspp: CRFConfig = CRFConfig.ASPP_RESNET101
-    crf_engine: str = "lattice"
-
-    def __post_init__(self):
-        if self.target not in ("maps", "largest"):
-            raise ValueError(f"Budget: target is {self.target!r}; expected 'maps' or 'largest'.")
-        if self.crf_engine not in ENGINES:
-            raise ValueError(f"Budget: crf_engine is {self.crf_engine!r}; expected one of {ENGINES}.")
-
-    def segment(self, network: str) -> SegmentRecipe:
-        return getattr(self, network)
-
-    def crf(self, network: str) -> CRFConfig:
-        return getattr(self, f"crf_{network}")
-
-    def replace(self, **changes: Any) -> "Budget":
-        return replace(self, **changes)
-
-    def for_all(self, **changes: Any) -> "Budget":
-        """The budget with changes of all five recipes, such as ``precision="float32"``."""
-        recipes = ("classify", "refine", *NETWORKS)
-        return self.replace(**{name: getattr(self, name).replace(**changes) for name in recipes})
-
-
-def get_budget(name: str | None = None, data: str = "critters") -> Budget:
-    """The budget "ci" (for tests), "laptop", "paper" (the paper's recipes; a GPU) or, on VOC, "release" (what
-    the authors' released code does where it differs). None: what the environment variable DRS_BUDGET says,
-    else "laptop" on Critters, "paper" on VOC.
-
-    The environment variable DRS_PRECISION ("float32", "bfloat16") takes the place of every recipe's
-    precision: "paper" and "release" compute in bfloat16, in which a GPU is several times as fast.
-
-    On VOC, "ci" is a few steps of the full-size networks on tiny crops: it tells that everything runs, and
-    its numbers mean nothing. There is no "laptop" for VOC, whose images and networks no laptop trains on.
-    """
-    budgets = {
-        "critters": {"ci": _critters_ci, "laptop": _critters_laptop, "paper": _paper},
-        "voc": {"ci": _voc_ci, "paper": _paper, "release": _release},
-    }
-    if data not in budgets:
-        raise ValueError(f"unknown data {data!r}; expected 'critters' or 'voc'.")
-    name = name or os.environ.get("DRS_BUDGET") or {"critters": "laptop", "voc": "paper"}[data]
-    if name not in budgets[data]:
-        raise ValueError(
-            f"there is no budget {name!r} for data {data!r}; expected "
-            f"{' or '.join(map(repr, budgets[data]))}."
-        )
-    budget, precision = budgets[data][name](), os.environ.get("DRS_PRECISION")
-    return budget.for_all(precision=precision) if precision else budget
-
-
-def _critters_laptop():
-    return Budget(
-        name="laptop",
-        classify=ClassifyRecipe.laptop(),
-        refine=RefineRecipe.laptop(),
-        largefov=SegmentRecipe.laptop("largefov", "mini"),
-        # Fewer epochs on the dearer backbone, which starts from better weights.
-        largefov_resnet=SegmentRecipe.laptop("largefov", "mini_resnet").replace(epochs=5),
-        aspp=SegmentRecipe.laptop("aspp", "mini_resnet").replace(epochs=5),
-        train_images=1000,
-        val_images=300,
-        # The squared error pulls the maps' height down, so refined maps are read at a lower threshold.
-        refined_alpha=0.05,
-        crf_largefov=_at_critters_size(CRFConfig.LARGEFOV_VGG16),
-        crf_largefov_resnet=_at_critters_size(CRFConfig.LARGEFOV_RESNET101),
-        crf_aspp=_at_critters_size(CRFConfig.ASPP_RESNET101),
-    )
-
-
-def _at_critters_size(crf):
-    """VOC's widths are in pixels of images about three times as large."""
-    return replace(crf, gaussian_sxy=crf.gaussian_sxy / 3, bilateral_sxy=crf.bilateral_sxy / 3)
-
-
-def _critters_ci():
-    laptop = _critters_laptop()
-    return laptop.for_all(epochs=1, batch=8).replace(name="ci", train_images=36, val_images=12, image_size=64)
-
-
-def _paper():
-    return Budget(
-        name="paper",
-        classify=ClassifyRecipe(),
-        refine=RefineRecipe(),
-        largefov=SegmentRecipe.largefov_vgg16(),
-        largefov_resnet=SegmentRecipe.largefov_resnet101(),
-        aspp=SegmentRecipe.aspp_resnet101(),
-        train_images=10_582,
-        val_images=1_449,
-        image_size=376,
-        # The paper doesn't state them; these are the release's.
-        scales=(256, 320, 384),
-        resize=320,
-    ).for_all(precision="bfloat16")
-
-
-def _release():
-    """Every choice of the released code, but for one: it keeps the epoch that scores best against masks."""
-    paper = _paper()
-    return paper.replace(
-        name="release",
-        classify=paper.classify.replace(
-            nesterov=True, lr_multipliers=(1, 2, 10, 20), batch=10, resize=384, crop=320
-        ),
-        refine=paper.refine.replace(
-            epochs=30, milestones=(10, 20), batch=10, resize=320, crop=None, loss_size="image"
-        ),
-        # COCO's masks; the release has a file of its own, which `--aspp-weights` takes.
-        aspp=paper.aspp.replace(weights="coco", bias_decay=False),
-        rule="release",
-        target="largest",
-    )
-
-
-def _voc_ci():
-    # Random weights under frozen batch norm: with the paper's rates the residual networks would diverge.
-    short = {
-        "weights": None, "epochs": None, "iterations": 2, "schedule": "constant", "lr": 1e-7, "batch": 2,
-        "accumulate": 1, "crop": 65, "threads": 1, "workers": 0, "precision": "float32",
-    }  # fmt: skip
-    return _paper().for_all(**short).replace(name="ci", scales=None, resize=64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,16 +89,12 @@ def open_data(
 ) -> Splits:
     """The data sets that `data` names; kept, so that a process with several rows draws its images once."""
     if data == "critters":
-        from drs_lib.data import Critters
-
         return Splits(
             data,
             Critters("train", size=budget.image_size, length=budget.train_images),
             Critters("val", size=budget.image_size, length=budget.val_images),
         )
     if data == "voc":
-        from drs_lib.data import VOC2012
-
         if voc_root is None:
             raise ValueError(
                 "data 'voc' needs the folder VOC 2012 is in: voc_root (--voc-root DIR, or make course "
@@ -270,11 +114,11 @@ class Stage:
     """An entry of the store, there or to be made: ``key`` is its place, ``parents`` are what it reads."""
 
     name: str
+    configuration: Configuration
     title: str
     config: dict
     inputs: dict[str, str]
-    make: Callable[[EntryWriter], None] = field(repr=False)
-    parents: tuple["Stage", ...] = field(default=(), repr=False)
+    parents: tuple["Stage", ...] = ()
 
     @cached_property
     def key(self) -> str:
@@ -324,10 +168,20 @@ class Pipeline:
             self.data = open_data(data, self.budget, root, self.store.root / "voc-labels")
         else:
             self.data = data
-        self.seed, self.device, self.crf_jobs, self.run = seed, device, crf_jobs, run
-        self._report = report or (lambda text: None)
-        self._progress = progress
+        self.seed, self.crf_jobs, self.run, self.progress = seed, crf_jobs, run, progress
+        self.report = report or (lambda text: None)
+        self._device = device
         self._parent = os.getppid() if multiprocessing.parent_process() is not None else None
+
+    @cached_property
+    def device(self) -> Any:
+        """The torch.device of the trainings."""
+        return pick_device(self._device)
+
+    @cached_property
+    def weak_train(self) -> Any:
+        """The training images, without their masks."""
+        return without_masks(self.data.train)
 
     def scores(self, configuration: Configuration, measures: Iterable[str] = ("miou",)) -> dict[str, Any]:
         """The measures (keys of MEASURES) of a configuration, made where they are missing: {measure: what its
@@ -338,8 +192,7 @@ class Pipeline:
         """`scores` if all of them are in the store, else None; makes nothing."""
         found = {}
         for measure in measures:
-            stage = self.stage(MEASURES[measure], configuration)
-            entry = self._found(stage)
+            entry = self._found(self.stage(MEASURES[measure], configuration))
             if entry is None:
                 return None
             found[measure] = entry.json("scores.json")
@@ -347,64 +200,38 @@ class Pipeline:
 
     def classifier(self, configuration: Configuration, overwrite: bool = False) -> Any:
         """The trained classifier, in evaluation mode on the device. overwrite: train it again."""
-        from drs_lib.networks import classifier
-
-        recipe = self._classify_recipe(configuration)
+        recipe = classify_recipe(self.budget, configuration)
         model = classifier(recipe.backbone, self.data.train.num_classes, recipe.drs_layers, recipe.delta)
-        return self._load(model, self._classify(configuration), overwrite)
+        return self._load(model, "classify", configuration, overwrite)
 
     def refinement_network(self, configuration: Configuration, overwrite: bool = False) -> Any:
         """The trained refinement network, in evaluation mode on the device. overwrite: train it again."""
-        from drs_lib.networks import refinement_network
-
         model = refinement_network(self.budget.refine.backbone, self.data.train.num_classes)
-        return self._load(model, self._refine(configuration), overwrite)
+        return self._load(model, "refine", configuration, overwrite)
 
     def segmentation_network(self, configuration: Configuration, overwrite: bool = False) -> Any:
         """The trained DeepLab, in evaluation mode on the device. overwrite: train it again."""
-        from drs_lib.networks import deeplab
-
         recipe = self.budget.segment(configuration.network)
         model = deeplab(recipe.kind, recipe.backbone, self.data.train.num_classes + 1)
-        return self._load(model, self._segment(configuration), overwrite)
+        return self._load(model, "segment", configuration, overwrite)
+
+    def map_network(self, configuration: Configuration) -> Any:
+        """The network that maps come from: the refinement network with ``refine``, else the classifier."""
+        return (self.refinement_network if configuration.refine else self.classifier)(configuration)
 
     def maps(self, configuration: Configuration, dataset: Any = None, indices: Any = None) -> Iterator[tuple]:
         """(index, labels, maps) of images, made as for pseudo labels: the classifier's or, with ``refine``,
         the refinement network's. dataset: None for the training images. indices, and what is yielded: see
         `drs_lib.maps.iterate_maps`."""
-        from drs_lib.maps import iterate_maps
-
-        return self._iterate(iterate_maps, configuration, dataset, indices)
-
-    def _iterate(self, iterate, configuration, dataset=None, indices=None):
-        from drs_lib.batches import place_of_images
-        from drs_lib.data.decoded import decoded
-
-        model = (self.refinement_network if configuration.refine else self.classifier)(configuration)
-        recipe = self.budget.refine if configuration.refine else self.budget.classify
+        options = {"iterate": iterate_maps, "indices": indices}
         if dataset is None:
-            dataset = self._weak_train
-            if place_of_images(recipe, self._device) != "files":
-                dataset = decoded(dataset, self._image_cache)
-        with self._threads(recipe):
-            yield from iterate(
-                model,
-                dataset,
-                kind="refined" if configuration.refine else "classifier",
-                workers=recipe.workers,
-                precision=recipe.precision,
-                indices=indices,
-                **self._map_config(configuration),
-            )
-
-    def _present_maps(self, configuration):
-        from drs_lib.maps import iterate_present_maps
-
-        return self._iterate(iterate_present_maps, configuration)
+            dataset = self.weak_train
+            options["cache_dir"] = self.image_cache
+        return present_maps_of(self.map_network(configuration), dataset, self.budget, **options)
 
     def labels(self, configuration: Configuration) -> Sequence:
         """The pseudo labels of the training images: a sequence of uint8 (H, W)."""
-        return LabelArchive(self.get(self._labels(configuration)).file("labels.zip"))
+        return LabelArchive(self.get(self.stage("labels", configuration)).file("labels.zip"))
 
     def history(self, stage: str, configuration: Configuration) -> list[dict]:
         """dict(epoch, loss, lr, seconds) of each epoch of "classify", "refine" or "segment"."""
@@ -418,7 +245,8 @@ class Pipeline:
             raise ValueError(f"a fully supervised configuration has no stage {name!r}.")
         if name in ("target", "refine") and not configuration.refine:
             raise ValueError(f"{configuration} has no stage {name!r}: its refine is False.")
-        return getattr(self, f"_{name}")(configuration)
+        plan, _ = STAGES[name]
+        return plan(self, configuration)
 
     def stages(self, configuration: Configuration, measures: Iterable[str] = ("miou",)) -> list[Stage]:
         """All stages that these measures need, in an order in which they can be made, each once."""
@@ -440,275 +268,50 @@ class Pipeline:
         if overwrite or not self.store.has(stage.name, stage.key, self.run):
             for parent in stage.parents:
                 self.get(parent)
-
         finished = []
 
         def make(writer):
-            self._stop_if_orphaned()
-            self._report(stage.title)
+            self.stop_if_orphaned()
+            self.report(stage.title)
             if overwrite:
-                self._checkpoint(stage).remove()
-            stage.make(writer)
-            writer.note(device=str(self._device))
+                self.checkpoint(stage).remove()
+            _, make_it = STAGES[stage.name]
+            make_it(self, stage, writer)
+            writer.note(device=str(self.device))
             finished.append(stage)
 
+        version = STAGE_VERSIONS[stage.name]
         entry = self.store.get_or_make(
-            stage.name,
-            stage.config,
-            stage.inputs,
-            make,
-            version=STAGE_VERSIONS[stage.name],
-            overwrite=overwrite,
-            run=self.run,
+            stage.name, stage.config, stage.inputs, make, version=version, overwrite=overwrite, run=self.run
         )
         if finished:
-            self._checkpoint(stage).remove()  # only now that the entry is published
+            self.checkpoint(stage).remove()  # only now that the entry is published
         return entry
 
     def _found(self, stage):
         version = STAGE_VERSIONS[stage.name]
         return self.store.get(stage.name, stage.config, stage.inputs, version, self.run)
 
-    def _classify(self, configuration):
-        recipe = self._classify_recipe(configuration)
+    def _load(self, model, name, configuration, overwrite):
+        model.load_state_dict(self.get(self.stage(name, configuration), overwrite).weights())
+        return model.eval().to(device=self.device, memory_format=memory_format(self.device))
 
-        def make(writer):
-            from drs_lib.train import train_classifier
-
-            model, history = train_classifier(recipe, self._weak_train, **self._training(stage))
-            writer.weights("model.safetensors", model)
-            writer.json("history.json", history)
-
-        return (stage := self._trained("classify", configuration, recipe, make))
-
-    def _accuracy(self, configuration):
-        classify = self._classify(configuration)
-        images = self.data.accuracy_images
-
-        def make(writer):
-            from drs_lib.train import evaluate_classifier
-
-            with self._threads(self.budget.classify):
-                accuracy = evaluate_classifier(
-                    self.classifier(configuration), images, resize=self.budget.resize
-                )
-            writer.json("scores.json", {"accuracy": accuracy})
-
-        config = {"resize": self.budget.resize}
-        return self._derived(
-            "accuracy", configuration, config, {"classify": classify}, make, images=_content(images)
-        )
-
-    def _map_score(self, configuration):
-        source = self._map_source(configuration)
-        train = self.data.train
-
-        def make(writer):
-            from drs_lib.metrics import MapScore
-
-            score = MapScore(self._alpha(configuration))
-            for index, labels, maps in self.maps(configuration):
-                score.update(maps[None], train.mask(index)[None], labels[None])
-            scores = score.compute()
-            per_class = {k: _by_class(train.classes, v) for k, v in scores.pop("per_class").items()}
-            writer.json("scores.json", {**{k: _number(v) for k, v in scores.items()}, "per_class": per_class})
-
-        config = self._map_config(configuration) | {"alpha": self._alpha(configuration)}
-        return self._derived("map_score", configuration, config, source, make, data=_content(train))
-
-    def _target(self, configuration):
-        """What the refinement network learns: the classifier's maps, see `Budget`, in 8 bits."""
-        plain = replace(configuration, refine=False)
-
-        def make(writer):
-            with writer.open("maps.zip") as file:
-                names, largest = self.data.train.names, self.budget.target == "largest"
-                classes = write_targets(file, self._present_maps(plain), names, largest)
-            writer.json("classes.json", classes)
-
-        config = self._map_config(plain) | {"target": self.budget.target}
-        source = self._map_source(plain)
-        return self._derived("target", plain, config, source, make, data=_content(self.data.train))
-
-    def _refine(self, configuration):
-        target = self._target(configuration)
-        recipe = self.budget.refine
-
-        def make(writer):
-            from drs_lib.train import train_refinement
-
-            entry = self.get(target)
-            targets = TargetMaps(
-                entry.file("maps.zip"), entry.json("classes.json"), self.data.train.num_classes
-            )
-            model, history = train_refinement(recipe, self._weak_train, targets, **self._training(stage))
-            writer.weights("model.safetensors", model)
-            writer.json("history.json", history)
-
-        return (stage := self._trained("refine", configuration, recipe, make, {"target": target}))
-
-    def _labels(self, configuration):
-        budget = self.budget
-        rule = {
-            "alpha": self._alpha(configuration),
-            "beta": budget.beta,
-            "rule": budget.rule,
-            "conflict": budget.conflict,
-        }
-
-        def make(writer):
-            with writer.open("labels.zip") as file:
-                write_labels(file, self._present_maps(configuration), self._weak_train, **rule)
-
-        config, source = self._map_config(configuration) | rule, self._map_source(configuration)
-        return self._derived("labels", configuration, config, source, make, data=self.data.train.fingerprint)
-
-    def _label_score(self, configuration):
-        labels = self._labels(configuration)
-        train = self.data.train
-
-        def make(writer):
-            from drs_lib.metrics import SegmentationScore, mean_iou
-
-            archive = self.labels(configuration)
-            score = SegmentationScore(train.num_classes + 1, ignored_prediction="background")
-            for index, prediction in enumerate(archive):
-                score.update(prediction, train.mask(index))
-            # Over the pixels that were given a label; there may be none.
-            miou_claimed = mean_iou(score.claimed) if score.claimed.any() else None
-            scores = _segmentation_scores(score.compute(), train)
-            writer.json("scores.json", scores | {"miou_claimed": miou_claimed})
-
-        return self._derived("label_score", configuration, {}, {"labels": labels}, make, data=_content(train))
-
-    def _segment(self, configuration):
-        recipe = self.budget.segment(configuration.network)
-        parents = {} if configuration.supervised else {"labels": self._labels(configuration)}
-
-        def make(writer):
-            from drs_lib.train import train_segmentation
-
-            # The upper bound, and nothing else, is handed the masks: here, in the open.
-            labels = TrueMasks(self.data.train) if configuration.supervised else self.labels(configuration)
-            model, history = train_segmentation(recipe, self._weak_train, labels, **self._training(stage))
-            writer.weights("model.safetensors", model)
-            writer.json("history.json", history)
-
-        extra = {"labels": "masks"} if configuration.supervised else {}
-        return (stage := self._trained("segment", configuration, recipe, make, parents, **extra))
-
-    def _evaluate(self, configuration):
-        def make(writer):
-            writer.json(
-                "scores.json", _segmentation_scores(self._segmentation_result(configuration), self.data.val)
-            )
-
-        parents = {"segment": self._segment(configuration)}
-        return self._derived("evaluate", configuration, {}, parents, make, data=_content(self.data.val))
-
-    def _evaluate_crf(self, configuration):
-        crf, engine = self.budget.crf(configuration.network), self.budget.crf_engine
-
-        def make(writer):
-            result = self._segmentation_result(configuration, crf=crf, engine=engine, jobs=self.crf_jobs)
-            scores = {key: result[f"{key}_crf"] for key in ("miou", "iou")}
-            writer.json("scores.json", _segmentation_scores(scores, self.data.val))
-
-        config, parents = asdict(crf) | {"engine": engine}, {"segment": self._segment(configuration)}
-        return self._derived(
-            "evaluate_crf", configuration, config, parents, make, data=_content(self.data.val)
-        )
-
-    def _trained(self, name, configuration, recipe, make, parents=None, **inputs):
-        config = recipe.to_dict()
-        inputs |= {
-            "data": _content(self.data.train),
-            "weights": weights_identity(recipe.backbone, config.pop("weights")),
-        }
-        return self._derived(name, configuration, config | {"seed": self.seed}, parents or {}, make, **inputs)
-
-    def _derived(self, name, configuration, config, parents, make, **inputs):
-        inputs |= {role: parent.key for role, parent in parents.items()}
-        seed = f", seed {self.seed}" if self.seed else ""
-        title = f"{configuration}{seed}: {name.replace('_', ' ')}"
-        return Stage(name, title, config, inputs, make, tuple(parents.values()))
-
-    def _classify_recipe(self, configuration):
-        return self.budget.classify.replace(drs_layers=configuration.drs_layers, delta=configuration.delta)
-
-    def _map_source(self, configuration):
-        if configuration.refine:
-            return {"refine": self._refine(configuration)}
-        return {"classify": self._classify(configuration)}
-
-    def _map_config(self, configuration):
-        config = {"scales": self.budget.scales, "resize": self.budget.resize}
-        return config | ({"renormalize": self.budget.renormalize} if configuration.refine else {})
-
-    def _alpha(self, configuration):
-        return self.budget.refined_alpha if configuration.refine else self.budget.alpha
-
-    def _segmentation_result(self, configuration, **options):
-        from drs_lib.train import evaluate_segmentation
-
-        with self._threads(self.budget.segment(configuration.network)):
-            return evaluate_segmentation(self.segmentation_network(configuration), self.data.val, **options)
-
-    def _load(self, model, stage, overwrite=False):
-        from drs_lib.runtime import memory_format
-
-        model.load_state_dict(self.get(stage, overwrite).weights())
-        return model.eval().to(device=self._device, memory_format=memory_format(self._device))
-
-    def _training(self, stage):
-        def on_epoch(history):
-            self._stop_if_orphaned()
-            last = history[-1]
-            self._report(f"{stage.title}, epoch {last['epoch']}, loss {last['loss']:.3f}")
-
-        return {
-            "seed": self.seed,
-            "device": self._device,
-            "progress": self._progress,
-            "on_epoch": on_epoch,
-            "checkpoint": self._checkpoint(stage),
-            "image_cache": self._image_cache,
-        }
-
-    def _checkpoint(self, stage):
-        from drs_course.checkpoint import Checkpoint
-
+    def checkpoint(self, stage: Stage) -> Checkpoint:
+        """Where the stage's training keeps what it needs to go on after an interruption."""
         return Checkpoint(self.store.root / "checkpoints" / f"{stage.name}-{stage.key}.pt", self.run)
 
     @property
-    def _image_cache(self):
+    def image_cache(self) -> Path:
+        """The folder of decoded images."""
         return self.store.root / "decoded"
-
-    @cached_property
-    def _device(self):
-        from drs_lib.runtime import pick_device
-
-        return pick_device(self.device)
-
-    @cached_property
-    def _weak_train(self):
-        from drs_lib.data import without_masks
-
-        return without_masks(self.data.train)
-
-    @staticmethod
-    def _threads(recipe):
-        from drs_lib.runtime import threads
-
-        return threads(recipe.threads)
 
     @property
     def orphaned(self) -> bool:
         """Whether this is a worker process whose run was killed. (Windows doesn't tell.)"""
         return self._parent is not None and os.getppid() != self._parent
 
-    def _stop_if_orphaned(self):
-        # It would otherwise train on, unseen, until its row is finished.
+    def stop_if_orphaned(self) -> None:
+        """Raises RuntimeError: it would otherwise train on, unseen, until its row is finished."""
         if self.orphaned:
             raise RuntimeError("the run that this worker process belongs to has ended; stopping.")
 
@@ -722,149 +325,210 @@ def _expect_a_main_guard():
         )
 
 
-class TrueMasks(Sequence):
-    """A data set's masks as training labels, for the fully supervised upper bound."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def __getitem__(self, index):
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return self.dataset.mask(index)
+# ---- what each stage is made from, and how it is made
 
 
-class LabelArchive(Sequence):
-    """Label maps uint8 (H, W) by index, from a zip file of indexed PNGs in VOC's colours, one per image."""
-
-    def __init__(self, path):
-        self.path, self._archive, self._process = Path(path), None, None
-        with zipfile.ZipFile(self.path) as archive:
-            self.names = archive.namelist()
-
-    def __len__(self):
-        return len(self.names)
-
-    def __getitem__(self, index):
-        import numpy as np
-        from PIL import Image
-
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return np.array(Image.open(io.BytesIO(self._opened().read(self.names[index]))))
-
-    def _opened(self):
-        # A forked process would share the parent's file position.
-        process = os.getpid()
-        if self._process != process:
-            self._archive, self._process = zipfile.ZipFile(self.path), process
-        return self._archive
-
-    def __getstate__(self):
-        return self.__dict__ | {"_archive": None, "_process": None}
+def classify_recipe(budget: Budget, configuration: Configuration) -> Any:
+    """The budget's recipe with the configuration's layers and controller."""
+    return budget.classify.replace(drs_layers=configuration.drs_layers, delta=configuration.delta)
 
 
-class TargetMaps(LabelArchive):
-    """Localization maps by index, float32 (C, H, W) in [0, 1], from 8-bit maps of the present classes, one
-    above the other in one greyscale PNG per image."""
-
-    def __init__(self, path, classes, num_classes):
-        super().__init__(path)
-        self.classes, self.num_classes = classes, num_classes
-
-    def __getitem__(self, index):
-        import numpy as np
-
-        present, stack = self.stack(index)
-        maps = np.zeros((self.num_classes, *stack.shape[1:]), np.float32)
-        maps[present] = stack * np.float32(1 / 255)
-        return maps
-
-    def stack(self, index):
-        """(classes, their maps as uint8 (n, H, W)); for no class, a map of zeros of the first."""
-        classes, stack = self.classes[index] or [0], super().__getitem__(index)
-        return classes, stack.reshape(len(classes), -1, stack.shape[1])
+def _planned(pipeline, name, configuration, config, parents=None, **inputs):
+    inputs |= {role: parent.key for role, parent in (parents or {}).items()}
+    seed = f", seed {pipeline.seed}" if pipeline.seed else ""
+    title = f"{configuration}{seed}: {name.replace('_', ' ')}"
+    return Stage(name, configuration, title, config, inputs, tuple((parents or {}).values()))
 
 
-def write_targets(file, found, names, largest=False):
-    """Targets of the refinement network as a zip file of PNGs, for `TargetMaps`: in 8 bits, an image's maps
-    one above the other; of no class, one map of zeros, which remembers the image's size.
-
-    found: what `drs_lib.maps.iterate_present_maps` yields. names: the images'. largest: each pixel
-    keeps its largest class only. Returns the classes of each image.
-    """
-    from drs_lib.maps import keep_largest_class
-
-    classes = []
-
-    def pictures():
-        for index, labels, maps in found:
-            classes.append(labels.nonzero().flatten().tolist())
-            maps = keep_largest_class(maps) if largest else maps
-            yield names[index], (maps * 255).round().byte().flatten(0, 1).cpu().numpy()
-
-    write_pngs(file, pictures())
-    return classes
+def _training(pipeline, name, configuration, recipe, parents=None, **inputs):
+    config = recipe.to_dict()
+    inputs |= {
+        "data": _content(pipeline.data.train),
+        "weights": weights_identity(recipe.backbone, config.pop("weights")),
+    }
+    return _planned(pipeline, name, configuration, config | {"seed": pipeline.seed}, parents, **inputs)
 
 
-def write_labels(file, found, dataset, **rule):
-    """Pseudo labels as a zip file of PNGs, for `LabelArchive`.
+def _train(pipeline, stage, writer, train, recipe, *data):
+    def on_epoch(history):
+        pipeline.stop_if_orphaned()
+        last = history[-1]
+        pipeline.report(f"{stage.title}, epoch {last['epoch']}, loss {last['loss']:.3f}")
 
-    found: what `drs_lib.maps.iterate_present_maps` yields. dataset: for saliency and names. rule: of
-    `drs_lib.labels.pseudo_labels`.
-    """
-    from drs_lib.labels import of_classes, pseudo_labels
-
-    def pictures():
-        for index, present, maps in found:
-            labels = pseudo_labels(maps[None], dataset.saliency(index)[None], **rule)
-            classes = present.nonzero().flatten().tolist()
-            yield dataset.names[index], of_classes(labels, classes)[0].cpu().numpy()
-
-    write_pngs(file, pictures(), indexed=True)
-
-
-def write_pngs(file, pictures, indexed=False):
-    """A zip file of PNGs, from (name, uint8 (H, W)) in order; indexed: in VOC's colours.
-
-    Compressed by a pool of threads, a few pictures ahead of the one that is being written.
-    """
-    encode = partial(_png, indexed=indexed)
-    with zipfile.ZipFile(file, "w") as archive, ThreadPoolExecutor() as pool:
-        waiting = deque()
-        for name, pixels in pictures:
-            waiting.append((name, pool.submit(encode, pixels)))
-            if len(waiting) > PNGS_AHEAD:
-                _store(archive, *waiting.popleft())
-        while waiting:
-            _store(archive, *waiting.popleft())
+    model, history = train(
+        recipe,
+        pipeline.weak_train,
+        *data,
+        seed=pipeline.seed,
+        device=pipeline.device,
+        progress=pipeline.progress,
+        on_epoch=on_epoch,
+        checkpoint=pipeline.checkpoint(stage),
+        image_cache=pipeline.image_cache,
+    )
+    writer.weights("model.safetensors", model)
+    writer.json("history.json", history)
 
 
-def _store(archive, name, png):
-    # A fixed date, so that the same labels are the same file.
-    archive.writestr(zipfile.ZipInfo(f"{name}.png", (1980, 1, 1, 0, 0, 0)), png.result())
+def _map_source(pipeline, configuration):
+    name = "refine" if configuration.refine else "classify"
+    return {name: pipeline.stage(name, configuration)}
 
 
-def _png(pixels, indexed):
-    from PIL import Image
-
-    image = Image.fromarray(pixels)
-    if indexed:
-        image.putpalette(_palette())
-    buffer = io.BytesIO()
-    # The fastest setting: it costs a few per cent in size, and training waits for these files.
-    image.save(buffer, format="PNG", compress_level=1)
-    return buffer.getvalue()
+def plan_classify(pipeline, configuration):
+    return _training(pipeline, "classify", configuration, classify_recipe(pipeline.budget, configuration))
 
 
-@lru_cache
-def _palette():
-    from drs_lib.data import voc_palette
+def make_classify(pipeline, stage, writer):
+    recipe = classify_recipe(pipeline.budget, stage.configuration)
+    _train(pipeline, stage, writer, train_classifier, recipe)
 
-    return voc_palette().tobytes()
+
+def plan_accuracy(pipeline, configuration):
+    parents = {"classify": pipeline.stage("classify", configuration)}
+    images = _content(pipeline.data.accuracy_images)
+    config = {"resize": pipeline.budget.resize}
+    return _planned(pipeline, "accuracy", configuration, config, parents, images=images)
+
+
+def make_accuracy(pipeline, stage, writer):
+    budget, images = pipeline.budget, pipeline.data.accuracy_images
+    with threads(budget.classify.threads):
+        model = pipeline.classifier(stage.configuration)
+        accuracy = evaluate_classifier(model, images, resize=budget.resize)
+    writer.json("scores.json", {"accuracy": accuracy})
+
+
+def plan_map_score(pipeline, configuration):
+    rule = label_rule(pipeline.budget, configuration.refine)
+    config = map_options(pipeline.budget, configuration.refine) | {"alpha": rule["alpha"]}
+    parents, data = _map_source(pipeline, configuration), _content(pipeline.data.train)
+    return _planned(pipeline, "map_score", configuration, config, parents, data=data)
+
+
+def make_map_score(pipeline, stage, writer):
+    score, train = MapScore(stage.config["alpha"]), pipeline.data.train
+    for index, labels, maps in pipeline.maps(stage.configuration):
+        score.update(maps[None], train.mask(index)[None], labels[None])
+    scores = score.compute()
+    per_class = {k: _by_class(train.classes, v) for k, v in scores.pop("per_class").items()}
+    writer.json("scores.json", {**{k: _number(v) for k, v in scores.items()}, "per_class": per_class})
+
+
+def plan_target(pipeline, configuration):
+    """What the refinement network learns: the classifier's maps, see `Budget`, in 8 bits."""
+    plain = replace(configuration, refine=False)
+    config = map_options(pipeline.budget, False) | {"target": pipeline.budget.target}
+    data = _content(pipeline.data.train)
+    return _planned(pipeline, "target", plain, config, _map_source(pipeline, plain), data=data)
+
+
+def make_target(pipeline, stage, writer):
+    model, cache = pipeline.classifier(stage.configuration), pipeline.image_cache
+    with writer.open("maps.zip") as file:
+        classes = localization_maps_of(model, pipeline.weak_train, pipeline.budget, file, cache)
+    writer.json("classes.json", classes)
+
+
+def plan_refine(pipeline, configuration):
+    parents = {"target": pipeline.stage("target", configuration)}
+    return _training(pipeline, "refine", configuration, pipeline.budget.refine, parents)
+
+
+def make_refine(pipeline, stage, writer):
+    entry, classes = pipeline.get(stage.parents[0]), pipeline.data.train.num_classes
+    maps = MapArchive(entry.file("maps.zip"), entry.json("classes.json"), classes)
+    _train(pipeline, stage, writer, train_refinement, pipeline.budget.refine, maps)
+
+
+def plan_labels(pipeline, configuration):
+    budget, refined = pipeline.budget, configuration.refine
+    config = map_options(budget, refined) | label_rule(budget, refined)
+    parents, data = _map_source(pipeline, configuration), pipeline.data.train.fingerprint
+    return _planned(pipeline, "labels", configuration, config, parents, data=data)
+
+
+def make_labels(pipeline, stage, writer):
+    model, cache = pipeline.map_network(stage.configuration), pipeline.image_cache
+    with writer.open("labels.zip") as file:
+        pseudo_labels_of(model, pipeline.weak_train, pipeline.budget, file, cache)
+
+
+def plan_label_score(pipeline, configuration):
+    parents, data = {"labels": pipeline.stage("labels", configuration)}, _content(pipeline.data.train)
+    return _planned(pipeline, "label_score", configuration, {}, parents, data=data)
+
+
+def make_label_score(pipeline, stage, writer):
+    train = pipeline.data.train
+    score = SegmentationScore(train.num_classes + 1, ignored_prediction="background")
+    for index, prediction in enumerate(pipeline.labels(stage.configuration)):
+        score.update(prediction, train.mask(index))
+    # Over the pixels that were given a label; there may be none.
+    miou_claimed = mean_iou(score.claimed) if score.claimed.any() else None
+    writer.json("scores.json", _segmentation_scores(score.compute(), train) | {"miou_claimed": miou_claimed})
+
+
+def plan_segment(pipeline, configuration):
+    recipe = pipeline.budget.segment(configuration.network)
+    if configuration.supervised:
+        return _training(pipeline, "segment", configuration, recipe, labels="masks")
+    parents = {"labels": pipeline.stage("labels", configuration)}
+    return _training(pipeline, "segment", configuration, recipe, parents)
+
+
+def make_segment(pipeline, stage, writer):
+    supervised = stage.configuration.supervised
+    # The upper bound, and nothing else, is handed the masks: here, in the open.
+    labels = TrueMasks(pipeline.data.train) if supervised else pipeline.labels(stage.configuration)
+    recipe = pipeline.budget.segment(stage.configuration.network)
+    _train(pipeline, stage, writer, train_segmentation, recipe, labels)
+
+
+def plan_evaluate(pipeline, configuration):
+    parents, data = {"segment": pipeline.stage("segment", configuration)}, _content(pipeline.data.val)
+    return _planned(pipeline, "evaluate", configuration, {}, parents, data=data)
+
+
+def make_evaluate(pipeline, stage, writer):
+    result = _segmentation_result(pipeline, stage.configuration)
+    writer.json("scores.json", _segmentation_scores(result, pipeline.data.val))
+
+
+def plan_evaluate_crf(pipeline, configuration):
+    crf, engine = pipeline.budget.crf(configuration.network), pipeline.budget.crf_engine
+    parents, data = {"segment": pipeline.stage("segment", configuration)}, _content(pipeline.data.val)
+    config = asdict(crf) | {"engine": engine}
+    return _planned(pipeline, "evaluate_crf", configuration, config, parents, data=data)
+
+
+def make_evaluate_crf(pipeline, stage, writer):
+    configuration, budget = stage.configuration, pipeline.budget
+    options = {"crf": budget.crf(configuration.network), "engine": budget.crf_engine}
+    result = _segmentation_result(pipeline, configuration, jobs=pipeline.crf_jobs, **options)
+    scores = {key: result[f"{key}_crf"] for key in ("miou", "iou")}
+    writer.json("scores.json", _segmentation_scores(scores, pipeline.data.val))
+
+
+def _segmentation_result(pipeline, configuration, **options):
+    model = pipeline.segmentation_network(configuration)
+    with threads(pipeline.budget.segment(configuration.network).threads):
+        return evaluate_segmentation(model, pipeline.data.val, **options)
+
+
+# Of each stage: what it is made from, as a `Stage`, and how.
+STAGES = {
+    "classify": (plan_classify, make_classify),
+    "accuracy": (plan_accuracy, make_accuracy),
+    "map_score": (plan_map_score, make_map_score),
+    "target": (plan_target, make_target),
+    "refine": (plan_refine, make_refine),
+    "labels": (plan_labels, make_labels),
+    "label_score": (plan_label_score, make_label_score),
+    "segment": (plan_segment, make_segment),
+    "evaluate": (plan_evaluate, make_evaluate),
+    "evaluate_crf": (plan_evaluate_crf, make_evaluate_crf),
+}
 
 
 def _content(dataset):

@@ -28,11 +28,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from drs_course.paper import AFTER_CRF, NETWORKS, SOURCE, TITLES, Configuration, Row, table_rows
-from drs_course.stages import STAGE_COST, TRAININGS, Budget, Pipeline, Splits, get_budget
+from drs_course.stages import STAGE_COST, TRAININGS, Pipeline, Splits
 from drs_course.store import RunStore, StoreError, run_name
 from drs_lib import crf
 from drs_lib.arguments import whole
 from drs_lib.files import write_text
+from drs_lib.recipes import Budget, get_budget
 
 if TYPE_CHECKING:
     import pandas as pd

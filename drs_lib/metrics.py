@@ -53,13 +53,10 @@ class SegmentationScore:
             raise ValueError(
                 f"ignored_prediction must be 'background' or 'exclude'; got {ignored_prediction!r}."
             )
-        # Imported here: it takes seconds to load, and a run that only reads stored scores never needs it.
-        from torchmetrics.classification import MulticlassConfusionMatrix
-
         self.num_classes = num_classes
         self.ignored_prediction = ignored_prediction
         # With a column for pixels without a prediction.
-        self._counts = MulticlassConfusionMatrix(num_classes + 1, ignore_index=IGNORED, validate_args=False)
+        self._counts = np.zeros((num_classes, num_classes + 1), np.int64)
 
     def update(self, pred, mask):
         """Add predictions and masks, integer tensors or arrays of equal shape: (H, W) or (N, H, W)."""
@@ -77,24 +74,24 @@ class SegmentationScore:
                     f"the {name} holds label {values[outside][0].item()}; expected 0..{self.num_classes - 1} "
                     "(background included in num_classes) or 255 for ignored."
                 )
-        self._counts.to(mask.device).update(pred.clamp(max=self.num_classes), mask)
+        scored, columns = mask != IGNORED, self.num_classes + 1
+        places = mask[scored] * columns + pred[scored].clamp(max=self.num_classes)
+        counts = torch.bincount(places, minlength=self._counts.size).cpu().numpy()
+        self._counts += counts.reshape(self._counts.shape)
         return self
 
     @property
     def claimed(self):
         """(K, K) integer array, rows truth, columns prediction, of the pixels whose prediction is not 255."""
-        return self._all_counts()[:, :-1]
+        return self._counts[:, :-1].copy()
 
     @property
     def confusion(self):
         """(K, K) integer array, rows truth, columns prediction, that is scored."""
-        counts = self._all_counts()
+        counts = self._counts.copy()
         if self.ignored_prediction == "background":
             counts[:, 0] += counts[:, -1]
         return counts[:, :-1]
-
-    def _all_counts(self):
-        return self._counts.confmat.cpu().numpy().astype(np.int64)[: self.num_classes]
 
     def compute(self):
         """``miou``, the mean over labels that occur in truth or prediction, and ``iou`` per label (K,)."""

@@ -5,21 +5,26 @@ release does something of its own, the field exists and its default is the plain
 per-group learning rates, no resize); the comment beside it says so. A row of a table is a difference from a
 recipe: ``recipe.replace(delta=0.55)``.
 
-This module imports nothing but Python's own, so that a run's key can be computed without loading torch.
+A `Budget` is a set of recipes for the whole pipeline, with sizes and thresholds.
 """
 
 import dataclasses
 import math
 import numbers
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from drs_lib.arguments import whole
+from drs_lib.crf import ENGINES, CRFConfig
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "step", "poly", "onecycle")
 PRECISIONS = ("float32", "bfloat16")
 IMAGES = ("auto", "files", "memory", "device")
 COMPILE = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+BUDGETS = ("ci", "laptop", "paper", "release")
+SEGMENTERS = ("largefov", "largefov_resnet", "aspp")  # Table 4's networks, as fields of a Budget
 PARAMETER_GROUPS = ("pretrained weights", "pretrained biases", "new weights", "new biases")
 
 
@@ -370,3 +375,161 @@ class SegmentRecipe(Recipe):
     def ci(cls, kind="largefov", backbone="mini"):
         """The laptop's recipe cut to one epoch, for tests."""
         return cls.laptop(kind, backbone).replace(epochs=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Sizes, recipes and thresholds of a run. Budgets differ in these values, never in code paths.
+
+    train_images, val_images, image_size: for Critters, which is drawn to order; VOC is what it is.
+    largefov, largefov_resnet, aspp: recipes of Table 4's three networks; crf_...: the CRF of each, and
+    crf_engine what computes it, see `drs_lib.crf`.
+    scales, resize: of the images from which localization maps are made, see `iterate_maps`; the classifier's
+    accuracy is measured at ``resize`` too.
+    alpha, beta, rule, conflict: see `pseudo_labels`.
+    target: what the refinement network learns, "maps" (the paper's M) or "largest" (the release's: each pixel
+    keeps its largest class only). refined_alpha, renormalize: how refined maps are read.
+    """
+
+    name: str
+    classify: ClassifyRecipe
+    refine: RefineRecipe
+    largefov: SegmentRecipe
+    largefov_resnet: SegmentRecipe
+    aspp: SegmentRecipe
+    train_images: int | None = None
+    val_images: int | None = None
+    image_size: int = 128
+    scales: tuple[int, ...] | None = None
+    resize: int | None = None
+    alpha: float = 0.2
+    beta: float = 0.06
+    rule: str = "paper"
+    conflict: str = "background"
+    target: str = "maps"
+    refined_alpha: float = 0.2
+    renormalize: bool = False
+    crf_largefov: CRFConfig = CRFConfig.LARGEFOV_VGG16
+    crf_largefov_resnet: CRFConfig = CRFConfig.LARGEFOV_RESNET101
+    crf_aspp: CRFConfig = CRFConfig.ASPP_RESNET101
+    crf_engine: str = "lattice"
+
+    def __post_init__(self):
+        if self.target not in ("maps", "largest"):
+            raise ValueError(f"Budget: target is {self.target!r}; expected 'maps' or 'largest'.")
+        if self.crf_engine not in ENGINES:
+            raise ValueError(f"Budget: crf_engine is {self.crf_engine!r}; expected one of {ENGINES}.")
+
+    def segment(self, network: str) -> SegmentRecipe:
+        return getattr(self, network)
+
+    def crf(self, network: str) -> CRFConfig:
+        return getattr(self, f"crf_{network}")
+
+    def replace(self, **changes: Any) -> "Budget":
+        return replace(self, **changes)
+
+    def for_all(self, **changes: Any) -> "Budget":
+        """The budget with changes of all five recipes, such as ``precision="float32"``."""
+        recipes = ("classify", "refine", *SEGMENTERS)
+        return self.replace(**{name: getattr(self, name).replace(**changes) for name in recipes})
+
+
+def get_budget(name: str | None = None, data: str = "critters") -> Budget:
+    """The budget "ci" (for tests), "laptop", "paper" (the paper's recipes; a GPU) or, on VOC, "release" (what
+    the authors' released code does where it differs). None: what the environment variable DRS_BUDGET says,
+    else "laptop" on Critters, "paper" on VOC.
+
+    The environment variable DRS_PRECISION ("float32", "bfloat16") takes the place of every recipe's
+    precision: "paper" and "release" compute in bfloat16, in which a GPU is several times as fast.
+
+    On VOC, "ci" is a few steps of the full-size networks on tiny crops: it tells that everything runs, and
+    its numbers mean nothing. There is no "laptop" for VOC, whose images and networks no laptop trains on.
+    """
+    budgets = {
+        "critters": {"ci": _critters_ci, "laptop": _critters_laptop, "paper": _paper},
+        "voc": {"ci": _voc_ci, "paper": _paper, "release": _release},
+    }
+    if data not in budgets:
+        raise ValueError(f"unknown data {data!r}; expected 'critters' or 'voc'.")
+    name = name or os.environ.get("DRS_BUDGET") or {"critters": "laptop", "voc": "paper"}[data]
+    if name not in budgets[data]:
+        raise ValueError(
+            f"there is no budget {name!r} for data {data!r}; expected "
+            f"{' or '.join(map(repr, budgets[data]))}."
+        )
+    budget, precision = budgets[data][name](), os.environ.get("DRS_PRECISION")
+    return budget.for_all(precision=precision) if precision else budget
+
+
+def _critters_laptop():
+    return Budget(
+        name="laptop",
+        classify=ClassifyRecipe.laptop(),
+        refine=RefineRecipe.laptop(),
+        largefov=SegmentRecipe.laptop("largefov", "mini"),
+        # Fewer epochs on the dearer backbone, which starts from better weights.
+        largefov_resnet=SegmentRecipe.laptop("largefov", "mini_resnet").replace(epochs=5),
+        aspp=SegmentRecipe.laptop("aspp", "mini_resnet").replace(epochs=5),
+        train_images=1000,
+        val_images=300,
+        # The squared error pulls the maps' height down, so refined maps are read at a lower threshold.
+        refined_alpha=0.05,
+        crf_largefov=_at_critters_size(CRFConfig.LARGEFOV_VGG16),
+        crf_largefov_resnet=_at_critters_size(CRFConfig.LARGEFOV_RESNET101),
+        crf_aspp=_at_critters_size(CRFConfig.ASPP_RESNET101),
+    )
+
+
+def _at_critters_size(crf):
+    """VOC's widths are in pixels of images about three times as large."""
+    return replace(crf, gaussian_sxy=crf.gaussian_sxy / 3, bilateral_sxy=crf.bilateral_sxy / 3)
+
+
+def _critters_ci():
+    laptop = _critters_laptop()
+    return laptop.for_all(epochs=1, batch=8).replace(name="ci", train_images=36, val_images=12, image_size=64)
+
+
+def _paper():
+    return Budget(
+        name="paper",
+        classify=ClassifyRecipe(),
+        refine=RefineRecipe(),
+        largefov=SegmentRecipe.largefov_vgg16(),
+        largefov_resnet=SegmentRecipe.largefov_resnet101(),
+        aspp=SegmentRecipe.aspp_resnet101(),
+        train_images=10_582,
+        val_images=1_449,
+        image_size=376,
+        # The paper doesn't state them; these are the release's.
+        scales=(256, 320, 384),
+        resize=320,
+    ).for_all(precision="bfloat16")
+
+
+def _release():
+    """Every choice of the released code, but for one: it keeps the epoch that scores best against masks."""
+    paper = _paper()
+    return paper.replace(
+        name="release",
+        classify=paper.classify.replace(
+            nesterov=True, lr_multipliers=(1, 2, 10, 20), batch=10, resize=384, crop=320
+        ),
+        refine=paper.refine.replace(
+            epochs=30, milestones=(10, 20), batch=10, resize=320, crop=None, loss_size="image"
+        ),
+        # COCO's masks; the release has a file of its own, which `--aspp-weights` takes.
+        aspp=paper.aspp.replace(weights="coco", bias_decay=False),
+        rule="release",
+        target="largest",
+    )
+
+
+def _voc_ci():
+    # Random weights under frozen batch norm: with the paper's rates the residual networks would diverge.
+    short = {
+        "weights": None, "epochs": None, "iterations": 2, "schedule": "constant", "lr": 1e-7, "batch": 2,
+        "accumulate": 1, "crop": 65, "threads": 1, "workers": 0, "precision": "float32",
+    }  # fmt: skip
+    return _paper().for_all(**short).replace(name="ci", scales=None, resize=64)

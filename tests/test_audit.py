@@ -7,9 +7,10 @@ import torch
 from conftest import TinyDataset
 from drs_course.audit import ALPHAS, AlphaScan, scan_alpha, score_every_epoch
 from drs_course.paper import Configuration
-from drs_course.stages import Pipeline, Splits, get_budget
+from drs_course.stages import Pipeline, Splits
 from drs_lib.labels import pseudo_labels
 from drs_lib.metrics import SegmentationScore
+from drs_lib.recipes import get_budget
 
 CLASSES = 3
 

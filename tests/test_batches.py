@@ -140,8 +140,9 @@ def test_a_pipeline_on_voc_from_memory_makes_what_it_makes_from_files(tmp_path):
     """Decoded once, into the store's folder, where trainings and maps find it."""
     from drs_course.export import export_voc
     from drs_course.paper import Configuration
-    from drs_course.stages import Pipeline, Splits, get_budget
+    from drs_course.stages import Pipeline, Splits
     from drs_lib.data import VOC2012, Critters
+    from drs_lib.recipes import get_budget
 
     splits = {"train": Critters("train", size=64, length=12), "val": Critters("val", size=64, length=4)}
     tree = export_voc(splits, tmp_path, progress=False)

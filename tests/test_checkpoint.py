@@ -15,10 +15,10 @@ import torch
 from conftest import TinyDataset
 from drs_course.checkpoint import Checkpoint
 from drs_course.paper import Configuration
-from drs_course.stages import Pipeline, get_budget
+from drs_course.stages import Pipeline
 from drs_course.store import writer_tag
 from drs_lib import checkpoint as checkpoints
-from drs_lib.recipes import ClassifyRecipe, RefineRecipe, SegmentRecipe
+from drs_lib.recipes import ClassifyRecipe, RefineRecipe, SegmentRecipe, get_budget
 from drs_lib.train import train_classifier, train_refinement, train_segmentation
 
 EPOCHS = 4
@@ -118,7 +118,8 @@ def test_what_cannot_be_used_is_set_aside(damage, tmp_path, caplog):
 PROGRAM = """
 import sys
 from drs_course.paper import Configuration
-from drs_course.stages import Pipeline, get_budget
+from drs_course.stages import Pipeline
+from drs_lib.recipes import get_budget
 budget = get_budget("ci")
 budget = budget.replace(classify=budget.classify.replace(epochs=8))
 line = Pipeline("critters", budget, store=sys.argv[1], device="cpu")

@@ -13,10 +13,11 @@ import pytest
 
 from drs_course import tables as experiments
 from drs_course.paper import Configuration, table_rows
-from drs_course.stages import Pipeline, get_budget
+from drs_course.stages import Pipeline
 from drs_course.store import RunStore, StoreError
 from drs_course.tables import RowsFailed, run_table
 from drs_lib import train
+from drs_lib.recipes import get_budget
 
 distributed = pytest.importorskip("distributed")
 

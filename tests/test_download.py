@@ -14,12 +14,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from drs_lib.__main__ import DOWNLOADS, main
 from filelock import FileLock
 from PIL import Image
 from torchvision.models import ResNet101_Weights, VGG16_Weights
 
 from conftest import write_voc_tree
+from drs_course.__main__ import DOWNLOADS, main
 from drs_course.download import FILES, TREE, Remote, fetch
 from drs_lib.data import VOC2012, download, voc_palette
 from drs_lib.data.voc import read_list
@@ -573,7 +573,7 @@ def test_weights_go_where_torchvision_looks(server, tmp_path, hub, capsys):
     assert torch.load(hub / copy.name)["x"] == 0 and str(hub / copy.name) in capsys.readouterr().out
     assert main(["download", *options]) == 0 and len(server.requests) == len(weights) - 1
     # Table 4's initial weights may be named as they were downloaded; this file is none of them.
-    assert main(["course", "--data", "voc", "--aspp-weights", FILES["coco"].name]) == 1
+    assert main(["tables", "--data", "voc", "--aspp-weights", FILES["coco"].name]) == 1
     assert f"{hub / FILES['coco'].name} does not fit" in capsys.readouterr().err
 
 

@@ -8,9 +8,10 @@ import torch
 
 from conftest import TinyDataset
 from drs_course.erasing import AdversarialErasing, ErasedImages, discriminative_region, erase
-from drs_course.stages import Pipeline, Splits, get_budget
+from drs_course.stages import Pipeline, Splits
 from drs_lib.data import MaskAccessError, normalize
 from drs_lib.maps import localization_maps
+from drs_lib.recipes import get_budget
 
 
 def tiny_line(store):

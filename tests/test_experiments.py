@@ -20,13 +20,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from drs_lib.__main__ import main
 
 from conftest import TinyDataset
-from drs_course import stages as pipeline
+from drs_course import stages
 from drs_course import tables as experiments
+from drs_course.__main__ import main
 from drs_course.paper import NETWORKS, Configuration, table_rows
-from drs_course.stages import Budget, LabelArchive, Pipeline, Splits, TargetMaps, get_budget
+from drs_course.stages import Pipeline, Splits
 from drs_course.store import EntryWriter, RunStore, StoreError
 from drs_course.tables import (
     RowsFailed,
@@ -38,6 +38,10 @@ from drs_course.tables import (
     save_table,
     style_table,
 )
+from drs_lib import archives
+from drs_lib.archives import LabelArchive, MapArchive
+from drs_lib.recipes import Budget, get_budget
+from drs_lib.train import TrainingDiverged
 
 ROOT = Path(__file__).parents[1]
 REFINED, CAM = Configuration(refine=True), Configuration(drs_layers=())
@@ -333,7 +337,7 @@ def test_keys_follow_from_what_changes_the_result_and_from_nothing_else(finished
         return {name for name in before if before[name] != after[name]}
 
     everything = set(keys())
-    assert everything == set(pipeline.STAGE_VERSIONS) - {"map_score"}
+    assert everything == set(stages.STAGE_VERSIONS) - {"map_score"}
     workers = budget.replace(classify=budget.classify.replace(workers=3))
     assert changed(budget=workers) == changed(device="cpu", crf_jobs=3) == set()
     assert changed(seed=1) == changed(configuration=Configuration(delta=0.5, refine=True)) == everything
@@ -349,34 +353,34 @@ def test_keys_follow_from_what_changes_the_result_and_from_nothing_else(finished
     assert changed(budget=budget.replace(alpha=0.3)) == set(), "alpha is not what refined maps are read at"
     assert changed(budget=budget.replace(scales=(32, 48))) == after_labels | {"target", "refine"}
     assert changed(budget=budget.replace(refine=budget.refine.replace(lr=2e-4))) == after_labels | {"refine"}
-    monkeypatch.setitem(pipeline.STAGE_VERSIONS, "segment", 2)
+    monkeypatch.setitem(stages.STAGE_VERSIONS, "segment", 2)
     assert keys()["segment"] not in {key for _, key in stored(store)}
 
 
 def test_other_initial_weights_are_another_training(tmp_path, monkeypatch):
     file = tmp_path / "weights.safetensors"
     file.write_bytes(b"one")
-    one = pipeline.weights_identity("mini", str(file))
+    one = stages.weights_identity("mini", str(file))
     moved = file.rename(tmp_path / "moved.safetensors")
-    assert pipeline.weights_identity("mini", str(moved)) == one, "the content counts, not the place"
+    assert stages.weights_identity("mini", str(moved)) == one, "the content counts, not the place"
     moved.write_bytes(b"other")
-    assert pipeline.weights_identity("mini", str(moved)) != one
-    names = {pipeline.weights_identity("resnet101", w) for w in (None, "pretrained", "coco")}
+    assert stages.weights_identity("mini", str(moved)) != one
+    names = {stages.weights_identity("resnet101", w) for w in (None, "pretrained", "coco")}
     assert len(names) == 3
     with pytest.raises(FileNotFoundError, match="no weights file.*drs_course.pretrain"):
-        pipeline.weights_identity("mini", str(tmp_path / "absent.safetensors"))
+        stages.weights_identity("mini", str(tmp_path / "absent.safetensors"))
 
 
 def test_archives_of_labels_and_maps(tmp_path):
     rng = np.random.default_rng(0)
     # More than the pool works on at a time, so that order is put to the test.
-    count = 2 * pipeline.PNGS_AHEAD + 3
+    count = 2 * archives.PNGS_AHEAD + 3
     labels = [rng.choice([0, 1, 7, 255], (5, 4 + i)).astype(np.uint8) for i in range(count)]
     maps = [rng.random((2, 5, 4)).astype(np.float32), np.zeros((0, 6, 3), np.float32)]
     for repeat in ("a", "b"):
         with open(tmp_path / f"{repeat}.zip", "wb") as file:
             named = ((f"image{i}", label) for i, label in enumerate(labels))
-            pipeline.write_pngs(file, named, indexed=True)
+            archives.write_pngs(file, named, indexed=True)
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
     archive = LabelArchive(tmp_path / "a.zip")
     assert archive.names == [f"image{i}.png" for i in range(count)]
@@ -384,8 +388,8 @@ def test_archives_of_labels_and_maps(tmp_path):
         np.testing.assert_array_equal(found, expected)
     with open(tmp_path / "maps.zip", "wb") as file:
         stack = np.round(maps[0] * 255).astype(np.uint8).reshape(-1, 4)
-        pipeline.write_pngs(file, [("x", stack), ("y", np.zeros((6, 3), np.uint8))])
-    targets = TargetMaps(tmp_path / "maps.zip", [[1, 3], []], 4)
+        archives.write_pngs(file, [("x", stack), ("y", np.zeros((6, 3), np.uint8))])
+    targets = MapArchive(tmp_path / "maps.zip", [[1, 3], []], 4)
     assert targets[0].shape == (4, 5, 4) and targets[0].dtype == np.float32
     np.testing.assert_allclose(targets[0][[1, 3]], maps[0], atol=0.5 / 255 + 1e-6)
     assert not targets[0][[0, 2]].any()
@@ -510,16 +514,14 @@ def test_a_run_clears_away_what_was_left_to_the_store(finished, tmp_path):
 
 def test_a_failing_row_costs_no_other_row(finished, tmp_path, monkeypatch, capsys):
     store, tables, splits, budget = finished
-    import drs_lib.train
-
-    train = drs_lib.train.train_classifier
+    train = stages.train_classifier
 
     def failing(recipe, *args, **options):
         if recipe.delta == 0.55:
-            raise drs_lib.train.TrainingDiverged("the loss is nan")
+            raise TrainingDiverged("the loss is nan")
         return train(recipe, *args, **options)
 
-    monkeypatch.setattr(drs_lib.train, "train_classifier", failing)
+    monkeypatch.setattr(stages, "train_classifier", failing)
     with pytest.raises(RowsFailed, match="2 of 4 rows failed.*\n.*delta 0.55.*the loss is nan") as caught:
         run_table(3, splits, budget, store=tmp_path, jobs=1, progress=False)
     partial = caught.value.tables[3]
@@ -527,12 +529,12 @@ def test_a_failing_row_costs_no_other_row(finished, tmp_path, monkeypatch, capsy
     pd.testing.assert_frame_equal(partial[:2], tables[3][:2])
     assert "TrainingDiverged" in next(iter(caught.value.failures.values()))[1]
 
-    monkeypatch.setattr("drs_lib.__main__.run_tables", lambda *a, **k: (_ for _ in ()).throw(caught.value))
-    assert main(["course", "--tables", "3", "--out", str(tmp_path / "out")]) == 1
+    monkeypatch.setattr("drs_course.__main__.run_tables", lambda *a, **k: (_ for _ in ()).throw(caught.value))
+    assert main(["tables", "--tables", "3", "--out", str(tmp_path / "out")]) == 1
     output = capsys.readouterr()
     assert "learnable, with refine" in output.out and "the loss is nan" in output.err
 
-    monkeypatch.setattr(drs_lib.train, "train_classifier", train)
+    monkeypatch.setattr(stages, "train_classifier", train)
     pd.testing.assert_frame_equal(
         run_table(3, splits, budget, store=tmp_path, jobs=1, progress=False), tables[3]
     )
@@ -590,7 +592,7 @@ def test_a_run_that_overwrites_goes_on_by_its_name(tmp_path, monkeypatch, capsys
 
     assert set(runs().values()) == {None}
     with monkeypatch.context() as patch, pytest.raises(RowsFailed) as failed:
-        patch.setattr("drs_lib.train.train_refinement", failing)
+        patch.setattr("drs_course.stages.train_refinement", failing)
         run_table(3, **options, overwrite=True)
     [name] = set(runs().values()) - {None}
     assert f"the same command (with overwrite '{name}') goes on" in str(failed.value)
@@ -665,7 +667,7 @@ def test_with_the_crf_it_has_a_column_of_its_own(finished):
         ({"jobs": 0}, "jobs"),
         ({"budget": "huge"}, "no budget 'huge'"),
         ({"data": "coco"}, "unknown data 'coco'"),
-        ({"data": "voc"}, "voc_root.*drs_lib download"),
+        ({"data": "voc"}, "voc_root.*drs_course download"),
     ],
 )
 def test_bad_arguments(options, match, tmp_path):
@@ -676,10 +678,10 @@ def test_bad_arguments(options, match, tmp_path):
 
 def test_a_missing_voc_root_sends_to_the_download(tmp_path, capsys):
     missing = str(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="drs_lib download"):
+    with pytest.raises(FileNotFoundError, match="drs_course download"):
         run_table(1, "voc", voc_root=missing, store=tmp_path)
-    assert main(["course", "--data", "voc", "--voc-root", missing, "--store", str(tmp_path)]) == 1
-    assert "drs_lib download" in capsys.readouterr().err
+    assert main(["tables", "--data", "voc", "--voc-root", missing, "--store", str(tmp_path)]) == 1
+    assert "drs_course download" in capsys.readouterr().err
 
 
 def test_saved_tables_come_back(finished, tmp_path, monkeypatch):
@@ -743,21 +745,21 @@ def test_the_command_line(finished, tmp_path, monkeypatch, capsys):
         seen.update(options, numbers=numbers)
         return {number: tables[number] for number in numbers}
 
-    monkeypatch.setattr("drs_lib.__main__.run_tables", measured)
+    monkeypatch.setattr("drs_course.__main__.run_tables", measured)
     out = tmp_path / "out"
     arguments = ["--tables", "1", "3", "--seeds", "0", "1", "--jobs", "2", "--budget", "ci"]
-    assert main(["course", *arguments, "--out", str(out), "--no-figures"]) == 0
+    assert main(["tables", *arguments, "--out", str(out), "--no-figures"]) == 0
     assert seen["numbers"] == [1, 3] and seen["seeds"] == [0, 1] and seen["jobs"] == 2
     assert seen["overwrite"] is None and seen["budget"].crf_engine == "lattice"
     assert sorted(p.name for p in out.iterdir()) == ["table1.csv", "table1.json", "table3.csv", "table3.json"]
     output = capsys.readouterr().out
     assert "Table 1" in output and "Table 3" in output and "minutes" in output and str(out) in output
-    assert main(["course", "--tables", "3", "--out", str(out / "table1.csv")]) == 1
+    assert main(["tables", "--tables", "3", "--out", str(out / "table1.csv")]) == 1
     assert "not everything could be written" in capsys.readouterr().err
     monkeypatch.setattr(experiments, "REFERENCE", tmp_path / "reference")
     assert main(["reference", "--tables", "3"]) == 0
     pd.testing.assert_frame_equal(reference_table(3), tables[3])
-    assert main(["course", "--crf-engine", "attention", "--out", str(out), "--no-figures"]) == 0
+    assert main(["tables", "--crf-engine", "attention", "--out", str(out), "--no-figures"]) == 0
     assert seen["budget"].crf_engine == "attention"
     for bad in (
         ["--crf-engine", "dense"],
@@ -768,7 +770,7 @@ def test_the_command_line(finished, tmp_path, monkeypatch, capsys):
         ["--data", "coco"],
     ):
         with pytest.raises(SystemExit) as stopped:
-            main(["course", *bad])
+            main(["tables", *bad])
         assert stopped.value.code == 2
 
 
@@ -779,26 +781,27 @@ def test_the_command_line_names_a_run_that_overwrites(tmp_path, monkeypatch, cap
         given.append(overwrite)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("drs_lib.__main__.run_tables", stopped)
+    monkeypatch.setattr("drs_course.__main__.run_tables", stopped)
     for arguments in (["--overwrite"], ["--overwrite", "monday"], ["--overwrite", ""], ["--overwrite"]):
-        assert main(["course", "--store", str(tmp_path), *arguments]) == 130
+        assert main(["tables", "--store", str(tmp_path), *arguments]) == 130
         output, name = capsys.readouterr(), given[-1]
         assert f"--overwrite {name} goes on" in output.out and f"with --overwrite {name} goes" in output.err
     assert given[1] == "monday" and len(set(given)) == 4 and all(given)
-    assert main(["course", "--store", str(tmp_path)]) == 130 and given[-1] is None
+    assert main(["tables", "--store", str(tmp_path)]) == 130 and given[-1] is None
     assert "overwrite" not in "".join(capsys.readouterr())
 
 
 def test_figures_are_drawn_again_when_their_stages_were_made_again(finished, tmp_path, monkeypatch):
     store, tables, splits, budget = finished
     drawn = []
-    monkeypatch.setattr("drs_lib.__main__.run_tables", lambda *a, **k: tables)
+    monkeypatch.setattr("drs_course.__main__.run_tables", lambda *a, **k: tables)
     monkeypatch.setattr(
         "drs_course.plots.make_figures",
         lambda folder, **k: (folder.mkdir(parents=True, exist_ok=True), drawn.append(k)),
     )
     monkeypatch.setattr(
-        "drs_lib.__main__.Pipeline", lambda seed, store, **k: Pipeline(splits, budget, seed=seed, store=store)
+        "drs_course.__main__.Pipeline",
+        lambda seed, store, **k: Pipeline(splits, budget, seed=seed, store=store),
     )
     arguments = ["course", "--store", str(store.root), "--out", str(tmp_path), "--budget", "ci"]
     for expected in (1, 1):
@@ -823,14 +826,6 @@ def test_voc_runs_the_same_way(voc_tree, tmp_path):
     assert 100 * scores["labels"]["miou"] == pytest.approx(direct_miou(pairs, 21), abs=1e-3)
 
 
-def test_importing_experiments_loads_no_network_library():
-    program = "import sys, drs_lib.__main__; print({'torch', 'torchvision', 'numba'} & set(sys.modules))"
-    result = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert result.stdout == "set()\n"
-
-
 def test_a_budget_is_a_value():
     assert get_budget("ci") == get_budget("ci") and hash(get_budget("ci")) == hash(get_budget("ci"))
     assert isinstance(tiny_budget(), Budget) and tiny_budget() != get_budget("ci")
@@ -846,7 +841,7 @@ def test_the_course_on_critters(tmp_path, capsys, monkeypatch):
     table = load_table(tmp_path / "results" / "table3.json")
     assert table["measured"].notna().all() and table.attrs["data"] == "critters"
     monkeypatch.setattr(
-        pipeline.Pipeline, "get", lambda self, stage: pytest.fail(f"{stage.title} was asked for")
+        stages.Pipeline, "get", lambda self, stage: pytest.fail(f"{stage.title} was asked for")
     )
     assert main(arguments) == 0
     assert (
@@ -902,7 +897,7 @@ def test_overwriting_one_training_leaves_what_it_reads(finished, tmp_path):
     *_, splits, budget = finished
     line = Pipeline(splits, budget, store=RunStore(tmp_path))
     steps = []
-    line._progress = lambda title, step, steps_, epoch, loss: steps.append((title, step, steps_))
+    line.progress = lambda title, step, steps_, epoch, loss: steps.append((title, step, steps_))
     first = line.segmentation_network(CAM).state_dict()
     assert [s for s in steps if s[1] == s[2]] == [("classify", 2, 2), ("segment", 2, 2)]
     del steps[:]

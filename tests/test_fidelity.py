@@ -17,7 +17,7 @@ from torchvision.models import VGG16_Weights
 
 from conftest import TinyDataset
 from drs_course.paper import table_rows
-from drs_course.stages import get_budget, open_data
+from drs_course.stages import open_data
 from drs_lib import networks, train
 from drs_lib.crf import CRFConfig, dense_crf
 from drs_lib.data import VOC2012, normalize, training_transform
@@ -26,7 +26,7 @@ from drs_lib.drs import DRS
 from drs_lib.labels import pseudo_labels
 from drs_lib.maps import keep_largest_class, localization_maps, refined_maps
 from drs_lib.metrics import exact_match_accuracy
-from drs_lib.recipes import PARAMETER_GROUPS, ClassifyRecipe
+from drs_lib.recipes import PARAMETER_GROUPS, ClassifyRecipe, get_budget
 
 NOT_THE_RELEASE_S = {
     "checkpoint kept": "The release keeps the epoch with the best mIoU against the masks of VOC's training "

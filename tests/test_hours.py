@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from drs_course.paper import NETWORKS, table_rows
-from drs_course.stages import get_budget
 from drs_lib import networks
+from drs_lib.recipes import get_budget
 
 
 def load():

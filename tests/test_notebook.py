@@ -20,7 +20,7 @@ def test_open_course_says_what_it_runs_on(tmp_path, capsys, monkeypatch):
     line = open_course(budget="ci", seed=2, store=tmp_path)
     assert capsys.readouterr().out == "critters: 36 training and 12 validation images; budget 'ci', seed 2.\n"
     assert (line.seed, line.store.root, line.budget.name) == (2, tmp_path, "ci")
-    assert isinstance(line._progress, LiveLoss)
+    assert isinstance(line.progress, LiveLoss)
     with pytest.raises(ValueError, match="drs_lib download"):
         open_course("voc", store=tmp_path)
 
@@ -171,12 +171,12 @@ def test_an_interrupted_training_can_be_run_again(tmp_path):
         if step == 2:
             raise KeyboardInterrupt
 
-    line._progress = interrupt
+    line.progress = interrupt
     with pytest.raises(KeyboardInterrupt):
         line.classifier(Configuration())
     stage = line.stage("classify", Configuration())
     assert line.store.made_at(stage.name, stage.key) is None
-    line._progress = False
+    line.progress = False
     line.classifier(Configuration())
     assert line.store.made_at(stage.name, stage.key) is not None
     assert len(line.history("classify", Configuration())) == line.budget.classify.epochs

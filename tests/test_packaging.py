@@ -26,6 +26,7 @@ else:
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PACKAGES = ("drs_lib", "drs_course")
 CONDA_NAMES = {"pytorch": "torch", "playwright-python": "playwright", "dask-core": "dask"}
 IMPORT_NAMES = {"PIL": "pillow", "pydensecrf": "pydensecrf2", "yaml": "pyyaml"}
 # Under `make test`, make's own variables would reach the makes that are started here.
@@ -66,7 +67,7 @@ def test_the_tests_bring_what_the_site_is_built_with():
 def test_every_import_of_the_library_is_declared():
     declared = {name.lower() for name in requirements(None, "crf", "cluster")}
     found = {}
-    for path in sorted((ROOT / "drs_lib").rglob("*.py")):
+    for path in sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = []
             if isinstance(node, ast.Import):
@@ -75,7 +76,7 @@ def test_every_import_of_the_library_is_declared():
                 names = [node.module]
             for name in names:
                 found.setdefault(name.partition(".")[0], path.name)
-    third_party = {n for n in found if n not in sys.stdlib_module_names and n != "drs_lib"}
+    third_party = {n for n in found if n not in sys.stdlib_module_names and n not in PACKAGES}
     assert {"torch", "numpy"} <= third_party
     # scipy reads one archive format that a user may bring, and triton comes with torch where it can be used.
     optional = {"scipy", "triton"}
@@ -92,10 +93,10 @@ def distributions(tmp_path_factory):
     copy.mkdir()
     for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "LICENSE-docs"):
         shutil.copy(ROOT / name, copy)
-    shutil.copytree(ROOT / "drs_lib", copy / "drs_lib", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("weights/probe.safetensors", "reference/probe.json"):
-        (copy / "drs_lib" / name).parent.mkdir(exist_ok=True)
-        (copy / "drs_lib" / name).write_text("{}")
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("drs_lib/shipped/probe.safetensors", "drs_course/reference/probe.json"):
+        (copy / name).write_text("{}")
     build = (
         "from setuptools import build_meta as b; print(b.build_wheel('dist')); print(b.build_sdist('dist'))"
     )
@@ -112,7 +113,8 @@ def distributions(tmp_path_factory):
 
 def test_wheel_and_sdist_have_every_file_of_the_library(distributions):
     copy, in_wheel, in_sdist = distributions
-    files = {p.relative_to(copy).as_posix() for p in (copy / "drs_lib").rglob("*") if p.is_file()}
+    paths = (path for package in PACKAGES for path in (copy / package).rglob("*") if path.is_file())
+    files = {path.relative_to(copy).as_posix() for path in paths}
     files = {name for name in files if "__pycache__" not in name}
     assert {"drs_lib/shipped/probe.safetensors", "drs_course/reference/probe.json", "drs_lib/drs.py"} <= files
     assert not files - in_wheel
@@ -123,7 +125,7 @@ def test_wheel_and_sdist_have_every_file_of_the_library(distributions):
 def test_wheel_has_nothing_beside_the_library(distributions):
     _, in_wheel, _ = distributions
     assert {name.split("/")[0] for name in in_wheel} == {
-        "drs_lib",
+        *PACKAGES,
         f"drs_course-{drs_lib.__version__}.dist-info",
     }
 
@@ -151,7 +153,7 @@ def test_readme_names_only_commands_that_exist():
     named = set(re.findall(r"(?:`|^ {4})make ([a-z-]+)", readme, re.MULTILINE))
     assert {"course", "test", "lab"} <= named
     assert not named - targets
-    for module in set(re.findall(r"python -m (drs_lib[\w.]*)", readme)):
+    for module in set(re.findall(r"python -m (drs_\w+[\w.]*)", readme)):
         assert importlib.util.find_spec(module), module
     for path in re.findall(r"`([\w./-]+/|LICENSE[\w-]*|[\w-]+\.(?:cff|yml))`", readme):
         assert path in ("runs/", "results/", "figures/", "notebooks/") or (ROOT / path).exists(), path

@@ -16,12 +16,13 @@ from drs_course import plots
 from drs_course.paper import Configuration
 from drs_course.plots import colors as plot_colors
 from drs_course.plots import layout
-from drs_course.stages import Pipeline, Splits, get_budget
+from drs_course.stages import Pipeline, Splits
 from drs_course.store import RunStore
 from drs_course.tables import run_tables
 from drs_lib.data import MaskAccessError, without_masks
 from drs_lib.data.voc import voc_palette
 from drs_lib.drs import suppress
+from drs_lib.recipes import get_budget
 
 CLASSES = ("ant", "bee", "cow")
 RNG = np.random.default_rng(0)

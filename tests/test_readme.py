@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from drs_lib.__main__ import main
 from mutants import ANSWERS
 
 from drs_course import doctor
+from drs_course.__main__ import main
 from drs_course.paper import NETWORKS
 from drs_course.tables import reference_table
 

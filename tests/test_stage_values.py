@@ -13,13 +13,16 @@ import torch
 from torch import nn
 
 from conftest import TinyDataset
+from drs_course import stages
 from drs_course.paper import Configuration
-from drs_course.stages import STAGE_VERSIONS, LabelArchive, Pipeline, Splits, TargetMaps, get_budget
+from drs_course.stages import STAGE_VERSIONS, Pipeline, Splits
 from drs_course.store import EntryWriter, RunStore
 from drs_lib import crf, train
+from drs_lib.archives import LabelArchive, MapArchive
 from drs_lib.batches import Batch
 from drs_lib.data import normalize
-from drs_lib.recipes import ClassifyRecipe, RefineRecipe, SegmentRecipe
+from drs_lib.networks import RefinementNetwork
+from drs_lib.recipes import ClassifyRecipe, RefineRecipe, SegmentRecipe, get_budget
 
 TINY, QUIET = TinyDataset(8, 32), dict(device="cpu", progress=False)
 # The paper's recipes, with every choice of the release's, at a size for three epochs of two steps.
@@ -69,6 +72,16 @@ class Known(nn.Module):
         return [self(x), self(x)]
 
 
+class KnownRefined(RefinementNetwork):
+    """The same as a refinement network."""
+
+    def __init__(self, answers):
+        nn.Module.__init__(self)
+        self.answers, self.parameter = answers, nn.Parameter(torch.zeros(()))
+
+    forward = Known.forward
+
+
 class Line(Pipeline):
     """A pipeline whose networks and pseudo labels are given."""
 
@@ -76,19 +89,23 @@ class Line(Pipeline):
         sizes = dict(resize=4, scales=(4, 8), alpha=0.5, refined_alpha=0.5)
         budget = get_budget("ci").replace(**sizes, **changes)
         super().__init__(Splits("two", Pictures(), Pictures()), budget, store=tmp_path, device="cpu")
-        self.known, self.given = Known(answers), labels
+        self.known, self.refined, self.given = Known(answers), KnownRefined(answers), labels
 
     def classifier(self, configuration, overwrite=False):
         return self.known
 
-    segmentation_network = refinement_network = classifier
+    segmentation_network = classifier
+
+    def refinement_network(self, configuration, overwrite=False):
+        return self.refined
 
     def labels(self, configuration):
         return self.given
 
     def made(self, stage, refine=False):
         writer = EntryWriter(self.store.root, RunStore(self.store.root))
-        self.stage(stage, Configuration(refine=refine)).make(writer)
+        planned = self.stage(stage, Configuration(refine=refine))
+        stages.STAGES[stage][1](self, planned, writer)
         return self.store.root
 
 
@@ -170,7 +187,7 @@ def target(tmp_path):
     found = []
     for kind in ("maps", "largest"):
         folder = Line(tmp_path, MAPS, target=kind).made("target", refine=True)
-        found += TargetMaps(folder / "maps.zip", json.loads((folder / "classes.json").read_text()), 2)
+        found += MapArchive(folder / "maps.zip", json.loads((folder / "classes.json").read_text()), 2)
     return np.ravel(found)
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from drs_lib.__main__ import main
 from PIL import Image
 from test_weights import aspp_state, caffe_state, release_state, thin_resnet101, thin_vgg16  # noqa: F401
 
 from conftest import write_voc_tree
 from drs_course import verify as module
+from drs_course.__main__ import main
 from drs_course.download import FILES
 from drs_course.verify import MEASURES, no_map, verify
 from drs_lib.crf import CRFConfig, available

@@ -28,7 +28,7 @@ from drs_course.labs import lab as lab_module
 from drs_course.labs.lab import Lab, View, recent, slider, table
 from drs_course.paper import ALL_LAYERS, Configuration, table_rows
 from drs_course.plots import layer_mean
-from drs_course.stages import Pipeline, get_budget
+from drs_course.stages import Pipeline
 from drs_lib.crf import available, dense_crf
 from drs_lib.data import normalize, without_masks
 from drs_lib.drs import DRS, suppress, suppress_plain
@@ -36,6 +36,7 @@ from drs_lib.labels import pseudo_labels
 from drs_lib.maps import iterate_maps, localization_maps
 from drs_lib.metrics import SegmentationScore, map_quality
 from drs_lib.networks import classifier
+from drs_lib.recipes import get_budget
 
 ROOT = Path(__file__).parents[1]
 PLAIN, LEARNABLE, REFINED = Configuration(drs_layers=()), Configuration(), Configuration(refine=True)
@@ -1053,7 +1054,8 @@ def test_in_a_real_kernel_thirty_queued_messages_become_one_drawing(line):
     manager, client = start_new_kernel(startup_timeout=120, env=environment)
     try:
         setup = (
-            "from drs_course.stages import Pipeline, get_budget\n"
+            "from drs_course.stages import Pipeline\n"
+            "from drs_lib.recipes import get_budget\n"
             "from drs_course.labs import DeltaLab\n"
             "budget = get_budget('ci')\n"
             "budget = budget.replace(classify=budget.classify.replace(epochs=10))\n"

@@ -21,10 +21,11 @@ from drs_course.labs import upload as upload_module
 from drs_course.labs.image import AUTHORS, LONGEST, START
 from drs_course.labs.upload import MOST_BYTES, ImageRefused, read_image
 from drs_course.paper import Configuration
-from drs_course.stages import STAGE_VERSIONS, Pipeline, get_budget
+from drs_course.stages import STAGE_VERSIONS, Pipeline
 from drs_lib.data import VOC_CLASSES, normalize
 from drs_lib.maps import localization_maps
 from drs_lib.networks import classifier
+from drs_lib.recipes import get_budget
 
 NOISE = np.random.default_rng(0).integers(0, 255, (120, 160, 3), dtype=np.uint8)
 PHOTO = Image.fromarray(NOISE)

@@ -1,7 +1,7 @@
 """What a change of the code's shape must leave as it is: keys of all stages, reference tables, and bits.
 
     python tools/golden.py freeze golden.json       # before the change: three minutes, on one core
-    python tools/golden.py compare golden.json      # after it; exit status 1 and what differs, if anything does
+    python tools/golden.py compare golden.json      # after it; exit status 1 if anything differs
 
 Frozen are the run store's keys of every stage of Tables 1-4 under every budget, the committed reference
 tables, the weights of two classifiers trained at the laptop budget, and the pseudo labels that one of them
@@ -18,11 +18,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from drs_course.paper import table_rows
-from drs_course.stages import MEASURES, Pipeline, Splits, get_budget
+from drs_course.stages import MEASURES, Pipeline, Splits
 from drs_course.tables import TABLES, reference_path
 from drs_lib.data import Critters, without_masks
 from drs_lib.labels import pseudo_labels
 from drs_lib.maps import iterate_maps
+from drs_lib.recipes import get_budget
 from drs_lib.train import train_classifier
 
 BUDGETS = (("critters", ("ci", "laptop", "paper")), ("voc", ("ci", "paper", "release")))

@@ -9,8 +9,8 @@ from drs_course.plots.charts import table1_curve
 from drs_course.plots.drs_figure import suppression
 from drs_course.plots.grids import figure1, figure4, figure5, figure6, show_samples
 from drs_course.plots.layout import save_figure
-from drs_course.stages import BUDGETS
 from drs_lib.drs import DRS
+from drs_lib.recipes import BUDGETS
 
 
 def make_figures(out_dir, store=None, data="critters", budget=None, seed=0, voc_root=None, seeds=None):

@@ -1,0 +1,152 @@
+"""What one stage of Figure 3 hands to the next: label maps and localization maps, in zip files of PNGs.
+
+One picture an image, which every viewer shows; a fixed date, so that the same labels are the same file.
+"""
+
+import io
+import os
+import zipfile
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from drs_lib.data.voc import voc_palette
+from drs_lib.labels import of_classes, pseudo_labels
+from drs_lib.maps import keep_largest_class
+
+# Pictures that may wait for their compression, or for their turn to be written.
+PNGS_AHEAD = 32
+PALETTE = voc_palette().tobytes()
+
+
+class TrueMasks(Sequence):
+    """A data set's masks as training labels, for the fully supervised upper bound."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.dataset.mask(index)
+
+
+class LabelArchive(Sequence):
+    """Label maps uint8 (H, W) by index, from a zip file of indexed PNGs in VOC's colours, one per image."""
+
+    def __init__(self, path):
+        self.path, self._archive, self._process = Path(path), None, None
+        with zipfile.ZipFile(self.path) as archive:
+            self.names = archive.namelist()
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return np.array(Image.open(io.BytesIO(self._opened().read(self.names[index]))))
+
+    def _opened(self):
+        # A forked process would share the parent's file position.
+        process = os.getpid()
+        if self._process != process:
+            self._archive, self._process = zipfile.ZipFile(self.path), process
+        return self._archive
+
+    def __getstate__(self):
+        return self.__dict__ | {"_archive": None, "_process": None}
+
+
+class MapArchive(LabelArchive):
+    """Localization maps by index, float32 (C, H, W) in [0, 1], from 8-bit maps of the present classes, one
+    above the other in one greyscale PNG per image."""
+
+    def __init__(self, path, classes, num_classes):
+        super().__init__(path)
+        self.classes, self.num_classes = classes, num_classes
+
+    def __getitem__(self, index):
+        present, stack = self.stack(index)
+        maps = np.zeros((self.num_classes, *stack.shape[1:]), np.float32)
+        maps[present] = stack * np.float32(1 / 255)
+        return maps
+
+    def stack(self, index):
+        """(classes, their maps as uint8 (n, H, W)); for no class, a map of zeros of the first."""
+        classes, stack = self.classes[index] or [0], super().__getitem__(index)
+        return classes, stack.reshape(len(classes), -1, stack.shape[1])
+
+
+def write_targets(file, found, names, largest=False):
+    """Targets of the refinement network as a zip file of PNGs, for `MapArchive`: in 8 bits, an image's maps
+    one above the other; of no class, one map of zeros, which remembers the image's size.
+
+    found: what `drs_lib.maps.iterate_present_maps` yields. names: the images'. largest: each pixel
+    keeps its largest class only. Returns the classes of each image.
+    """
+    classes = []
+
+    def pictures():
+        for index, labels, maps in found:
+            classes.append(labels.nonzero().flatten().tolist())
+            maps = keep_largest_class(maps) if largest else maps
+            yield names[index], (maps * 255).round().byte().flatten(0, 1).cpu().numpy()
+
+    write_pngs(file, pictures())
+    return classes
+
+
+def write_labels(file, found, dataset, **rule):
+    """Pseudo labels as a zip file of PNGs, for `LabelArchive`.
+
+    found: what `drs_lib.maps.iterate_present_maps` yields. dataset: for saliency and names. rule: of
+    `drs_lib.labels.pseudo_labels`.
+    """
+
+    def pictures():
+        for index, present, maps in found:
+            labels = pseudo_labels(maps[None], dataset.saliency(index)[None], **rule)
+            classes = present.nonzero().flatten().tolist()
+            yield dataset.names[index], of_classes(labels, classes)[0].cpu().numpy()
+
+    write_pngs(file, pictures(), indexed=True)
+
+
+def write_pngs(file, pictures, indexed=False):
+    """A zip file of PNGs, from (name, uint8 (H, W)) in order; indexed: in VOC's colours.
+
+    Compressed by a pool of threads, a few pictures ahead of the one that is being written.
+    """
+    encode = partial(_png, indexed=indexed)
+    with zipfile.ZipFile(file, "w") as archive, ThreadPoolExecutor() as pool:
+        waiting = deque()
+        for name, pixels in pictures:
+            waiting.append((name, pool.submit(encode, pixels)))
+            if len(waiting) > PNGS_AHEAD:
+                _store(archive, *waiting.popleft())
+        while waiting:
+            _store(archive, *waiting.popleft())
+
+
+def _store(archive, name, png):
+    # A fixed date, so that the same labels are the same file.
+    archive.writestr(zipfile.ZipInfo(f"{name}.png", (1980, 1, 1, 0, 0, 0)), png.result())
+
+
+def _png(pixels, indexed):
+    image = Image.fromarray(pixels)
+    if indexed:
+        image.putpalette(PALETTE)
+    buffer = io.BytesIO()
+    # The fastest setting: it costs a few per cent in size, and training waits for these files.
+    image.save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()

@@ -1,0 +1,102 @@
+"""Figure 3 of the paper, from top to bottom: images, their labels and saliency in, a DeepLab out.
+
+    network, score = weakly_supervised(train, val, get_budget("laptop"), "out")
+
+Six calls, of which each can be made alone. `python -m drs_lib` makes them for a folder of images.
+"""
+
+from pathlib import Path
+
+from drs_lib.archives import LabelArchive, MapArchive, write_labels, write_targets
+from drs_lib.batches import place_of_images
+from drs_lib.data.decoded import decoded
+from drs_lib.data.weak import without_masks
+from drs_lib.maps import iterate_present_maps
+from drs_lib.networks import RefinementNetwork
+from drs_lib.runtime import threads
+from drs_lib.train import (
+    evaluate_segmentation,
+    train_classifier,
+    train_refinement,
+    train_segmentation,
+)
+
+
+def weakly_supervised(train, val, budget, folder, segmenter="largefov", seed=0, device=None, progress=True):
+    """Train a segmentation network on image-level labels and saliency maps, and score it.
+
+    Args:
+        train: a data set (`drs_lib.data`), of which images, labels and saliency are read, and no mask.
+        val: a data set with masks, for the score alone; None: no score.
+        budget: a `drs_lib.recipes.Budget`: the recipes, and how maps are read.
+        folder: for ``maps.zip`` and ``labels.zip``, what one step hands to the next.
+        segmenter: "largefov", "largefov_resnet" or "aspp", the networks of Table 4.
+        seed, device, progress: of the three trainings, see `drs_lib.train.train_classifier`.
+
+    Returns:
+        (the DeepLab in evaluation mode, its mean IoU as a fraction or None).
+    """
+    train, folder = without_masks(train), Path(folder)
+    options = dict(seed=seed, device=device, progress=progress)
+    classifier, _ = train_classifier(budget.classify, train, **options)
+    maps = localization_maps_of(classifier, train, budget, folder / "maps.zip")
+    refiner, _ = train_refinement(budget.refine, train, maps, **options)
+    labels = pseudo_labels_of(refiner, train, budget, folder / "labels.zip")
+    network, _ = train_segmentation(budget.segment(segmenter), train, labels, **options)
+    return network, None if val is None else evaluate_segmentation(network, val)["miou"]
+
+
+def localization_maps_of(classifier, train, budget, file, cache_dir=None):
+    """Equation 1 for every training image: what the refinement network learns.
+
+    file: where they are kept, a path or a binary file; a `MapArchive` of it is returned for a path, and for a
+    file the classes of each image. cache_dir: see `present_maps_of`.
+    """
+    found = present_maps_of(classifier, train, budget, cache_dir)
+    classes = write_targets(file, found, train.names, largest=budget.target == "largest")
+    return MapArchive(file, classes, train.num_classes) if isinstance(file, (str, Path)) else classes
+
+
+def pseudo_labels_of(network, train, budget, file, cache_dir=None):
+    """The object cue of the maps and the background cue of saliency, for every training image.
+
+    network: the refinement network, or the classifier where there is none. file: as above; for a path a
+    `LabelArchive` is returned.
+    """
+    rule = label_rule(budget, isinstance(network, RefinementNetwork))
+    write_labels(file, present_maps_of(network, train, budget, cache_dir), train, **rule)
+    return LabelArchive(file) if isinstance(file, (str, Path)) else None
+
+
+def label_rule(budget, refined):
+    """The arguments of `drs_lib.labels.pseudo_labels` under a budget."""
+    alpha = budget.refined_alpha if refined else budget.alpha
+    return {"alpha": alpha, "beta": budget.beta, "rule": budget.rule, "conflict": budget.conflict}
+
+
+def map_options(budget, refined):
+    """How maps are made under a budget: arguments of `drs_lib.maps.iterate_maps`."""
+    options = {"scales": budget.scales, "resize": budget.resize}
+    return options | ({"renormalize": budget.renormalize} if refined else {})
+
+
+def present_maps_of(network, dataset, budget, cache_dir=None, iterate=iterate_present_maps, indices=None):
+    """What `drs_lib.maps.iterate_present_maps` yields for a trained network, as the budget makes maps.
+
+    cache_dir: a folder for decoded images, where the recipe has them in memory. iterate: `iterate_maps` for
+    the maps of all classes.
+    """
+    refined = isinstance(network, RefinementNetwork)
+    recipe = budget.refine if refined else budget.classify
+    if cache_dir is not None and place_of_images(recipe, next(network.parameters()).device) != "files":
+        dataset = decoded(dataset, cache_dir)
+    with threads(recipe.threads):
+        yield from iterate(
+            network,
+            dataset,
+            kind="refined" if refined else "classifier",
+            workers=recipe.workers,
+            precision=recipe.precision,
+            indices=indices,
+            **map_options(budget, refined),
+        )
