@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
-from drs_lib.data.saliency import shipped_identity
+from drs_lib.data.saliency import predict, shipped_identity
 
 # A species is a face and a pair of ears. The six of the course are three faces by two pairs of ears, so that
 # no part of the head identifies a species by itself: the network has to see the head as a whole.
@@ -428,8 +429,6 @@ class Critters:
         return f"Critters({self.split!r}, size={self.size}, seed={self.seed}, length={len(self)})"
 
     def __getitem__(self, i):
-        import torch
-
         i = self._draw(i)
         labels = torch.zeros(self.num_classes)
         labels[[label - 1 for *_, label in self._heads[i]]] = 1
@@ -447,8 +446,6 @@ class Critters:
         """Saliency uint8 (size, size), 0..255 for 0..1, from the shipped saliency network."""
         i = range(len(self))[i]
         if not self._has_saliency[i]:
-            from drs_lib.data.saliency import predict
-
             # Always the same 50 images together, so that a map does not depend on which was asked for first.
             first = i - i % 50
             block = slice(first, min(first + 50, len(self)))

@@ -41,7 +41,7 @@ MASK_FOLDERS = ("SegmentationClassAug", "SegmentationClass")
 
 DOWNLOAD_HINT = "python -m drs_course download --root {root}"
 
-_IGNORED = 255
+IGNORED = 255  # what a mask or a label map holds where nothing is known
 _SAMPLE = 16  # saliency maps that are looked at to tell how all are stored
 
 
@@ -265,7 +265,7 @@ class VOC2012(Dataset):
         self.classes = VOC_CLASSES
         if own_classes.is_file():
             self.classes = tuple(_lines(own_classes))
-            if not 0 < len(self.classes) < _IGNORED or len(set(self.classes)) < len(self.classes):
+            if not 0 < len(self.classes) < IGNORED or len(set(self.classes)) < len(self.classes):
                 raise ValueError(f"{own_classes}: expected 1 to 254 different class names, one a line")
         self.num_classes = len(self.classes)
         self.names = self._read_list(check_lists and not own_classes.is_file())
@@ -404,7 +404,7 @@ class VOC2012(Dataset):
             "it with save_indexed_png(path, labels_from_colours(rgb)), both in drs_lib.data.voc",
         )
         labels = _values(mask)
-        strange = set(labels) - {*range(self.num_classes + 1), _IGNORED}
+        strange = set(labels) - {*range(self.num_classes + 1), IGNORED}
         if strange:
             raise ValueError(
                 f"{path} has value {min(strange)}, expected 0 (background), 1..{self.num_classes} (classes) "
@@ -457,7 +457,7 @@ class VOC2012(Dataset):
         return torch.from_numpy(self._labels[index].copy())
 
     def _mask_classes(self, index):
-        return [value - 1 for value in _values(self.mask(index)) if 0 < value < _IGNORED]
+        return [value - 1 for value in _values(self.mask(index)) if 0 < value < IGNORED]
 
     def _xml_classes(self, index):
         path = self.root / "Annotations" / (self.names[index] + ".xml")
