@@ -145,6 +145,15 @@ def opened(path, file=None):
         ) from error
 
 
+def _pixels(path):
+    """An image as uint8 (H, W, 3), RGB."""
+    with opened(path) as image:
+        if image.mode[0] not in "IF":
+            return np.array(image.convert("RGB"))
+        values = np.array(image)
+    return _grey_levels(path, values)
+
+
 def _grey_levels(path, values):
     """An image of integers with 16 bits or more, or of floats, as uint8 (H, W, 3). Pillow would cut off what
     is above 255."""
@@ -238,6 +247,38 @@ def _split_ids(root, split, check):
     if common:
         raise ValueError(f"{path} holds images of VOC's val list: {first_few(common)}. {how}")
     return names
+
+
+def _require(root, split, names, folder, suffix, what):
+    """Raises FileNotFoundError unless a folder has a file for each of a split's names."""
+    path = root / folder
+    download = DOWNLOAD_HINT.format(root=root.parent)
+    if folder == "saliency_map" and not path.is_dir():
+        raise FileNotFoundError(
+            f"no {path}: DRS takes its background cue from saliency maps. '{download} --only saliency' "
+            "fetches those of the authors' release; or put 8-bit greyscale PNGs named by image id there."
+        )
+    files = set(os.listdir(path)) if path.is_dir() else set()
+    missing = [name for name in names if name + suffix not in files]
+    if not missing:
+        return
+    state = "is not there" if not path.is_dir() else f"lacks {len(missing)} of {len(names)} {what}"
+    other = ""
+    if folder == "SegmentationClassAug" and (root / "SegmentationClass").is_dir():
+        other = " For VOC's own train and val images masks='SegmentationClass' will do."
+    raise FileNotFoundError(
+        f"{path} {state} (list {split!r}): {first_few(missing)}. The tree is incomplete; '{download}' "
+        f"completes it.{other}"
+    )
+
+
+def _classes(path):
+    if not path.is_file():
+        return VOC_CLASSES
+    classes = tuple(_lines(path))
+    if not 0 < len(classes) < IGNORED or len(set(classes)) < len(classes):
+        raise ValueError(f"{path}: expected 1 to 254 different class names, one a line")
+    return classes
 
 
 def _aligned(root, name, folder, modes, otherwise):
@@ -345,54 +386,22 @@ class VOC2012(Dataset):
         self.split, self.label_source, self.mask_folder, self.difficult = split, labels, masks, difficult
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         own_classes = self.root / "classes.txt"
-        self.classes = VOC_CLASSES
-        if own_classes.is_file():
-            self.classes = tuple(_lines(own_classes))
-            if not 0 < len(self.classes) < IGNORED or len(set(self.classes)) < len(self.classes):
-                raise ValueError(f"{own_classes}: expected 1 to 254 different class names, one a line")
+        self.classes = _classes(own_classes)
         self.num_classes = len(self.classes)
         self.names = _split_ids(self.root, split, check_lists and not own_classes.is_file())
-        self._require("JPEGImages", ".jpg", "images")
-        if labels == "mask":
-            self._require(masks, ".png", "masks")
-        elif labels == "xml":
-            self._require("Annotations", ".xml", "annotations")
+        of_labels = {"mask": [(masks, ".png", "masks")], "xml": [("Annotations", ".xml", "annotations")]}
+        for files in [("JPEGImages", ".jpg", "images"), *of_labels.get(labels, [])]:
+            _require(self.root, split, self.names, *files)
         # One array and not a list of tensors: it travels to worker processes in one piece.
         self._labels = np.zeros((len(self.names), self.num_classes), np.float32)
         self._labelled = np.zeros(len(self.names), bool)
 
-    def _require(self, folder, suffix, what):
-        path = self.root / folder
-        files = set(os.listdir(path)) if path.is_dir() else set()
-        missing = [name for name in self.names if name + suffix not in files]
-        if not missing:
-            return
-        state = "is not there" if not path.is_dir() else f"lacks {len(missing)} of {len(self.names)} {what}"
-        other = ""
-        if folder == "SegmentationClassAug" and (self.root / "SegmentationClass").is_dir():
-            other = " For VOC's own train and val images masks='SegmentationClass' will do."
-        raise FileNotFoundError(
-            f"{path} {state} (list {self.split!r}): {first_few(missing)}. The tree is incomplete; "
-            f"'{DOWNLOAD_HINT.format(root=self.root.parent)}' completes it.{other}"
-        )
-
     def require_saliency(self):
         """Raises FileNotFoundError if not every image has a saliency map, and says where they come from; and
         ValueError if some of a sample of them can't be used."""
-        self._saliency_folder()
-        self._require("saliency_map", ".png", "saliency maps")
+        _require(self.root, self.split, self.names, "saliency_map", ".png", "saliency maps")
         for index in self._saliency_sample():
             self.saliency(index)
-
-    def _saliency_folder(self):
-        folder = self.root / "saliency_map"
-        if not folder.is_dir():
-            raise FileNotFoundError(
-                f"no {folder}: DRS takes its background cue from saliency maps. "
-                f"'{DOWNLOAD_HINT.format(root=self.root.parent)} --only saliency' fetches those of the "
-                "authors' release; or put 8-bit greyscale PNGs named by image id there."
-            )
-        return folder.name
 
     def __len__(self):
         return len(self.names)
@@ -412,12 +421,7 @@ class VOC2012(Dataset):
             ValueError: the file is damaged or cut off, or holds no grey levels or colours.
         """
         path = self.root / "JPEGImages" / f"{self.names[index]}.jpg"
-        with opened(path) as image:
-            deep = image.mode[0] in "IF"
-            pixels = np.array(image if deep else image.convert("RGB"))
-        if deep:
-            pixels = _grey_levels(path, pixels)
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        return torch.from_numpy(_pixels(path)).permute(2, 0, 1).contiguous()
 
     def mask(self, index):
         """Mask ``index``, uint8 (H, W): 0 background, 1..C classes, 255 ignored. For scoring only.
@@ -454,6 +458,8 @@ class VOC2012(Dataset):
             ValueError: not 8-bit greyscale, not of its image's size, damaged, or with 1 in the place of 255,
                 as the other maps.
         """
+        if not (self.root / "saliency_map").is_dir():
+            self.require_saliency()
         path, saliency = self._saliency(index)
         # One map with nothing above 1 says nothing: a detector may find nothing in an image.
         if saliency.max() == 1 and self._highest_saliency <= 1:
@@ -465,7 +471,7 @@ class VOC2012(Dataset):
 
     def _saliency(self, index):
         expected = "expected 8-bit greyscale, 0 = not salient, 255 = salient"
-        return _aligned(self.root, self.names[index], self._saliency_folder(), ("L",), expected)[:2]
+        return _aligned(self.root, self.names[index], "saliency_map", ("L",), expected)[:2]
 
     def _saliency_sample(self):
         return range(0, len(self), -(-len(self) // _SAMPLE))
