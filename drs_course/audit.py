@@ -12,6 +12,7 @@ import torch
 
 from drs_course.stages import weights_identity
 from drs_lib import networks
+from drs_lib.data import IGNORED
 from drs_lib.labels import MAPS_HINT, PAPER_BETA, SALIENCY_HINT, check_unit
 from drs_lib.maps import iterate_maps
 from drs_lib.metrics import mean_iou
@@ -20,7 +21,6 @@ from drs_lib.train import classification_loss, train_network
 
 __all__ = ["ALPHAS", "AlphaScan", "scan_alpha", "score_every_epoch"]
 
-IGNORED = 255
 # Denser where maps are low: there the curves differ.
 ALPHAS = (0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.9)
 

@@ -16,9 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from drs_lib.data.voc import MASK_FOLDERS, save_indexed_png
-
-_IGNORED = 255
+from drs_lib.data.voc import IGNORED, MASK_FOLDERS, save_indexed_png
 
 
 def _components(region):
@@ -164,7 +162,7 @@ def export_voc(splits, root, *, progress=True):
 def _write(tree, dataset, index, name, classes):
     image, labels = dataset[index]
     mask = np.asarray(dataset.mask(index))
-    in_mask = sorted(set(np.unique(mask).tolist()) - {0, _IGNORED})
+    in_mask = sorted(set(np.unique(mask).tolist()) - {0, IGNORED})
     in_labels = [value + 1 for value in np.flatnonzero(np.asarray(labels)).tolist()]
     if in_mask != in_labels:
         raise ValueError(

@@ -12,10 +12,10 @@ import time
 
 import numpy as np
 import torch
-from torch.nn.functional import interpolate
 
 from drs_course.stages import Pipeline
 from drs_course.store import RunStore, course_store
+from drs_lib.data import resize_square
 
 __all__ = ["LiveLoss", "image_batch", "may_train", "open_course"]
 
@@ -57,10 +57,7 @@ def image_batch(dataset, indices, side=None):
     side: of the square that they are resized to, as a budget's ``resize`` has it; images of different sizes
     need one. None: they stay as they are.
     """
-    images = [dataset[i][0][None] for i in indices]
-    if side is not None:
-        images = [interpolate(image, (side, side), mode="bilinear", antialias=True) for image in images]
-    return torch.cat(images)
+    return torch.stack([resize_square(dataset[i][0], side) for i in indices])
 
 
 def may_train(line, recipe, trainings=1, anyway=False):

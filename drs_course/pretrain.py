@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from drs_lib.data import Critters, normalize
 from drs_lib.data.critters import draw
-from drs_lib.data.saliency import saliency_network
+from drs_lib.data.saliency import SaliencyNetwork
 from drs_lib.files import atomic_path
 from drs_lib.networks import pretraining_classifier
 from drs_lib.recipes import ClassifyRecipe
@@ -55,7 +55,7 @@ def pretrain_saliency(progress=True):
         # `train_network` asks a network what of it is new; with one learning rate for all it does not matter.
         def __init__(self):
             super().__init__()
-            self.detector = saliency_network()
+            self.detector = SaliencyNetwork()
 
         def new_modules(self):
             return [self.detector.head]

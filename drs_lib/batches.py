@@ -14,16 +14,13 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from drs_lib.data.decoded import decoded, pack
-from drs_lib.data.transforms import training_transform
+from drs_lib.data import IGNORED, decoded, pack, training_transform
+from drs_lib.data.transforms import as_tensor
 from drs_lib.runtime import move, seeded
-
-IGNORED = 255
 
 
 class Batch(NamedTuple):
@@ -65,13 +62,25 @@ def make_batches(dataset, recipe, extra, seed, device, cache_dir=None):
         crop=recipe.crop, resize=recipe.resize, scale=recipe.scale, flip=recipe.flip, jitter=recipe.jitter
     )
     order = Order(len(dataset), per_epoch, recipe.batch, recipe.accumulate, seed)
+    # The loader draws a number of its own each epoch; it must not come out of the network's stream. The other
+    # way has the stream too: a checkpoint of one way serves the other.
+    generator = torch.Generator().manual_seed(seed)
     place = place_of_images(recipe, device)
     if place == "files":
-        batches = _from_files(dataset, recipe, transform, extra, order, seed, device)
-        return batches, (batches.generator, order.generator)
-    batches = _FromMemory(dataset, recipe, transform, extra, order, device, place, cache_dir)
-    # The first way's loader has a stream of its own; a checkpoint of one way serves the other.
-    return batches, (torch.Generator().manual_seed(seed), order.generator)
+        batches = DataLoader(
+            _FromFiles(dataset, transform, extra),
+            batch_size=None,
+            sampler=order,
+            num_workers=recipe.workers,
+            persistent_workers=recipe.workers > 0,
+            pin_memory=device.type == "cuda",
+            generator=generator,
+        )
+    else:
+        # A target is resized together with its image, so that both have one size before.
+        dataset = decoded(dataset, cache_dir, recipe.resize if extra is None else None)
+        batches = _FromMemory(dataset, transform, extra, order, device, place)
+    return batches, (generator, order.generator)
 
 
 def place_of_images(recipe, device):
@@ -81,52 +90,37 @@ def place_of_images(recipe, device):
     return "device" if device.type == "cuda" else "files"
 
 
-def _drawn(seed, indices, transform):
-    """The random numbers of each image's augmentation."""
+def _batch(transform, seed, indices, images, labels, targets=None, stack=None):
+    """Augments and stacks a batch; stack(targets, indices) makes its ``extra``."""
     with seeded(seed, accelerators=False):
-        return [transform.draw() for _ in indices]
+        draws = [transform.draw() for _ in images]
+    if targets is None:
+        return Batch(indices, *transform.batch(images, draws=draws), labels, None)
+    images, targets = transform.batch(images, targets, draws=draws)
+    return Batch(indices, images, labels, stack(targets, indices.tolist()))
 
 
-def _from_files(dataset, recipe, transform, extra, order, seed, device):
-    return DataLoader(
-        _Samples(dataset, transform, extra),
-        batch_size=None,
-        sampler=order,
-        num_workers=recipe.workers,
-        persistent_workers=recipe.workers > 0,
-        pin_memory=device.type == "cuda",
-        # The loader draws a number of its own each epoch; it must not come out of the network's stream.
-        generator=torch.Generator().manual_seed(seed),
-    )
-
-
-class _Samples(Dataset):
+class _FromFiles(Dataset):
     """Reads, checks, augments and stacks the images of a batch, with what `extra(i, image)` adds to each."""
 
-    def __init__(self, dataset, transform, extra=None):
+    def __init__(self, dataset, transform, extra):
         self.dataset, self.transform, self.extra = dataset, transform, extra
 
     def __getitem__(self, key):
         seed, indices = key
-        draws = _drawn(seed, indices, self.transform)
         images, labels = zip(*(self.dataset[i] for i in indices.tolist()), strict=True)
+        sample = self.transform, seed, indices, images, torch.stack(labels)
         if self.extra is None:
-            (images,), extra = self.transform.batch(images, draws=draws), None
-        else:
-            extras = [self.extra(i, image) for i, image in zip(indices.tolist(), images, strict=True)]
-            images, extras = self.transform.batch(images, extras, draws=draws)
-            extra = torch.stack(extras)
-        return Batch(indices, images, torch.stack(labels), extra)
+            return _batch(*sample)
+        targets = [self.extra(i, image) for i, image in zip(indices.tolist(), images, strict=True)]
+        return _batch(*sample, targets, lambda targets, _: torch.stack(targets))
 
 
 class _FromMemory:
     """Batches cut out of decoded images, augmented on the device."""
 
-    def __init__(self, dataset, recipe, transform, extra, order, device, place, cache_dir):
+    def __init__(self, dataset, transform, extra, order, device, place):
         self.transform, self.extra, self.order, self.device = transform, extra, order, device
-        # A target is resized together with its image, so that both have one size before.
-        resize = recipe.resize if extra is None else None
-        dataset = decoded(dataset, cache_dir=cache_dir, resize=resize)
         self.labels = torch.stack([dataset[i][1] for i in range(len(dataset))]).to(device)
         self.images = _placed(dataset.packed, place, device)
         self.targets = None if extra is None else _placed(extra.packed(dataset), place, device)
@@ -136,16 +130,13 @@ class _FromMemory:
 
     def __iter__(self):
         for seed, indices in self.order:
-            draws = _drawn(seed, indices, self.transform)
             images = [move(self.images[i], self.device) for i in indices.tolist()]
-            labels = self.labels[move(indices, self.device)]
+            sample = self.transform, seed, indices, images, self.labels[move(indices, self.device)]
             if self.extra is None:
-                (images,), extra = self.transform.batch(images, draws=draws), None
+                yield _batch(*sample)
             else:
                 targets = [self.extra.unpack(move(self.targets[i], self.device)) for i in indices.tolist()]
-                images, targets = self.transform.batch(images, targets, draws=draws)
-                extra = self.extra.stack(targets, indices.tolist())
-            yield Batch(indices, images, labels, extra)
+                yield _batch(*sample, targets, self.extra.stack)
 
 
 def _placed(packed, place, device):
@@ -161,15 +152,34 @@ def _placed(packed, place, device):
         return packed
 
 
-class TargetMaps:
-    """Target localization maps by index, checked, as float32 (C, H, W) at the image's size."""
+class _Targets:
+    """One target for each image, by index: ``targets(i, image)`` checks it and gives it as a tensor.
 
-    def __init__(self, targets, dataset):
-        _expect_one_each(targets, dataset, "targets")
-        self.targets, self.names, self.classes = targets, dataset.names, dataset.num_classes
+    ``packed`` keeps all in 8 bits, ``unpack`` brings one back, ``stack`` makes a batch of them.
+    """
+
+    what = None
+
+    def __init__(self, values, dataset):
+        if len(values) != len(dataset):
+            raise ValueError(f"{len(values)} {self.what} for {len(dataset)} images: expected one each")
+        self.values, self.names, self.classes = values, dataset.names, dataset.num_classes
+
+    def packed(self, dataset):
+        with ThreadPoolExecutor() as pool:
+            return pack(pool.map(self.as_bytes, range(len(dataset)), dataset.packed), len(dataset))
+
+
+class TargetMaps(_Targets):
+    """Target localization maps by index, checked, as float32 (C, H, W) at the image's size.
+
+    Packed, they are the maps of every image's classes, as the pipeline stores them.
+    """
+
+    what = "targets"
 
     def __call__(self, i, image):
-        maps = _tensor(self.targets[i])
+        maps = as_tensor(self.values[i])
         if maps.ndim != 3 or len(maps) != self.classes or not maps.is_floating_point():
             raise ValueError(
                 f"the target maps of {self.names[i]} are {maps.dtype} {tuple(maps.shape)}: expected floating "
@@ -186,49 +196,38 @@ class TargetMaps:
         return maps
 
     def packed(self, dataset):
-        """The maps of every image's classes in 8 bits, as the pipeline stores them; `unpack` undoes it."""
-        self.present = []
+        self.present = [None] * len(dataset)
+        return super().packed(dataset)
 
-        def stacks():
-            with ThreadPoolExecutor() as pool:
-                for classes, stack in pool.map(self._stack, range(len(dataset)), dataset.packed):
-                    self.present.append(torch.tensor(classes))
-                    yield stack
-
-        return pack(stacks(), len(dataset))
-
-    def _stack(self, i, image):
-        if hasattr(self.targets, "stack"):
-            classes, stack = self.targets.stack(i)
+    def as_bytes(self, i, image):
+        if hasattr(self.values, "stack"):
+            self.present[i], stack = self.values.stack(i)
             if stack.shape[-2:] == tuple(image.shape[-2:]):
-                return classes, torch.from_numpy(stack)
+                return stack
         maps = self(i, image)
         # An image without any class is one map of zeros.
-        classes = maps.amax((1, 2)).nonzero().flatten().tolist() or [0]
-        return classes, (maps[classes] * 255).round().byte()
+        self.present[i] = maps.amax((1, 2)).nonzero().flatten().tolist() or [0]
+        return (maps[self.present[i]] * 255).round().byte()
 
-    @staticmethod
-    def unpack(stack):
+    def unpack(self, stack):
         return stack.float() * (1 / 255)
 
     def stack(self, stacks, indices):
         """float32 (N, C, H, W) from the maps (c, H, W) of each image's own classes."""
-        maps = stacks[0].new_zeros(len(stacks), self.classes, *stacks[0].shape[-2:])
-        for one, own, i in zip(maps, stacks, indices, strict=True):
-            self.present[i] = self.present[i].to(maps.device)
-            one.index_copy_(0, self.present[i], own)
-        return maps
+        batch = stacks[0].new_zeros(len(stacks), self.classes, *stacks[0].shape[-2:])
+        for maps, stack, i in zip(batch, stacks, indices, strict=True):
+            for label, one in zip(self.present[i], stack, strict=True):
+                maps[label] = one
+        return batch
 
 
-class LabelMaps:
+class LabelMaps(_Targets):
     """Segmentation labels by index, checked, as uint8 (H, W)."""
 
-    def __init__(self, labels, dataset):
-        _expect_one_each(labels, dataset, "labels")
-        self.labels, self.names, self.classes = labels, dataset.names, dataset.num_classes
+    what = "labels"
 
     def __call__(self, i, image):
-        labels = _tensor(self.labels[i])
+        labels = as_tensor(self.values[i])
         if labels.dtype != torch.uint8 or labels.shape != image.shape[-2:]:
             raise ValueError(
                 f"the segmentation labels of {self.names[i]} are {labels.dtype} {tuple(labels.shape)}: "
@@ -242,30 +241,15 @@ class LabelMaps:
             )
         return labels
 
-    def packed(self, dataset):
-        with ThreadPoolExecutor() as pool:
-            labels = pool.map(lambda i: self(i, dataset.packed[i]), range(len(dataset)))
-            return pack(labels, len(dataset))
+    as_bytes = __call__
 
-    @staticmethod
-    def unpack(labels):
+    def unpack(self, labels):
         return labels
 
-    @staticmethod
-    def stack(labels, indices):
+    def stack(self, labels, indices):
         return torch.stack(labels)
 
 
 def resize_maps(maps, size):
     """Maps (N, C, H, W) at another size, on the grid of the localization maps: bilinear, corners aligned."""
     return F.interpolate(maps, tuple(size), mode="bilinear", align_corners=True)
-
-
-def _tensor(values):
-    # An array is copied: it may be read-only, a memory map for one, and torch has no read-only tensors.
-    return values if isinstance(values, torch.Tensor) else torch.from_numpy(np.array(values))
-
-
-def _expect_one_each(sequence, dataset, what):
-    if len(sequence) != len(dataset):
-        raise ValueError(f"{len(sequence)} {what} for {len(dataset)} images: expected one each")

@@ -11,10 +11,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from drs_lib.data import IGNORED
 from drs_lib.runtime import move
 
 BACKGROUND = 0
-IGNORED = 255
 RULES = ("paper", "release")
 CONFLICTS = ("background", "object", "ignore")
 PAPER_BETA = 0.06

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import torch
 from torch.nn.functional import interpolate
+from tqdm.auto import tqdm
 
 from drs_lib.arguments import whole
+from drs_lib.data import normalize, resize_square
 from drs_lib.runtime import autocast, evaluating, memory_format, move, require_finite
 
 EPSILON = 1e-5
@@ -142,10 +144,6 @@ def iterate_present_maps(
 
 
 def _iterate(network, dataset, batch_size, resize, renormalize, indices, workers, progress):
-    from tqdm.auto import tqdm
-
-    from drs_lib.data import normalize
-
     model, kind, scales, precision = network
     device = _device(model)
     loader = torch.utils.data.DataLoader(
@@ -186,11 +184,7 @@ class _Inputs(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         image, labels = self.dataset[index]
-        own = tuple(image.shape[-2:])
-        if self.resize is not None and own != (self.resize, self.resize):
-            side = (self.resize, self.resize)
-            image = interpolate(image[None], side, mode="bilinear", antialias=True)[0]
-        return index, image, labels, own
+        return index, resize_square(image, self.resize), labels, tuple(image.shape[-2:])
 
 
 def _group_by_size(items):

@@ -10,9 +10,8 @@ import math
 import numpy as np
 import torch
 
+from drs_lib.data import IGNORED
 from drs_lib.labels import MAPS_HINT, check_unit
-
-IGNORED = 255
 
 
 def iou_per_class(confusion):

@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from drs_lib import networks
-from drs_lib.batches import IGNORED, Batch, LabelMaps, TargetMaps, make_batches, resize_maps
+from drs_lib.batches import Batch, LabelMaps, TargetMaps, make_batches, resize_maps
 from drs_lib.crf import iterate_crf
-from drs_lib.data import normalize, without_masks
+from drs_lib.data import IGNORED, normalize, resize_square, without_masks
 from drs_lib.drs import LearnableController
 from drs_lib.metrics import SegmentationScore, exact_match_accuracy, known_labels
 from drs_lib.recipes import PARAMETER_GROUPS, ClassifyRecipe, RefineRecipe, SegmentRecipe
@@ -600,8 +600,7 @@ def _image_batches(dataset, batch_size, resize, title, progress):
     pending = []
     for i in tqdm(range(len(dataset)), desc=title, unit="image", disable=not progress, dynamic_ncols=True):
         image, labels = dataset[i]
-        if resize is not None and image.shape[-2:] != (resize, resize):
-            image = F.interpolate(image[None], (resize, resize), mode="bilinear", antialias=True)[0]
+        image = resize_square(image, resize)
         if pending and (len(pending) == batch_size or pending[0][1].shape != image.shape):
             yield _stack(pending)
             pending = []

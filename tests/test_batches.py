@@ -54,7 +54,7 @@ def test_a_training_from_memory_is_the_training_from_files(stage, augmentation, 
         found, same_losses = run(images=place)
         assert same_losses == losses
         assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert not augmentation["resize"] or stage != "classify" or list(tmp_path.glob("*.images"))
+    assert not augmentation["resize"] or stage != "classify" or list(tmp_path.glob("*.safetensors"))
 
 
 def test_images_stay_in_files_without_a_gpu(monkeypatch):
@@ -160,5 +160,5 @@ def test_a_pipeline_on_voc_from_memory_makes_what_it_makes_from_files(tmp_path):
             if name not in ("meta.json", "history.json")
         }
     assert found["files"] == found["memory"] and len(found["files"]) >= 8
-    assert len(list((tmp_path / "memory" / "decoded").glob("*.images"))) == 1
+    assert len(list((tmp_path / "memory" / "decoded").glob("*.safetensors"))) == 1
     assert not (tmp_path / "files" / "decoded").exists()

@@ -10,6 +10,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from conftest import TinyDataset, write_voc_tree
@@ -42,21 +43,20 @@ def assert_same(packed, expected):
 
 
 def files(folder):
-    return sorted(path.name for path in folder.glob("*") if path.suffix != ".lock")
+    return sorted(path.name for path in folder.glob("*"))
 
 
-@pytest.mark.parametrize("count", [None, 4])
 @pytest.mark.parametrize("on_disk", [False, True])
-def test_packed_arrays_come_back(tmp_path, on_disk, count):
+def test_packed_arrays_come_back(tmp_path, on_disk):
     expected = arrays()
     expected[1].flags.writeable = False
     items = iter([torch.from_numpy(expected[0]), expected[1], expected[2], expected[3].transpose(1, 2, 0)])
     expected[3] = expected[3].transpose(1, 2, 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        packed = pack(items, count, tmp_path / "new" / "some.pack" if on_disk else None, {"of": "arrays"})
+        packed = pack(items, 4, tmp_path / "some.pack" if on_disk else None, {"of": "arrays"})
         assert_same(packed, expected)
-    assert packed.notes == {"of": "arrays"} and packed.device == torch.device("cpu")
+    assert packed.notes == {"of": "arrays"}
     assert torch.equal(packed[-1], packed[3])
     for index in (4, -5):
         with pytest.raises(IndexError):
@@ -66,7 +66,7 @@ def test_packed_arrays_come_back(tmp_path, on_disk, count):
 
 
 def test_items_are_views():
-    packed = pack(arrays())
+    packed = pack(arrays(), 4)
     packed[1][0, 0] = 77
     assert packed[1][0, 0] == 77 and packed.flat[3 * 5 * 7] == 77
     assert packed[0].data_ptr() == packed.flat.data_ptr()
@@ -74,13 +74,13 @@ def test_items_are_views():
 
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_nothing_can_be_packed(tmp_path, on_disk):
-    packed = pack([], path=tmp_path / "none" if on_disk else None)
+    packed = pack([], 0, tmp_path / "none" if on_disk else None)
     assert len(packed) == packed.nbytes == 0 and list(packed) == []
 
 
 def test_a_write_does_not_reach_the_file(tmp_path):
     path, expected = tmp_path / "some.pack", arrays()
-    packed = pack(expected, path=path)
+    packed = pack(expected, 4, path)
     before = path.read_bytes()
     packed[0].zero_()
     assert not packed[0].any()
@@ -91,24 +91,22 @@ def test_a_write_does_not_reach_the_file(tmp_path):
 
 def test_a_mapped_file_travels_by_its_name(tmp_path):
     array = np.random.default_rng(1).integers(0, 256, (3, 200, 300)).astype(np.uint8)
-    packed = pack([array], path=tmp_path / "some.pack")
-    assert len(pickle.dumps(packed)) < 1000 < len(pickle.dumps(pack([array])))
-    # Room was set aside for a hundred, and one is sent.
-    assert len(pickle.dumps(pack([array[:, :0], array]))) < 1.1 * array.size
+    packed = pack([array], 1, tmp_path / "some.pack")
+    assert len(pickle.dumps(packed)) < 1000 < len(pickle.dumps(pack([array], 1))) < 1.1 * array.size
 
 
 def test_another_device_is_a_copy():
-    packed = pack(arrays(), notes={"a": 1})
+    packed = pack(arrays(), 4, notes={"a": 1})
     there = packed.to("meta")
-    assert there.device.type == "meta" and there.shapes == packed.shapes and there.notes == packed.notes
+    assert there.flat.is_meta and there.shapes == packed.shapes and there.notes == packed.notes
     assert there[1].shape == (4, 6)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_packed_on_a_gpu_and_pinned():
-    packed = pack(arrays())
+    packed = pack(arrays(), 4)
     assert_same(packed.to("cuda"), arrays())
-    assert packed.to("cuda").device.type == "cuda"
+    assert packed.to("cuda").flat.is_cuda
     pinned = packed.pin_memory()
     assert pinned.flat.is_pinned()
     assert_same(pinned, arrays())
@@ -118,8 +116,8 @@ def test_packed_on_a_gpu_and_pinned():
 @pytest.mark.parametrize(
     ("items", "count", "message"),
     [
-        ([np.zeros(3)], None, "item 0 is float64"),
-        ([np.zeros(3, np.uint8), torch.zeros(2)], None, "item 1 is float32"),
+        ([np.zeros(3)], 1, "item 0 is float64"),
+        ([np.zeros(3, np.uint8), torch.zeros(2)], 2, "item 1 is float32"),
         ([np.zeros(3, np.uint8)], 2, "1 items to pack, expected 2"),
         ([np.zeros(3, np.uint8)] * 3, 2, "3 items to pack, expected 2"),
     ],
@@ -132,18 +130,19 @@ def test_bad_items_leave_no_file(tmp_path, on_disk, items, count, message):
 
 def test_tensors_and_shapes_have_to_agree():
     with pytest.raises(ValueError, match="12 bytes"):
-        Packed(torch.zeros(11, dtype=torch.uint8), [(3, 4)])
+        Packed(torch.zeros(11, dtype=torch.uint8), [(3, 4)], {})
     with pytest.raises(ValueError, match="float32"):
-        Packed(torch.zeros(12), [(3, 4)])
+        Packed(torch.zeros(12), [(3, 4)], {})
 
 
 def test_damaged_files_are_named(tmp_path):
     path = tmp_path / "some.pack"
-    pack(arrays(), path=path)
+    pack(arrays(), 4, path)
     whole = path.read_bytes()
     index = whole.index(b'{"shapes"')
     for damaged in (
         b"",
+        bytes([whole[0] ^ 255]) + whole[1:],
         whole[:5],
         whole[:-1],
         whole[: len(whole) // 2],
@@ -184,7 +183,7 @@ def test_a_disk_that_gets_full_is_named(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(StoreError, match="5 bytes of packed arrays were written.*free"):
-        pack(items(), path=tmp_path / "some.pack")
+        pack(items(), 2, tmp_path / "some.pack")
     assert files(tmp_path) == []
 
 
@@ -295,7 +294,7 @@ def test_a_damaged_file_is_made_again(voc_tree, tmp_path, damage):
     path = tmp_path / name
     whole = path.read_bytes()
     if damage == "other":
-        path.write_bytes(bytes([whole[0] ^ 255]) + whole[1:])
+        path.write_bytes(whole[:256] + bytes([whole[256] ^ 255]) + whole[257:])
     else:
         path.write_bytes(whole[: 2000 if damage == "cut" else 0])
     with pytest.warns(UserWarning, match="decoding the images again") as caught:
@@ -385,7 +384,20 @@ def test_two_processes_make_one_file(voc_tree, tmp_path):
         worker.join(60)
         assert worker.exitcode == 0
     assert len(set(sums)) == 1 and len(files(tmp_path)) == 1
-    assert sorted(made) == [3, 6]  # one decoded all, the other compared three
+    assert set(made) <= {3, 6}  # 3: the other's file was there already, and three images were compared
+
+
+def test_a_file_that_another_process_made_meanwhile_is_taken(tmp_path, monkeypatch):
+    """On Windows, where a file that is mapped can't be replaced."""
+
+    def replace(source, target):
+        shutil.copyfile(source, target)
+        raise PermissionError(13, "The file is in use", target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    dataset = TinyDataset()
+    assert_decoded(decoded(dataset, tmp_path), dataset)
+    assert len(files(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
@@ -396,12 +408,12 @@ def test_workers_read_the_same(voc_tree, tmp_path, on_disk):
         assert torch.equal(image, expected_image) and torch.equal(label, expected_label)
 
 
-def test_the_index_is_json(voc_tree, tmp_path):
-    """Nothing in the file runs when it is opened, and other programs can read it."""
-    decoded(VOC2012(voc_tree, "train"), tmp_path, resize=20)
+def test_other_programs_can_read_the_file(voc_tree, tmp_path):
+    dataset = VOC2012(voc_tree, "train")
+    decoded(dataset, tmp_path, resize=20)
     (name,) = files(tmp_path)
-    content = (tmp_path / name).read_bytes()
-    length = int.from_bytes(content[-16:-8], "little")
-    index = json.loads(content[-16 - length : -16])
-    assert index["shapes"] == [[3, 20, 20]] * 6 and len(content) == 6 * 1200 + length + 16
-    assert index["notes"]["resize"] == 20 and len(index["notes"]["labels"][0]) == 20
+    content = load_file(tmp_path / name)
+    index = json.loads(content["index"].numpy().tobytes())
+    assert index["shapes"] == [[3, 20, 20]] * 6 and index["notes"]["resize"] == 20
+    assert index["notes"]["labels"] == dataset.image_labels().tolist()
+    assert torch.equal(content["arrays"], decoded(dataset, resize=20).packed.flat)

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from drs_course import pretrain
 from drs_lib import Critters, networks
-from drs_lib.data.saliency import saliency_network
+from drs_lib.data.saliency import SaliencyNetwork
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_shipped_bodies_are_trained_and_of_a_size_to_ship(backbone):
 
 
 def test_shipped_saliency_weights_fit_their_network():
-    network = saliency_network()
+    network = SaliencyNetwork()
     network.load_state_dict(load_file(pretrain.WEIGHTS / "saliency.safetensors"))
     assert (pretrain.WEIGHTS / "saliency.safetensors").stat().st_size < 300_000
     assert sum(p.numel() for p in network.parameters()) < 50_000

@@ -22,7 +22,7 @@ from drs_lib.data import (
     voc_palette,
     without_masks,
 )
-from drs_lib.data.voc import labels_from_colours, read_list
+from drs_lib.data.voc import VOC_LIST_SIZES, labels_from_colours, read_list
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def test_lists_of_a_tree_that_claims_to_be_voc(tmp_path):
 
 def test_trainaug_may_not_hold_val_images(tmp_path, monkeypatch):
     tree = write_voc_tree(tmp_path, own_classes=False)
-    monkeypatch.setitem(__import__("drs_lib.data.voc").data.voc.VOC_LIST_SIZES, "trainaug", 6)
+    monkeypatch.setitem(VOC_LIST_SIZES, "trainaug", 6)
     assert len(VOC2012(tree, "trainaug")) == 6
     names = read_list(tree / "ImageSets/Segmentation/trainaug.txt")
     val = read_list(tree / "ImageSets/Segmentation/val.txt")
@@ -208,7 +208,7 @@ def test_bad_lists(tree, text, message):
 
 
 def test_missing_things_are_named(tree, tmp_path):
-    with pytest.raises(FileNotFoundError, match="drs_lib download"):
+    with pytest.raises(FileNotFoundError, match="drs_course download"):
         VOC2012(tmp_path / "nowhere", "train")
     with pytest.raises(FileNotFoundError, match="lists there: train, trainaug, trainval, val"):
         VOC2012(tree, "test")

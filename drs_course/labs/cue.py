@@ -11,8 +11,8 @@ from drs_course.labs.scenes import scene
 from drs_course.paper import Configuration
 from drs_course.plots import overlay, overlay_labels
 from drs_lib.crf import INSTALL_HINT, available, dense_crf
-from drs_lib.data import without_masks
-from drs_lib.labels import BACKGROUND, CONFLICTS, IGNORED, RELEASE_SALIENCY, pseudo_labels
+from drs_lib.data import IGNORED, without_masks
+from drs_lib.labels import BACKGROUND, CONFLICTS, RELEASE_SALIENCY, pseudo_labels
 from drs_lib.maps import iterate_maps
 from drs_lib.metrics import iou_per_class
 

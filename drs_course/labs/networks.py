@@ -4,11 +4,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.nn.functional import interpolate
 
 from drs_course.paper import ALL_LAYERS, Configuration, table_rows
 from drs_course.stages import STAGE_VERSIONS
-from drs_lib.data import normalize
+from drs_lib.data import normalize, resize_square
 from drs_lib.drs import DRS, ConstantController
 from drs_lib.maps import localization_maps
 from drs_lib.networks import Classifier, classifier
@@ -62,10 +61,7 @@ def _with_open_drs(plain):
 def prepared(image, resize=None, device="cpu"):
     """An image uint8 (3, H, W) as the network's input (1, 3, H, W), resized to a square where the budget
     says so."""
-    images = image[None].to(device)
-    if resize is not None and tuple(images.shape[-2:]) != (resize, resize):
-        images = interpolate(images, (resize, resize), mode="bilinear", antialias=True)
-    return normalize(images)
+    return normalize(resize_square(image[None].to(device), resize))
 
 
 def class_map(model, image, label, resize=None):

@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from drs_lib.metrics import IGNORED, map_quality
+from drs_lib.data import IGNORED
+from drs_lib.metrics import map_quality
 
 SCORES = {"recall": "recall", "precision": "precision", "iou": "IoU"}
 

@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 import torch
 
-from drs_lib.data.voc import voc_palette
+from drs_lib.data.voc import IGNORED, voc_palette
 
 # Perceptually uniform and safe for the colour-blind; dark where a map is low, so an overlay is a spotlight.
 MAP_COLORS = "inferno"
@@ -84,7 +84,7 @@ def cue_changes(before, after, mask, label):
     changes = np.where(before & after, 1, 0)
     changes = np.where(after & ~before, np.where(on_object, 2, 3), changes)
     changes = np.where(before & ~after, np.where(on_object, 5, 4), changes)
-    return np.where(mask == 255, 0, changes).astype(np.uint8)
+    return np.where(mask == IGNORED, 0, changes).astype(np.uint8)
 
 
 def overlay_changes(image, changes, on_object=None, strength=0.75):
@@ -155,7 +155,7 @@ def as_labels(labels, num_classes):
     labels = array(labels)
     if labels.ndim != 2 or labels.dtype != np.uint8 or not labels.size:
         raise ValueError(f"A label map is uint8 (H, W); got {labels.dtype} {labels.shape}.")
-    if ((labels > num_classes) & (labels != 255)).any():
+    if ((labels > num_classes) & (labels != IGNORED)).any():
         raise ValueError(
             f"A label map has 0 (background), 1..{num_classes} and 255 (ignored); "
             f"this one has {np.unique(labels)}."

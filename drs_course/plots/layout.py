@@ -14,6 +14,7 @@ from matplotlib.patches import Patch
 from PIL import Image
 
 from drs_course.plots.colors import MAP_COLORS, label_colors
+from drs_lib.data import IGNORED
 from drs_lib.files import atomic_path
 
 WIDTH = 8.6  # inches: a README column at 100 pixels an inch, where 9 points stay readable
@@ -106,7 +107,7 @@ def picture_grid(rows, panel_width=None, cmap=MAP_COLORS, scale=None, legend=Non
 
 def class_handles(classes, found):
     colors = label_colors(len(classes)) / 255
-    names = {0: "background", **dict(enumerate(classes, 1)), 255: "ignored"}
+    names = {0: "background", **dict(enumerate(classes, 1)), IGNORED: "ignored"}
     return [Patch(facecolor=colors[label], edgecolor="0.5", label=names[label]) for label in sorted(found)]
 
 

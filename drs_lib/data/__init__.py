@@ -13,11 +13,18 @@ they had, ``ds.sizes``.
 
 from drs_lib.data.critters import Critters
 from drs_lib.data.decoded import Packed, decoded, pack
-from drs_lib.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize, training_transform
-from drs_lib.data.voc import VOC2012, VOC_CLASSES, save_indexed_png, voc_palette
+from drs_lib.data.transforms import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    normalize,
+    resize_square,
+    training_transform,
+)
+from drs_lib.data.voc import IGNORED, VOC2012, VOC_CLASSES, save_indexed_png, voc_palette
 from drs_lib.data.weak import MaskAccessError, without_masks
 
 __all__ = [
+    "IGNORED",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "VOC2012",
@@ -28,6 +35,7 @@ __all__ = [
     "decoded",
     "normalize",
     "pack",
+    "resize_square",
     "save_indexed_png",
     "training_transform",
     "voc_palette",

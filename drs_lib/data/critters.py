@@ -18,11 +18,13 @@ import colorsys
 import math
 import operator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
-from drs_lib.data.saliency import shipped_identity
+from drs_lib.data.saliency import predict, shipped_identity
 
 # A species is a face and a pair of ears. The six of the course are three faces by two pairs of ears, so that
 # no part of the head identifies a species by itself: the network has to see the head as a whole.
@@ -46,6 +48,7 @@ OTHER_SPECIES = {
 # Name of a split: its place in the random stream, and how many scenes it has unless told otherwise.
 SPLITS = {"train": (0, 1000), "val": (1, 300), "pretrain": (2, 3000), "pretrain_val": (3, 600)}
 DRAWING = 1  # raised when the same seed draws other bytes, so that stored runs are not mistaken for new ones
+LINE = 0.9 / 128  # width of an outline
 BODY_HUE_SPREAD = 0.09  # standard deviation of a body's hue around its species', in turns of the hue circle
 
 
@@ -159,12 +162,10 @@ def _ear_shapes(kind, u, v):
 
 def _draw_animal(canvas, rng, parts, hue, label, pose):
     """Paint an animal of the species (face, ears) and enter it in the mask; its head (x, y, radius)."""
-    face, ears = parts
     px = np.float32(1.0 / canvas.size)
     width = pose.length * rng.uniform(0.46, 0.58)
     radius = width * rng.uniform(0.55, 0.68)
-    reach = 1.9 * pose.length + 0.03
-    rows, cols, xs, ys = canvas.window(pose.cx, pose.cy, reach)
+    rows, cols, xs, ys = canvas.window(pose.cx, pose.cy, 1.9 * pose.length + 0.03)
     cos, sin = (np.float32(f(pose.tilt)) for f in (math.cos, math.sin))
     # Local frame: x towards the nose, y down, unit = image side.
     dx, dy = xs - np.float32(pose.cx), ys - np.float32(pose.cy)
@@ -181,10 +182,9 @@ def _draw_animal(canvas, rng, parts, hue, label, pose):
     body = _ellipse(x, y, 0, 0, pose.length, width)
     # In arrays of one, which both NumPy 1 and 2 compute in float64; a lone float64 only NumPy 2 does.
     stance = rng.uniform(-0.08, 0.08, 4)
+    length, hip, foot, thick, thin = (pose.length, *(k * width for k in (0.5, 1.55, 0.2, 0.15)))
     legs = [
-        _capsule(
-            x, y, k * pose.length, 0.5 * width, (k + s) * pose.length, 1.55 * width, 0.2 * width, 0.15 * width
-        )
+        _capsule(x, y, k * length, hip, (k + s) * length, foot, thick, thin)
         for k, s in zip((-0.68, -0.45, 0.42, 0.66), stance.reshape(4, 1), strict=True)
     ]
     wag = rng.uniform(-0.5, 0.4)
@@ -200,54 +200,49 @@ def _draw_animal(canvas, rng, parts, hue, label, pose):
     head_cx, head_cy = float(head_cx), float(head_cy)
     nod = rng.uniform(-0.2, 0.2)
     nc, ns = np.float32(math.cos(nod)), np.float32(math.sin(nod))
-    hdx, hdy = (
-        (xs - np.float32(head_cx)) / np.float32(radius),
-        (ys - np.float32(head_cy)) / np.float32(radius),
-    )
-    u, v = nc * hdx + ns * hdy, nc * hdy - ns * hdx
+    dx, dy = ((at - np.float32(c)) / np.float32(radius) for at, c in ((xs, head_cx), (ys, head_cy)))
+    u, v = nc * dx + ns * dy, nc * dy - ns * dx
 
     def cover(distance, grow=0.0):
         return np.clip(0.5 - (distance - grow) / px, 0, 1).astype(np.float32)
 
-    line = 0.9 * 1.0 / 128
-    far_legs, near_legs = legs[::2], legs[1::2]
-    for group, paint in (((tail, *far_legs), shade), ((body, neck, *near_legs), fur)):
+    paint = partial(canvas.paint, rows, cols)
+    for group, colour in (((tail, *legs[::2]), shade), ((body, neck, *legs[1::2]), fur)):
         joined = np.minimum.reduce(group)
-        canvas.paint(rows, cols, cover(joined, line), outline)
-        canvas.paint(rows, cols, cover(joined), paint)
-    # Belly in shade and a few flecks: the body has texture, but the same for every species.
-    belly = np.clip((y / np.float32(width) - 0.1) * 0.8, 0, 0.75) * cover(body)
-    canvas.paint(rows, cols, belly, shade)
-    for _ in range(rng.randint(3, 7)):
-        a, b, r = rng.uniform(-0.7, 0.45), rng.uniform(-0.6, 0.5), rng.uniform(0.07, 0.16)
-        fleck = _ellipse(x, y, a * pose.length, b * width, 1.3 * r * width, r * width)
-        canvas.paint(rows, cols, cover(fleck) * cover(body) * np.float32(0.7), shade)
-
-    ear_shapes = [d * np.float32(radius) for d in _ear_shapes(ears, u, v)]
-    skull = _ellipse(u, v, 0, 0, 1, 1) * np.float32(radius)
-    ears_joined = np.minimum.reduce(ear_shapes)
-    canvas.paint(rows, cols, cover(ears_joined, line), outline)
-    canvas.paint(rows, cols, cover(ears_joined), dark)
-    canvas.paint(rows, cols, cover(skull, line), outline)
-    on_head = cover(skull)
-    canvas.paint(rows, cols, on_head, pale)
-    canvas.paint(rows, cols, on_head * cover(_face(face, u, v) * np.float32(radius)), dark)
-    for s in (-0.36, 0.36):
-        eye = _ellipse(u, v, s, -0.12, 0.17, 0.2) * np.float32(radius)
-        canvas.paint(rows, cols, cover(eye), np.float32([250, 250, 245]))
-        canvas.paint(
-            rows,
-            cols,
-            cover(_ellipse(u, v, s, -0.1, 0.09, 0.12) * np.float32(radius)),
-            np.float32([20, 20, 25]),
-        )
-    canvas.paint(rows, cols, cover(_ellipse(u, v, 0, 0.42, 0.16, 0.11) * np.float32(radius)), outline)
-
-    everything = np.minimum.reduce([body, neck, tail, *legs, skull, ears_joined])
-    here = cover(everything, line) > 0.5
+        paint(cover(joined, LINE), outline)
+        paint(cover(joined), colour)
+    _draw_texture(paint, cover, rng, x, y, body, pose.length, width, shade)
+    head = _draw_head(paint, cover, parts, u, v, np.float32(radius), pale, dark, outline)
+    here = cover(np.minimum.reduce([body, neck, tail, *legs, head]), LINE) > 0.5
     canvas.mask[rows, cols][here] = label
     canvas.salient[rows, cols][here] = True
     return head_cx, head_cy, radius
+
+
+def _draw_texture(paint, cover, rng, x, y, body, length, width, shade):
+    """Belly in shade and a few flecks: the body has texture, but the same for every species."""
+    paint(np.clip((y / np.float32(width) - 0.1) * 0.8, 0, 0.75) * cover(body), shade)
+    for _ in range(rng.randint(3, 7)):
+        a, b, r = rng.uniform(-0.7, 0.45), rng.uniform(-0.6, 0.5), rng.uniform(0.07, 0.16)
+        fleck = _ellipse(x, y, a * length, b * width, 1.3 * r * width, r * width)
+        paint(cover(fleck) * cover(body) * np.float32(0.7), shade)
+
+
+def _draw_head(paint, cover, parts, u, v, radius, pale, dark, outline):
+    """A head in its local coordinates (u, v), with ears, marks, eyes and nose; its signed distance."""
+    face, ears = parts
+    ears = np.minimum.reduce(_ear_shapes(ears, u, v)) * radius
+    skull = _ellipse(u, v, 0, 0, 1, 1) * radius
+    paint(cover(ears, LINE), outline)
+    paint(cover(ears), dark)
+    paint(cover(skull, LINE), outline)
+    paint(cover(skull), pale)
+    paint(cover(skull) * cover(_face(face, u, v) * radius), dark)
+    for s in (-0.36, 0.36):
+        paint(cover(_ellipse(u, v, s, -0.12, 0.17, 0.2) * radius), np.float32([250, 250, 245]))
+        paint(cover(_ellipse(u, v, s, -0.1, 0.09, 0.12) * radius), np.float32([20, 20, 25]))
+    paint(cover(_ellipse(u, v, 0, 0.42, 0.16, 0.11) * radius), outline)
+    return np.minimum(skull, ears)
 
 
 def _upsample(grid, size):
@@ -305,7 +300,7 @@ def _draw_props(canvas, rng):
             second = ys - np.float32(cy)
         coverage = [
             np.clip(0.5 - d * np.float32(canvas.size), 0, 1).astype(np.float32)
-            for d in (whole - 0.9 / 128, whole, np.maximum(whole, second))
+            for d in (whole - LINE, whole, np.maximum(whole, second))
         ]
         for amount, colour in zip(coverage, (outline, fill, shade), strict=True):
             canvas.paint(rows, cols, amount, colour)
@@ -428,8 +423,6 @@ class Critters:
         return f"Critters({self.split!r}, size={self.size}, seed={self.seed}, length={len(self)})"
 
     def __getitem__(self, i):
-        import torch
-
         i = self._draw(i)
         labels = torch.zeros(self.num_classes)
         labels[[label - 1 for *_, label in self._heads[i]]] = 1
@@ -447,8 +440,6 @@ class Critters:
         """Saliency uint8 (size, size), 0..255 for 0..1, from the shipped saliency network."""
         i = range(len(self))[i]
         if not self._has_saliency[i]:
-            from drs_lib.data.saliency import predict
-
             # Always the same 50 images together, so that a map does not depend on which was asked for first.
             first = i - i % 50
             block = slice(first, min(first + 50, len(self)))

@@ -11,49 +11,52 @@ import hashlib
 from functools import lru_cache
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+
+from drs_lib.data.transforms import normalize
+
 WEIGHTS = Path(__file__).parents[1] / "shipped" / "saliency.safetensors"
 
 
-def saliency_network():
-    """The detector with random weights: normalised images (N, 3, H, W) -> logits (N, H, W).
+def _block(in_channels, channels, stride=1, dilation=1):
+    conv = nn.Conv2d(in_channels, channels, 3, stride, dilation, dilation, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU())
+
+
+def _like(maps, other):
+    return F.interpolate(maps, other.shape[-2:], mode="bilinear", align_corners=False)
+
+
+class SaliencyNetwork(nn.Module):
+    """The detector: normalised images (N, 3, H, W) -> logits (N, H, W); height and width from 32 on.
 
     An encoder to 1/8 of the size with two dilated convolutions at the bottom, and a decoder that joins the
-    encoder's maps at 1/4 and 1/2: the usual U-shape. Height and width from 32 on.
+    encoder's maps at 1/4 and 1/2: the usual U-shape.
     """
-    import torch
-    import torch.nn.functional as F
-    from torch import nn
 
-    def block(in_channels, channels, stride=1, dilation=1):
-        conv = nn.Conv2d(in_channels, channels, 3, stride, dilation, dilation, bias=False)
-        return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU())
+    def __init__(self):
+        super().__init__()
+        self.to_half, self.to_quarter = _block(3, 12, stride=2), _block(12, 24, stride=2)
+        self.bottom = nn.Sequential(
+            _block(24, 32, stride=2), _block(32, 32, dilation=2), _block(32, 32, dilation=4)
+        )
+        self.join_quarter, self.join_half = _block(32 + 24, 24), _block(24 + 12, 16)
+        self.head = nn.Conv2d(16, 1, 1)
 
-    class SaliencyNetwork(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.to_half, self.to_quarter = block(3, 12, stride=2), block(12, 24, stride=2)
-            self.bottom = nn.Sequential(
-                block(24, 32, stride=2), block(32, 32, dilation=2), block(32, 32, dilation=4)
-            )
-            self.join_quarter, self.join_half = block(32 + 24, 24), block(24 + 12, 16)
-            self.head = nn.Conv2d(16, 1, 1)
-
-        def forward(self, x):
-            half = self.to_half(x)
-            quarter = self.to_quarter(half)
-            y = self.join_quarter(torch.cat([_like(self.bottom(quarter), quarter), quarter], 1))
-            y = self.join_half(torch.cat([_like(y, half), half], 1))
-            return _like(self.head(y), x)[:, 0]
-
-    def _like(maps, other):
-        return F.interpolate(maps, other.shape[-2:], mode="bilinear", align_corners=False)
-
-    return SaliencyNetwork()
+    def forward(self, x):
+        half = self.to_half(x)
+        quarter = self.to_quarter(half)
+        y = self.join_quarter(torch.cat([_like(self.bottom(quarter), quarter), quarter], 1))
+        y = self.join_half(torch.cat([_like(y, half), half], 1))
+        return _like(self.head(y), x)[:, 0]
 
 
 @lru_cache(maxsize=1)
 def shipped_identity():
-    """Short hash of the shipped weights, which are part of what determines the data set. Loads no torch."""
+    """Short hash of the shipped weights, which are part of what determines the data set."""
     if not WEIGHTS.is_file():
         return "missing"
     return hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()[:12]
@@ -61,23 +64,17 @@ def shipped_identity():
 
 @lru_cache(maxsize=1)
 def _shipped_network():
-    from safetensors.torch import load_file
-
     if not WEIGHTS.is_file():
         raise FileNotFoundError(
             f"no weights of the saliency network at {WEIGHTS}; 'python -m drs_course.pretrain' trains them"
         )
-    network = saliency_network()
+    network = SaliencyNetwork()
     network.load_state_dict(load_file(WEIGHTS))
     return network.eval()
 
 
+@torch.inference_mode()
 def predict(images):
     """Saliency of images uint8 (N, 3, H, W): uint8 array (N, H, W), 0..255 for 0..1."""
-    import torch
-
-    from drs_lib.data.transforms import normalize
-
-    with torch.inference_mode():
-        logits = _shipped_network()(normalize(torch.as_tensor(images)))
+    logits = _shipped_network()(normalize(torch.as_tensor(images)))
     return (torch.sigmoid(logits) * 255).round().byte().numpy()

@@ -16,6 +16,7 @@ import codecs
 import hashlib
 import os
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
@@ -41,7 +42,7 @@ MASK_FOLDERS = ("SegmentationClassAug", "SegmentationClass")
 
 DOWNLOAD_HINT = "python -m drs_course download --root {root}"
 
-_IGNORED = 255
+IGNORED = 255  # what a mask or a label map holds where nothing is known
 _SAMPLE = 16  # saliency maps that are looked at to tell how all are stored
 
 
@@ -63,15 +64,11 @@ def labels_from_colours(rgb):
         ValueError: a colour is not one of VOC's palette (an interpolated or JPEG-compressed mask has such).
     """
 
-    def code(colours):
-        colours = np.asarray(colours, np.int64)
-        return (colours[..., 0] << 16) | (colours[..., 1] << 8) | colours[..., 2]
-
-    known = code(voc_palette())
-    order = np.argsort(known)
-    wanted = code(rgb)
-    labels = order[np.searchsorted(known[order], wanted).clip(max=255)]
-    strange = known[labels] != wanted
+    code = np.array([1 << 16, 1 << 8, 1])
+    known = np.full(1 << 24, -1, np.int16)
+    known[voc_palette() @ code] = np.arange(256)
+    labels = known[np.asarray(rgb) @ code]
+    strange = labels < 0
     if strange.any():
         raise ValueError(
             f"{strange.sum()} pixels have colours outside VOC's palette, e.g. "
@@ -89,11 +86,7 @@ def save_indexed_png(path, labels):
         ValueError: not two-dimensional, not integers, or outside 0..255.
     """
     labels = np.asarray(labels)
-    if (
-        labels.ndim != 2
-        or labels.dtype.kind not in "ui"
-        or (labels.size and (labels.min() < 0 or labels.max() > 255))
-    ):
+    if labels.ndim != 2 or labels.dtype.kind not in "ui" or ((labels < 0) | (labels > 255)).any():
         raise ValueError(
             f"{path}: a label map is a two-dimensional integer array with values 0..255, "
             f"got {labels.dtype} of shape {labels.shape}"
@@ -150,6 +143,15 @@ def opened(path, file=None):
         raise ValueError(
             f"{path} can't be read ({error}): it is damaged or cut off; extract it again"
         ) from error
+
+
+def _pixels(path):
+    """An image as uint8 (H, W, 3), RGB."""
+    with opened(path) as image:
+        if image.mode[0] not in "IF":
+            return np.array(image.convert("RGB"))
+        values = np.array(image)
+    return _grey_levels(path, values)
 
 
 def _grey_levels(path, values):
@@ -215,6 +217,128 @@ def read_list(path):
     return [first.stem if first.suffix in (".jpg", ".png") else first.name for first in firsts]
 
 
+def _split_ids(root, split, check):
+    """The ids of a split's list. check: whether a list of VOC's has to be VOC's."""
+    folder = root / "ImageSets" / "Segmentation"
+    path = folder / f"{split}.txt"
+    if not path.is_file():
+        there = first_few(sorted(p.stem for p in folder.glob("*.txt")), 10) or "none"
+        hint = DOWNLOAD_HINT.format(root=root.parent) + " --only aug"
+        made = f" VOC doesn't come with this list; '{hint}' makes it." if split == "trainaug" else ""
+        raise FileNotFoundError(f"no list {path}; lists there: {there}.{made}")
+    names = read_list(path)
+    if not names:
+        raise ValueError(f"{path} is empty")
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"{path} lists images more than once: {first_few(twice)}")
+    if not check or split not in VOC_LIST_SIZES:
+        return names
+    how = (
+        "Restore VOC's list; for a sample of VOC pass check_lists=False, and give a data set of your own a "
+        "classes.txt."
+    )
+    if len(names) != VOC_LIST_SIZES[split]:
+        raise ValueError(
+            f"{path} has {len(names)} ids, VOC's {split} list has {VOC_LIST_SIZES[split]}. {how}"
+        )
+    val = folder / "val.txt"
+    common = sorted(set(names) & set(read_list(val))) if split == "trainaug" and val.is_file() else []
+    if common:
+        raise ValueError(f"{path} holds images of VOC's val list: {first_few(common)}. {how}")
+    return names
+
+
+def _require(root, split, names, folder, suffix, what):
+    """Raises FileNotFoundError unless a folder has a file for each of a split's names."""
+    path = root / folder
+    download = DOWNLOAD_HINT.format(root=root.parent)
+    if folder == "saliency_map" and not path.is_dir():
+        raise FileNotFoundError(
+            f"no {path}: DRS takes its background cue from saliency maps. '{download} --only saliency' "
+            "fetches those of the authors' release; or put 8-bit greyscale PNGs named by image id there."
+        )
+    files = set(os.listdir(path)) if path.is_dir() else set()
+    missing = [name for name in names if name + suffix not in files]
+    if not missing:
+        return
+    state = "is not there" if not path.is_dir() else f"lacks {len(missing)} of {len(names)} {what}"
+    other = ""
+    if folder == "SegmentationClassAug" and (root / "SegmentationClass").is_dir():
+        other = " For VOC's own train and val images masks='SegmentationClass' will do."
+    raise FileNotFoundError(
+        f"{path} {state} (list {split!r}): {first_few(missing)}. The tree is incomplete; '{download}' "
+        f"completes it.{other}"
+    )
+
+
+def _classes(path):
+    if not path.is_file():
+        return VOC_CLASSES
+    classes = tuple(_lines(path))
+    if not 0 < len(classes) < IGNORED or len(set(classes)) < len(classes):
+        raise ValueError(f"{path}: expected 1 to 254 different class names, one a line")
+    return classes
+
+
+def _aligned(root, name, folder, modes, otherwise):
+    """A PNG of one of the given modes, as large as its image: its path, values, and palette or None."""
+    with opened(root / "JPEGImages" / f"{name}.jpg") as image:
+        size = image.size
+    path = root / folder / f"{name}.png"
+    with opened(path) as png:
+        values, palette = np.array(png), png.getpalette()
+    if png.mode not in modes:
+        raise ValueError(f"{path} has mode {png.mode}: {otherwise}")
+    if png.size != size:
+        raise ValueError(
+            f"{path} is {png.size[0]} x {png.size[1]} pixels, its image {size[0]} x {size[1]}: "
+            "do both come from the same data set?"
+        )
+    return path, values, palette
+
+
+def _named_objects(path, classes, difficult):
+    """The places in ``classes`` of the objects that an annotation names, each once."""
+    try:
+        objects = ElementTree.parse(path).getroot().findall("object")
+    except (ElementTree.ParseError, LookupError, ValueError) as error:
+        raise ValueError(f"{path} can't be read ({error}): it is damaged; extract it again") from error
+    present = set()
+    for item in objects:
+        name = (item.findtext("name") or "").strip()
+        if name not in classes:
+            raise ValueError(f"{path}: object {name!r}, expected one of {', '.join(classes)}")
+        if difficult or (item.findtext("difficult") or "0").strip() != "1":
+            present.add(classes.index(name))
+    return sorted(present)
+
+
+def _contents(path, wanted, cache_dir):
+    """A hash of what is in the wanted files of a folder. ``cache_dir`` keeps it under their sizes and times:
+    they are read when one of these has changed."""
+    if not path.is_dir():
+        return ""
+    with os.scandir(path) as entries:
+        found = sorted((entry.name, entry.stat()) for entry in entries if entry.name in wanted)
+    known = None
+    if cache_dir is not None:
+        # A copy may have its original's mtime, but not its ctime.
+        state = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in found]
+        digest = hashlib.sha256(repr((str(path.resolve()), state)).encode()).hexdigest()
+        known = cache_dir / f"voc-contents-{digest[:32]}.txt"
+        if known.is_file():
+            return known.read_text(encoding="utf-8")
+    names = [name for name, _ in found]
+    with ThreadPoolExecutor() as pool:
+        hashes = pool.map(lambda name: hashlib.sha256((path / name).read_bytes()).hexdigest(), names)
+    contents = hashlib.sha256(repr([*zip(names, hashes, strict=True)]).encode()).hexdigest()
+    if known is not None:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        write_text(known, contents)
+    return contents
+
+
 class VOC2012(Dataset):
     """VOC 2012 segmentation images with image-level labels, saliency maps, and masks for scoring.
 
@@ -262,89 +386,22 @@ class VOC2012(Dataset):
         self.split, self.label_source, self.mask_folder, self.difficult = split, labels, masks, difficult
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         own_classes = self.root / "classes.txt"
-        self.classes = VOC_CLASSES
-        if own_classes.is_file():
-            self.classes = tuple(_lines(own_classes))
-            if not 0 < len(self.classes) < _IGNORED or len(set(self.classes)) < len(self.classes):
-                raise ValueError(f"{own_classes}: expected 1 to 254 different class names, one a line")
+        self.classes = _classes(own_classes)
         self.num_classes = len(self.classes)
-        self.names = self._read_list(check_lists and not own_classes.is_file())
-        self._require("JPEGImages", ".jpg", "images")
-        if labels == "mask":
-            self._require(masks, ".png", "masks")
-        elif labels == "xml":
-            self._require("Annotations", ".xml", "annotations")
+        self.names = _split_ids(self.root, split, check_lists and not own_classes.is_file())
+        of_labels = {"mask": [(masks, ".png", "masks")], "xml": [("Annotations", ".xml", "annotations")]}
+        for files in [("JPEGImages", ".jpg", "images"), *of_labels.get(labels, [])]:
+            _require(self.root, split, self.names, *files)
         # One array and not a list of tensors: it travels to worker processes in one piece.
         self._labels = np.zeros((len(self.names), self.num_classes), np.float32)
         self._labelled = np.zeros(len(self.names), bool)
 
-    def _read_list(self, check):
-        folder = self.root / "ImageSets" / "Segmentation"
-        path = folder / f"{self.split}.txt"
-        if not path.is_file():
-            there = first_few(sorted(p.stem for p in folder.glob("*.txt")), 10) or "none"
-            hint = ""
-            if self.split == "trainaug":
-                hint = (
-                    " VOC doesn't come with this list; "
-                    f"'{DOWNLOAD_HINT.format(root=self.root.parent)} --only aug' makes it."
-                )
-            raise FileNotFoundError(f"no list {path}; lists there: {there}.{hint}")
-        names = read_list(path)
-        if not names:
-            raise ValueError(f"{path} is empty")
-        if len(set(names)) < len(names):
-            seen = set()
-            twice = [name for name in names if name in seen or seen.add(name)]
-            raise ValueError(f"{path} lists images more than once: {first_few(twice)}")
-        expected = VOC_LIST_SIZES.get(self.split)
-        if check and expected is not None:
-            how = (
-                "Restore VOC's list; for a sample of VOC pass check_lists=False, and give a data set of your "
-                "own a classes.txt."
-            )
-            if len(names) != expected:
-                raise ValueError(
-                    f"{path} has {len(names)} ids, VOC's {self.split} list has {expected}. {how}"
-                )
-            val = folder / "val.txt"
-            if self.split == "trainaug" and val.is_file():
-                common = sorted(set(names) & set(read_list(val)))
-                if common:
-                    raise ValueError(f"{path} holds images of VOC's val list: {first_few(common)}. {how}")
-        return names
-
-    def _require(self, folder, suffix, what):
-        path = self.root / folder
-        files = set(os.listdir(path)) if path.is_dir() else set()
-        missing = [name for name in self.names if name + suffix not in files]
-        if not missing:
-            return
-        state = "is not there" if not path.is_dir() else f"lacks {len(missing)} of {len(self.names)} {what}"
-        other = ""
-        if folder == "SegmentationClassAug" and (self.root / "SegmentationClass").is_dir():
-            other = " For VOC's own train and val images masks='SegmentationClass' will do."
-        raise FileNotFoundError(
-            f"{path} {state} (list {self.split!r}): {first_few(missing)}. The tree is incomplete; "
-            f"'{DOWNLOAD_HINT.format(root=self.root.parent)}' completes it.{other}"
-        )
-
     def require_saliency(self):
         """Raises FileNotFoundError if not every image has a saliency map, and says where they come from; and
         ValueError if some of a sample of them can't be used."""
-        folder = self.root / "saliency_map"
-        if not folder.is_dir():
-            raise FileNotFoundError(self._without_saliency(folder))
-        self._require("saliency_map", ".png", "saliency maps")
+        _require(self.root, self.split, self.names, "saliency_map", ".png", "saliency maps")
         for index in self._saliency_sample():
             self.saliency(index)
-
-    def _without_saliency(self, folder):
-        return (
-            f"no {folder}: DRS takes its background cue from saliency maps. "
-            f"'{DOWNLOAD_HINT.format(root=self.root.parent)} --only saliency' fetches those of the authors' "
-            "release; or put 8-bit greyscale PNGs named by image id there."
-        )
 
     def __len__(self):
         return len(self.names)
@@ -364,29 +421,7 @@ class VOC2012(Dataset):
             ValueError: the file is damaged or cut off, or holds no grey levels or colours.
         """
         path = self.root / "JPEGImages" / f"{self.names[index]}.jpg"
-        with opened(path) as image:
-            deep = image.mode[0] in "IF"
-            pixels = np.array(image if deep else image.convert("RGB"))
-        if deep:
-            pixels = _grey_levels(path, pixels)
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-
-    def _aligned(self, folder, index, modes, otherwise):
-        """A PNG of one of the given modes, as large as its image: its path, values, and palette or None."""
-        name = self.names[index]
-        with opened(self.root / "JPEGImages" / f"{name}.jpg") as image:
-            size = image.size
-        path = self.root / folder / f"{name}.png"
-        with opened(path) as png:
-            values, palette = np.array(png), png.getpalette()
-        if png.mode not in modes:
-            raise ValueError(f"{path} has mode {png.mode}: {otherwise}")
-        if png.size != size:
-            raise ValueError(
-                f"{path} is {png.size[0]} x {png.size[1]} pixels, its image {size[0]} x {size[1]}: "
-                "do both come from the same data set?"
-            )
-        return path, values, palette
+        return torch.from_numpy(_pixels(path)).permute(2, 0, 1).contiguous()
 
     def mask(self, index):
         """Mask ``index``, uint8 (H, W): 0 background, 1..C classes, 255 ignored. For scoring only.
@@ -396,15 +431,16 @@ class VOC2012(Dataset):
             ValueError: it is in colours, not of its image's size, damaged, has values beyond the classes, or,
                 where the classes are VOC's, a palette that gives its values other colours than VOC's.
         """
-        path, mask, palette = self._aligned(
+        path, mask, palette = _aligned(
+            self.root,
+            self.names[index],
             self.mask_folder,
-            index,
             ("L", "P"),
             "a mask holds class values (greyscale or indexed PNG). If this one has VOC's colours, convert "
             "it with save_indexed_png(path, labels_from_colours(rgb)), both in drs_lib.data.voc",
         )
         labels = _values(mask)
-        strange = set(labels) - {*range(self.num_classes + 1), _IGNORED}
+        strange = set(labels) - {*range(self.num_classes + 1), IGNORED}
         if strange:
             raise ValueError(
                 f"{path} has value {min(strange)}, expected 0 (background), 1..{self.num_classes} (classes) "
@@ -422,9 +458,8 @@ class VOC2012(Dataset):
             ValueError: not 8-bit greyscale, not of its image's size, damaged, or with 1 in the place of 255,
                 as the other maps.
         """
-        folder = self.root / "saliency_map"
-        if not folder.is_dir():
-            raise FileNotFoundError(self._without_saliency(folder))
+        if not (self.root / "saliency_map").is_dir():
+            self.require_saliency()
         path, saliency = self._saliency(index)
         # One map with nothing above 1 says nothing: a detector may find nothing in an image.
         if saliency.max() == 1 and self._highest_saliency <= 1:
@@ -436,7 +471,7 @@ class VOC2012(Dataset):
 
     def _saliency(self, index):
         expected = "expected 8-bit greyscale, 0 = not salient, 255 = salient"
-        return self._aligned("saliency_map", index, ("L",), expected)[:2]
+        return _aligned(self.root, self.names[index], "saliency_map", ("L",), expected)[:2]
 
     def _saliency_sample(self):
         return range(0, len(self), -(-len(self) // _SAMPLE))
@@ -450,47 +485,30 @@ class VOC2012(Dataset):
         if not self._labelled[index]:
             if self.label_source == "none":
                 self._labels[index] = np.nan
+            elif self.label_source == "mask":
+                present = [value - 1 for value in _values(self.mask(index)) if 0 < value < IGNORED]
+                self._labels[index, present] = 1
             else:
-                read = self._mask_classes if self.label_source == "mask" else self._xml_classes
-                self._labels[index, read(index)] = 1
+                path = self.root / "Annotations" / f"{self.names[index]}.xml"
+                self._labels[index, _named_objects(path, self.classes, self.difficult)] = 1
             self._labelled[index] = True
         return torch.from_numpy(self._labels[index].copy())
-
-    def _mask_classes(self, index):
-        return [value - 1 for value in _values(self.mask(index)) if 0 < value < _IGNORED]
-
-    def _xml_classes(self, index):
-        path = self.root / "Annotations" / (self.names[index] + ".xml")
-        try:
-            objects = ElementTree.parse(path).getroot().findall("object")
-        except (ElementTree.ParseError, LookupError, ValueError) as error:
-            raise ValueError(f"{path} can't be read ({error}): it is damaged; extract it again") from error
-        present = set()
-        for item in objects:
-            name = (item.findtext("name") or "").strip()
-            if name not in self.classes:
-                raise ValueError(f"{path}: object {name!r}, expected one of {', '.join(self.classes)}")
-            if self.difficult or (item.findtext("difficult") or "0").strip() != "1":
-                present.add(self.classes.index(name))
-        return sorted(present)
 
     def image_labels(self):
         """The image-level labels of all images, float32 (N, C), read in threads; kept in ``cache_dir``, if
         given."""
-        cache = None
-        if self.label_source == "mask" and self.cache_dir is not None and not self._labelled.all():
-            cache = self.cache_dir / f"voc-labels-{self.fingerprint}.npy"
-            if cache.is_file():
-                try:
-                    self._labels[:] = np.load(cache, allow_pickle=False)
-                    self._labelled[:] = True
-                    cache = None
-                except (ValueError, OSError, EOFError) as error:
-                    warnings.warn(f"{cache} can't be used ({error}); reading the masks again", stacklevel=2)
-                    self._labels[:], self._labelled[:] = 0, False
+        kept = self.label_source == "mask" and self.cache_dir is not None and not self._labelled.all()
+        cache = self.cache_dir / f"voc-labels-{self.fingerprint}.npy" if kept else None
+        if kept and cache.is_file():
+            try:
+                self._labels[:] = np.load(cache, allow_pickle=False)
+                self._labelled[:] = True
+            except (ValueError, OSError, EOFError) as error:
+                warnings.warn(f"{cache} can't be used ({error}); reading the masks again", stacklevel=2)
+        missing = np.flatnonzero(~self._labelled).tolist()
         with ThreadPoolExecutor() as pool:
-            list(pool.map(self.label, np.flatnonzero(~self._labelled).tolist()))
-        if cache is not None:
+            list(pool.map(self.label, missing))
+        if kept and missing:
             self.cache_dir.mkdir(parents=True, exist_ok=True)
             with atomic_path(cache) as temporary, open(temporary, "wb") as file:
                 np.save(file, self._labels.astype(np.uint8))
@@ -500,44 +518,24 @@ class VOC2012(Dataset):
     def fingerprint(self):
         """A short string that identifies the content: list, classes, label source, and what is in the files
         of the list, wherever the tree lies. Other saliency maps or masks under the same names change it."""
-        return self._named(self._all_but_saliency + self._contents("saliency_map", ".png"))
+        return self._identity(self._content, self._contents("saliency_map", ".png"))
 
     @cached_property
     def fingerprint_without_saliency(self):
         """The same for who looks at no saliency map: with others, no classifier need be trained again."""
-        return self._named(self._all_but_saliency)
+        return self._identity(self._content)
 
     @cached_property
-    def _all_but_saliency(self):
+    def _content(self):
+        """All but saliency."""
         files = [("JPEGImages", ".jpg"), (self.mask_folder, ".png")]
         if self.label_source == "xml":
             files.append(("Annotations", ".xml"))
         choices = (self.classes, self.label_source, self.mask_folder, self.difficult, self.names)
         return repr(choices) + "".join(self._contents(*kind) for kind in files)
 
-    def _named(self, content):
-        return f"voc-{self.split}-{len(self)}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
-
     def _contents(self, folder, suffix):
-        """A hash of what is in a folder's files of the list. ``cache_dir`` keeps it under their sizes and
-        times: they are read when one of these has changed."""
-        path, wanted = self.root / folder, {name + suffix for name in self.names}
-        if not path.is_dir():
-            return ""
-        with os.scandir(path) as entries:
-            found = sorted((entry.name, entry.stat()) for entry in entries if entry.name in wanted)
-        # A copy may have its original's mtime, but not its ctime.
-        state = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in found]
-        known = None
-        if self.cache_dir is not None:
-            digest = hashlib.sha256(repr((str(path.resolve()), state)).encode()).hexdigest()
-            known = self.cache_dir / f"voc-contents-{digest[:32]}.txt"
-            if known.is_file():
-                return known.read_text(encoding="utf-8")
-        with ThreadPoolExecutor() as pool:
-            hashes = pool.map(lambda file: hashlib.sha256((path / file[0]).read_bytes()).hexdigest(), found)
-        contents = hashlib.sha256(repr([*zip((name for name, _ in found), hashes, strict=True)]).encode())
-        if known is not None:
-            self.cache_dir.mkdir(parents=True, exist_ok=True)
-            write_text(known, contents.hexdigest())
-        return contents.hexdigest()
+        return _contents(self.root / folder, {name + suffix for name in self.names}, self.cache_dir)
+
+    def _identity(self, *content):
+        return f"voc-{self.split}-{len(self)}-{hashlib.sha256(''.join(content).encode()).hexdigest()[:16]}"
