@@ -7,7 +7,7 @@ from drs_course.labs import DeltaLab
 from drs_course.labs.networks import PLAIN
 from drs_course.notebook import open_course
 from drs_course.paper import Configuration
-from drs_course.plots import first_of_each_class
+from drs_course.plots.stored import first_of_each_class
 from drs_lib.files import atomic_path
 
 DELTA = 0.4  # of Table 1: the strongest suppression there

@@ -22,11 +22,11 @@ label maps are uint8 (H, W), 0 background, 1..C classes, 255 ignored. Each may b
 
     python -m drs_course.plots      draws figures/ from the stored runs (`make figures`)
 """
+# ruff: noqa: F401
 
 from drs_course.plots.charts import labelled_scatter, loss_curve, table1_curve, threshold_curves
 from drs_course.plots.colors import (
     CHANGES,
-    MAP_COLORS,
     cue_changes,
     label_colors,
     layer_mean,
@@ -37,36 +37,5 @@ from drs_course.plots.colors import (
 )
 from drs_course.plots.drs_figure import figure2, profile, suppression
 from drs_course.plots.grids import cue_figure, figure1, figure4, figure5, figure6, panels, show_samples
-from drs_course.plots.layout import WIDTH, Panel, save_figure
-from drs_course.plots.stored import first_of_each_class, make_figures
-
-__all__ = [
-    "CHANGES",
-    "MAP_COLORS",
-    "Panel",
-    "WIDTH",
-    "cue_changes",
-    "cue_figure",
-    "figure1",
-    "figure2",
-    "figure4",
-    "figure5",
-    "figure6",
-    "first_of_each_class",
-    "label_colors",
-    "labelled_scatter",
-    "layer_mean",
-    "loss_curve",
-    "make_figures",
-    "outline",
-    "overlay",
-    "overlay_changes",
-    "overlay_labels",
-    "panels",
-    "profile",
-    "save_figure",
-    "show_samples",
-    "suppression",
-    "table1_curve",
-    "threshold_curves",
-]
+from drs_course.plots.layout import WIDTH, save_figure
+from drs_course.plots.stored import make_figures

@@ -8,7 +8,7 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from drs_course.plots.colors import OKABE_ITO
-from drs_course.plots.layout import DPI, STYLE, NotebookFigure
+from drs_course.plots.layout import DPI, STYLE, NotebookFigure, chart
 
 
 def table1_curve(table):
@@ -27,15 +27,12 @@ def table1_curve(table):
     data = {"critters": "Critters", "voc": "VOC"}.get(table.attrs.get("data"))
     ours = f"measured ({data})" if data else "measured"
     series = [("paper", "the paper (VOC)", "#0072B2", "o"), ("measured", ours, "#D55E00", "s")]
-    with sns.axes_style("ticks", STYLE), matplotlib.rc_context(STYLE):
-        figure = NotebookFigure((7, 3.6), dpi=DPI, layout="constrained")
-        ax = figure.subplots()
+    with chart(7, 3.6) as (figure, ax):
         labels = []
         for column, name, color, marker in series:
             spread = constant["sd"] if column == "measured" and constant["sd"].notna().any() else None
-            ax.errorbar(
-                constant["delta"], constant[column], spread, color=color, marker=marker, ms=5, capsize=3
-            )
+            points = constant["delta"], constant[column], spread
+            ax.errorbar(*points, color=color, marker=marker, ms=5, capsize=3)
             labels.append((constant[column].iloc[-1], f"{name}: constant δ", color))
             for level in learnable[column]:
                 ax.axhline(level, color=color, linestyle="--", linewidth=1.2)
@@ -43,7 +40,6 @@ def table1_curve(table):
         ax.set(xlabel="control value δ (smaller: stronger suppression)", ylabel="mIoU (%)")
         ax.set_xticks(constant["delta"], [f"{delta:.2f}" for delta in constant["delta"]])
         ax.margins(y=0.08)
-        sns.despine(ax=ax)
         label_at_right(ax, labels)
     return figure
 
@@ -57,9 +53,7 @@ def threshold_curves(alphas, curves, chosen=None, ylabel="pseudo-label mIoU (%)"
     colors = (OKABE_ITO[3], OKABE_ITO[6], OKABE_ITO[2], OKABE_ITO[4])
     if not curves or len(curves) > len(colors) or any(len(v) != len(alphas) for v in curves.values()):
         raise ValueError(f"expected one to {len(colors)} curves with {len(alphas)} scores each")
-    with sns.axes_style("ticks", STYLE), matplotlib.rc_context(STYLE):
-        figure = NotebookFigure((6.4, 3.2), dpi=DPI, layout="constrained")
-        ax = figure.subplots()
+    with chart(6.4, 3.2) as (figure, ax):
         labels = []
         for (name, scores), color, marker in zip(curves.items(), colors, "osD^", strict=False):
             ax.plot(alphas, scores, marker=marker, markersize=4, color=color)
@@ -72,7 +66,6 @@ def threshold_curves(alphas, curves, chosen=None, ylabel="pseudo-label mIoU (%)"
         ax.minorticks_off()
         ax.set(xlabel="threshold α (logarithmic)", ylabel=ylabel)
         ax.margins(y=0.1)
-        sns.despine(ax=ax)
         label_at_right(ax, labels)
     return figure
 
@@ -86,16 +79,13 @@ def labelled_scatter(frame, x, y, label, highlight=()):
     frame = frame.dropna(subset=[x, y])
     if frame.empty:
         raise ValueError(f"There is nothing to draw: no row has a number in {x!r} and {y!r}.")
-    with sns.axes_style("ticks", STYLE), matplotlib.rc_context(STYLE):
-        figure = NotebookFigure((6, 4), dpi=DPI, layout="constrained")
-        ax = figure.subplots()
+    with chart(6, 4) as (figure, ax):
         ax.set(xlabel=x, ylabel=y)
         ax.margins(0.15)
         names, points = list(frame[label]), frame[[x, y]].to_numpy(float)
         colors = ["#D55E00" if name in highlight else "#0072B2" for name in names]
         for name, point, color in zip(names, points, colors, strict=True):
             ax.plot(*point, "s" if name in highlight else "o", color=color, ms=6)
-        sns.despine(ax=ax)
         _label_points(figure, ax, names, points, colors)
     return figure
 
@@ -114,16 +104,13 @@ def _label_points(figure, ax, names, points, colors):
             if text is not None:
                 text.remove()
             dx, dy = (round(d, 6) for d in (np.cos(angle), np.sin(angle)))
-            text = ax.annotate(
-                name,
-                point,
-                (far * dx, far * dy),
-                textcoords="offset points",
-                color=color,
-                ha=("center", "left", "right")[int(np.sign(dx))],
-                va=("center", "bottom", "top")[int(np.sign(dy))],
-                arrowprops={"arrowstyle": "-", "color": color, "lw": 0.6} if far > 16 else None,
-            )
+            aligned = {
+                "ha": ("center", "left", "right")[int(np.sign(dx))],
+                "va": ("center", "bottom", "top")[int(np.sign(dy))],
+            }
+            line = {"arrowstyle": "-", "color": color, "lw": 0.6} if far > 16 else None
+            offset = {"xytext": (far * dx, far * dy), "textcoords": "offset points"}
+            text = ax.annotate(name, point, color=color, arrowprops=line, **offset, **aligned)
             text.update_positions(renderer)
             box = Text.get_window_extent(text, renderer)  # of the name alone, without the line to it
             inside = box.x0 > ax.bbox.x0 and box.y0 > ax.bbox.y0
@@ -156,11 +143,5 @@ def label_at_right(ax, labels):
     at = -np.inf
     for y, text, color in sorted(labels):
         at = max(y, at + gap)
-        ax.annotate(
-            text,
-            (1.02, at),
-            xycoords=("axes fraction", "data"),
-            color=color,
-            va="center",
-            annotation_clip=False,
-        )
+        place = {"xycoords": ("axes fraction", "data"), "va": "center", "annotation_clip": False}
+        ax.annotate(text, (1.02, at), color=color, **place)

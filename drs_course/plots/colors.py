@@ -1,7 +1,6 @@
 """Colours of maps, labels and cues, and images under them, as arrays; matplotlib draws nothing here.
 
-Images are uint8, as a data set gives them (3, H, W) or as a picture (H, W, 3); maps are (H, W) in [0, 1];
-label maps are uint8 (H, W), 0 background, 1..C classes, 255 ignored. Each may be a tensor or an array.
+What images, maps and label maps are: see `drs_course.plots`.
 """
 
 from functools import lru_cache
@@ -38,9 +37,13 @@ def label_colors(num_classes):
         return voc_palette()
     colors = np.full((256, 3), 200, np.uint8)
     colors[0] = 30
-    for label, color in enumerate(OKABE_ITO, 1):
-        colors[label] = np.round(255 * np.array(matplotlib.colors.to_rgb(color)))
+    colors[1 : 1 + len(OKABE_ITO)] = rgb(*OKABE_ITO)
     return colors
+
+
+def rgb(*colors):
+    """Matplotlib's colours as numbers, uint8 (number of colours, 3)."""
+    return np.round(255 * matplotlib.colors.to_rgba_array(colors)[:, :3]).astype(np.uint8)
 
 
 def overlay(image, values, strength=0.6):
@@ -61,8 +64,7 @@ def overlay_labels(image, labels, num_classes, strength=0.65):
     """
     picture, labels = as_picture(image), as_labels(labels, num_classes)
     check_same_size(picture, labels, "label map")
-    blended = blend(picture, label_colors(num_classes)[labels], strength)
-    return np.where((labels == 0)[..., None], picture, blended)
+    return painted(picture, labels, label_colors(num_classes), strength)
 
 
 def cue_changes(before, after, mask, label):
@@ -73,13 +75,10 @@ def cue_changes(before, after, mask, label):
     with the mask. Pixels masked 255 are 0. Raises ValueError for other types and sizes.
     """
     before, after, mask = array(before), array(after), array(mask)
-    if not (
-        before.dtype == after.dtype == bool and before.shape == after.shape == mask.shape and mask.ndim == 2
-    ):
-        raise ValueError(
-            "cues are bool (H, W), the mask is (H, W): got "
-            + ", ".join(f"{one.dtype} {one.shape}" for one in (before, after, mask))
-        )
+    same = before.shape == after.shape == mask.shape
+    if not (same and mask.ndim == 2 and before.dtype == after.dtype == bool):
+        got = ", ".join(f"{one.dtype} {one.shape}" for one in (before, after, mask))
+        raise ValueError(f"cues are bool (H, W), the mask is (H, W): got {got}")
     on_object = mask == label
     changes = np.where(before & after, 1, 0)
     changes = np.where(after & ~before, np.where(on_object, 2, 3), changes)
@@ -94,12 +93,13 @@ def overlay_changes(image, changes, on_object=None, strength=0.75):
     """
     picture, changes = as_picture(image), array(changes)
     check_same_size(picture, changes, "map of changes")
-    colors = np.array([matplotlib.colors.to_rgb(color) for color in CHANGE_COLORS])
-    blended = blend(picture, 255 * colors[changes], strength)
-    result = np.where((changes == 0)[..., None], picture, blended)
-    if on_object is not None:
-        result[outline(array(on_object))] = 0
-    return result
+    result = painted(picture, changes, rgb(*CHANGE_COLORS), strength)
+    return result if on_object is None else outlined(result, array(on_object), 0)
+
+
+def outlined(picture, region, color=255):
+    """A picture (H, W, 3) with the `outline` of a region, bool (H, W), drawn on it in a grey or a colour."""
+    return np.where(outline(region)[..., None], np.uint8(color), picture)
 
 
 def outline(region):
@@ -165,11 +165,8 @@ def as_labels(labels, num_classes):
 
 def check_same_size(picture, values, what):
     if picture.shape[:2] != values.shape:
-        raise ValueError(
-            f"The {what} is {values.shape[0]}x{values.shape[1]} and its image "
-            f"{picture.shape[0]}x{picture.shape[1]}: "
-            "bring it to the image's size first."
-        )
+        size, own = ("x".join(map(str, one.shape[:2])) for one in (values, picture))
+        raise ValueError(f"The {what} is {size} and its image {own}: bring it to the image's size first.")
 
 
 def colored(values, name=MAP_COLORS):
@@ -180,6 +177,11 @@ def colored(values, name=MAP_COLORS):
 @lru_cache
 def _table(name):
     return (255 * matplotlib.colormaps[name](np.arange(256))[:, :3]).round().astype(np.uint8)
+
+
+def painted(picture, kinds, colors, strength):
+    """A picture under the colours of its pixels' kinds, integers (H, W) from 0; kind 0 is left as it is."""
+    return np.where((kinds == 0)[..., None], picture, blend(picture, colors[kinds], strength))
 
 
 def blend(picture, colors, strength):

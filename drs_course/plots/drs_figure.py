@@ -8,7 +8,9 @@ from PIL import Image
 
 from drs_course.plots.charts import label_at_right
 from drs_course.plots.colors import MAP_COLORS, OKABE_ITO, array, as_picture, overlay
-from drs_course.plots.layout import DPI, STYLE, WIDTH, NotebookFigure
+from drs_course.plots.layout import DPI, STYLE, WIDTH, NotebookFigure, bare
+
+SIDE, STEP = 0.62, 0.7  # inches: a map of Figure 2, and from one to the next
 
 
 def figure2(features, control):
@@ -19,92 +21,43 @@ def figure2(features, control):
     arrow leads from 1 down to the map's control value, so a long arrow is a strong suppression. Colours are
     relative to each map's own maximum.
     """
-    maps = array(features).astype(np.float64).clip(0)
-    control = array(control).astype(np.float64)
-    if maps.ndim != 3 or not maps.size or len(maps) > 6:
-        raise ValueError(f"Features are 1 to 6 maps of one image, (K, H, W); got shape {maps.shape}.")
-    if control.shape not in ((), maps.shape[:1]):
-        raise ValueError(f"{len(maps)} maps need one control value, or one each; got shape {control.shape}.")
-    control = np.broadcast_to(control, maps.shape[:1])
-    if not np.isfinite(maps).all() or not ((control >= 0) & (control <= 1)).all():
-        raise ValueError("The features must be finite and the control values between 0 and 1.")
+    maps, control = _checked_maps(features, control)
     peak = maps.max((1, 2))
     tau = peak * control
-    count, side, step = len(maps), 0.62, 0.7
-    room = max(count * step, 3.2)
-    height = room + 0.9
-    center, top = 0.4 + room / 2, 0.4 + (room + count * step) / 2
+    count = len(maps)
+    room = max(count * STEP, 3.2)
+    center, top = 0.4 + room / 2, 0.4 + (room + count * STEP) / 2
     upper, lower = center + room / 4, center - room / 4
     strip = min(0.24, (room / 2 - 0.5) / count)
-    pixel = side / max(maps.shape[1:])
-    tall, wide = (pixel * n for n in maps.shape[1:])
 
     with matplotlib.rc_context(STYLE):
-        figure = NotebookFigure((WIDTH, height), dpi=DPI)
+        figure = NotebookFigure((WIDTH, room + 0.9), dpi=DPI)
         ax = figure.add_axes((0, 0, 1, 1))
-        ax.set(xlim=(0, WIDTH), ylim=(0, height))
+        ax.set(xlim=(0, WIDTH), ylim=(0, room + 0.9))
         ax.axis("off")
-
-        def text(x, y, what, **options):
-            ax.text(x, y, what, **{"ha": "center", "va": "center", **options})
-
-        def box(x, y, width, what):
-            shape = FancyBboxPatch((x, y - 0.34), width, 0.68, boxstyle="round,pad=0,rounding_size=0.1")
-            shape.set(facecolor="#EEF3F8", edgecolor="0.3")
-            ax.add_patch(shape)
-            text(x + width / 2, y, what)
-
-        def arrow(*points):
-            ax.plot(*zip(*points[:-1], strict=True), color="0.3", linewidth=1.2, solid_capstyle="butt")
-            style = {"arrowstyle": "-|>", "color": "0.3", "linewidth": 1.2, "shrinkA": 0, "shrinkB": 0}
-            ax.annotate("", points[-1], points[-2], arrowprops=style)
-
-        def column(x, values, title):
-            for k, value in enumerate(values):
-                left, low = x + (side - wide) / 2, top - k * step - (side + tall) / 2
-                extent = (left, left + wide, low, low + tall)
-                limits = {"vmin": 0, "vmax": peak[k] or 1}
-                ax.imshow(value, cmap=MAP_COLORS, extent=extent, interpolation="nearest", **limits)
-            text(x + side / 2, top + 0.25, f"{title}\n$H × W × K$")
-
-        def numbers(x, y, values, shares, title):
-            for k, (value, share) in enumerate(zip(values, shares, strict=True)):
-                low = y + (count / 2 - 1 - k) * strip
-                color = matplotlib.colormaps[MAP_COLORS](share)
-                ax.add_patch(Rectangle((x, low), 0.5, strip, facecolor=color, edgecolor="white"))
-                shade = "black" if share > 0.6 else "white"
-                text(x + 0.25, low + strip / 2, f"{value:.2f}", color=shade, fontsize=7.5)
-            text(x + 0.25, y + count * strip / 2 + 0.2, f"{title}\n$1 × 1 × K$", fontsize=8)
-
-        column(0.25, maps, "$X$")
-        for k, one in enumerate(maps):
-            row, place = np.unravel_index(one.argmax(), one.shape)
-            x = 0.25 + (side - wide) / 2 + pixel * (place + 0.5)
-            y = top - k * step - (side - tall) / 2 - pixel * (row + 0.5)
-            ax.plot(x, y, "o", ms=6, mfc=OKABE_ITO[4], mec="white", mew=1)
+        _column(ax, 0.25, top, maps, peak, "$X$", dots=True)
         for y, name in ((upper, "max-element\nextractor"), (lower, "suppression\ncontroller")):
-            arrow((0.25 + side + 0.04, center), (1.15, center), (1.15, y), (1.4, y))
-            box(1.4, y, 1.15, name)
-            arrow((2.55, y), (2.85, y))
-        numbers(2.9, upper, peak, np.ones(count), r"$X_{\mathrm{max}}$")
+            _arrow(ax, (0.25 + SIDE + 0.04, center), (1.15, center), (1.15, y), (1.4, y))
+            _box(ax, 1.4, y, 1.15, name)
+            _arrow(ax, (2.55, y), (2.85, y))
+        _numbers(ax, 2.9, upper, strip, peak, np.ones(count), r"$X_{\mathrm{max}}$")
         for k, value in enumerate(control):
             y = lower + (count / 2 - 0.5 - k) * strip
             ax.plot((2.9, 3.4), (y, y), color="0.85", linewidth=3, solid_capstyle="butt")
-            style = {"arrowstyle": "-|>", "color": OKABE_ITO[6], "linewidth": 1.6}
-            ax.annotate("", (2.9 + value / 2, y), (3.4, y), arrowprops={**style, "shrinkA": 0, "shrinkB": 0})
-            text(3.57, y, f"{value:.2f}", fontsize=7.5)
-        text(3.15, lower + count * strip / 2 + 0.2, "$G$\n$1 × 1 × K$", fontsize=8)
+            _head(ax, (3.4, y), (2.9 + value / 2, y), OKABE_ITO[6], 1.6)
+            _text(ax, 3.57, y, f"{value:.2f}", fontsize=7.5)
+        _text(ax, 3.15, lower + count * strip / 2 + 0.2, "$G$\n$1 × 1 × K$", fontsize=8)
         for y, left in ((upper, 3.42), (lower, 3.75)):
-            arrow((left, y), (4.1, y), (4.1, center + (0.13 if y > center else -0.13)))
-        text(4.1, center, r"$\times$", fontsize=13)
-        arrow((4.22, center), (4.5, center))
-        numbers(4.55, center, tau, control, r"$\tau = X_{\mathrm{max}}\, G$")
-        arrow((5.08, center), (5.5, center))
-        box(5.5, center, 1.25, "suppressor\n" + r"$\mathrm{min}(X, \tau)$")
-        below = top - (count - 1) * step - side - 0.04
-        arrow((0.25 + side / 2, below), (0.25 + side / 2, 0.2), (6.125, 0.2), (6.125, center - 0.34))
-        arrow((6.75, center), (7.55, center))
-        column(7.6, np.minimum(maps, tau[:, None, None]), r"$\hat{X}$")
+            _arrow(ax, (left, y), (4.1, y), (4.1, center + (0.13 if y > center else -0.13)))
+        _text(ax, 4.1, center, r"$\times$", fontsize=13)
+        _arrow(ax, (4.22, center), (4.5, center))
+        _numbers(ax, 4.55, center, strip, tau, control, r"$\tau = X_{\mathrm{max}}\, G$")
+        _arrow(ax, (5.08, center), (5.5, center))
+        _box(ax, 5.5, center, 1.25, "suppressor\n" + r"$\mathrm{min}(X, \tau)$")
+        below, middle = top - (count - 1) * STEP - SIDE - 0.04, 0.25 + SIDE / 2
+        _arrow(ax, (middle, below), (middle, 0.2), (6.125, 0.2), (6.125, center - 0.34))
+        _arrow(ax, (6.75, center), (7.55, center))
+        _column(ax, 7.6, top, np.minimum(maps, tau[:, None, None]), peak, r"$\hat{X}$")
     return figure
 
 
@@ -122,8 +75,8 @@ def profile(features, control, title=""):
         left, ax = figure.subplots(1, 2, width_ratios=(1, 2.3))
         left.imshow(features, cmap=MAP_COLORS, vmin=0, interpolation="nearest")
         left.axhline(row, color="white", linewidth=1.2)
-        left.set(xticks=[], yticks=[row], yticklabels=[f"row {row}"], title=title)
-        sns.despine(ax=left, left=True, bottom=True)
+        bare(left)
+        left.set(yticks=[row], yticklabels=[f"row {row}"], title=title)
         _draw_cut(ax, features[row], control, f"position in row {row}")
     return figure
 
@@ -137,38 +90,95 @@ def suppression(image, features, control):
     """
     features, control = _one_map(features, control)
     picture = as_picture(image)
-    size = picture.shape[1::-1]
-    scale = features.max() or 1
-    kept = np.minimum(features, control * features.max())
-    enlarged = [
-        np.asarray(Image.fromarray((one / scale).astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
-        for one in (features, kept)
-    ]
-    row = features.argmax() // features.shape[1]
+    row, peak = features.argmax() // features.shape[1], features.max()
+    pictures = {"image": picture}
+    for title, one in (
+        ("one channel $X$ of it", features),
+        (rf"after DRS: $\min(X, {control:.2f}\ \max X)$", np.minimum(features, control * peak)),
+    ):
+        shares = Image.fromarray((one / (peak or 1)).astype(np.float32))
+        pictures[title] = overlay(picture, shares.resize(picture.shape[1::-1], Image.Resampling.BILINEAR))
     with sns.axes_style("ticks", STYLE), matplotlib.rc_context(STYLE):
         figure = NotebookFigure((WIDTH, 5), dpi=DPI, layout="constrained")
         above, below = figure.subfigures(2, 1, height_ratios=(1.15, 1))
-        pictures = {"image": picture, "one channel $X$ of it": overlay(picture, enlarged[0])}
-        pictures[rf"after DRS: $\min(X, {control:.2f}\ \max X)$"] = overlay(picture, enlarged[1])
         for ax, (title, shown) in zip(above.subplots(1, 3), pictures.items(), strict=True):
             ax.imshow(shown)
-            ax.set(xticks=[], yticks=[], title=title)
+            bare(ax)
+            ax.set_title(title)
             if title != "image":
                 ax.axhline((row + 0.5) * len(picture) / len(features), color="white", linewidth=1.2)
-            sns.despine(ax=ax, left=True, bottom=True)
         _draw_cut(below.subplots(), features[row], control, "position along the white line, in $X$")
     return figure
 
 
+def _checked_maps(features, control):
+    """K maps after the ReLU, float64, and their control values (K,), both checked."""
+    maps, control = (array(values).astype(np.float64) for values in (features, control))
+    if maps.ndim != 3 or not maps.size or len(maps) > 6:
+        raise ValueError(f"Features are 1 to 6 maps of one image, (K, H, W); got shape {maps.shape}.")
+    if control.shape not in ((), maps.shape[:1]):
+        raise ValueError(f"{len(maps)} maps need one control value, or one each; got shape {control.shape}.")
+    if not np.isfinite(maps).all() or not ((control >= 0) & (control <= 1)).all():
+        raise ValueError("The features must be finite and the control values between 0 and 1.")
+    return maps.clip(0), np.broadcast_to(control, maps.shape[:1])
+
+
 def _one_map(features, control):
     """A channel's map after the ReLU, float64, and its control value, both checked."""
-    features = array(features).astype(np.float64)
+    features = array(features)
     if features.ndim != 2 or not features.size:
         raise ValueError(f"A feature map is (H, W): one channel of one image; got shape {features.shape}.")
-    control = float(array(control))
-    if not np.isfinite(features).all() or not 0 <= control <= 1:
-        raise ValueError("The feature map must be finite and the control value between 0 and 1.")
-    return features.clip(0), control
+    maps, (control,) = _checked_maps(features[None], control)
+    return maps[0], float(control)
+
+
+def _column(ax, x, top, maps, peak, title, dots=False):
+    """Maps one below the other, each up to its peak; dots: on their maxima."""
+    pixel = SIDE / max(maps.shape[1:])
+    tall, wide = (pixel * n for n in maps.shape[1:])
+    left = x + (SIDE - wide) / 2
+    for k, values in enumerate(maps):
+        low = top - k * STEP - (SIDE + tall) / 2
+        limits = {"vmin": 0, "vmax": peak[k] or 1, "extent": (left, left + wide, low, low + tall)}
+        ax.imshow(values, cmap=MAP_COLORS, interpolation="nearest", **limits)
+        if dots:
+            row, column = np.unravel_index(values.argmax(), values.shape)
+            place = left + pixel * (column + 0.5), low + tall - pixel * (row + 0.5)
+            ax.plot(*place, "o", ms=6, mfc=OKABE_ITO[4], mec="white", mew=1)
+    _text(ax, x + SIDE / 2, top + 0.25, f"{title}\n$H × W × K$")
+
+
+def _numbers(ax, x, y, strip, values, shares, title):
+    """A column of numbers, on the colours of their shares of the maximum."""
+    count = len(values)
+    for k, (value, share) in enumerate(zip(values, shares, strict=True)):
+        low = y + (count / 2 - 1 - k) * strip
+        color = matplotlib.colormaps[MAP_COLORS](share)
+        ax.add_patch(Rectangle((x, low), 0.5, strip, facecolor=color, edgecolor="white"))
+        shade = "black" if share > 0.6 else "white"
+        _text(ax, x + 0.25, low + strip / 2, f"{value:.2f}", color=shade, fontsize=7.5)
+    _text(ax, x + 0.25, y + count * strip / 2 + 0.2, f"{title}\n$1 × 1 × K$", fontsize=8)
+
+
+def _text(ax, x, y, what, **options):
+    ax.text(x, y, what, ha="center", va="center", **options)
+
+
+def _box(ax, x, y, width, what):
+    shape = FancyBboxPatch((x, y - 0.34), width, 0.68, boxstyle="round,pad=0,rounding_size=0.1")
+    shape.set(facecolor="#EEF3F8", edgecolor="0.3")
+    ax.add_patch(shape)
+    _text(ax, x + width / 2, y, what)
+
+
+def _arrow(ax, *points):
+    ax.plot(*zip(*points[:-1], strict=True), color="0.3", linewidth=1.2, solid_capstyle="butt")
+    _head(ax, points[-2], points[-1], "0.3", 1.2)
+
+
+def _head(ax, start, end, color, linewidth):
+    style = {"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0}
+    ax.annotate("", end, start, arrowprops={**style, "color": color, "linewidth": linewidth})
 
 
 def _draw_cut(ax, values, control, xlabel):

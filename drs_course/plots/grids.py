@@ -1,7 +1,6 @@
 """Figures that are rows of pictures: the paper's Figures 1, 4, 5 and 6, samples of a data set, cues."""
 
 import numpy as np
-from matplotlib.patches import Patch
 
 from drs_course.plots.colors import (
     CHANGE_COLORS,
@@ -17,7 +16,7 @@ from drs_course.plots.colors import (
     overlay,
     overlay_changes,
 )
-from drs_course.plots.layout import Panel, class_handles, picture_grid
+from drs_course.plots.layout import Panel, class_handles, handles, picture_grid
 
 
 def show_samples(dataset, indices=range(6), masks=True):
@@ -28,22 +27,14 @@ def show_samples(dataset, indices=range(6), masks=True):
     indices = list(indices)
     if not indices:
         raise ValueError("There is nothing to show: no index was given.")
-    rows, found = [[], [], []], set()
-    for column, i in enumerate(indices):
-        image, labels = dataset[i]
-        names = [name for name, there in zip(dataset.classes, labels, strict=True) if there]
-        first = column == 0
-        rows[0].append(Panel(as_picture(image), "\n".join(names), "image" if first else ""))
-        rows[1].append(Panel(as_map(array(dataset.saliency(i)) / 255), "", "saliency" if first else ""))
-        if masks:
-            mask = as_labels(dataset.mask(i), dataset.num_classes)
-            found |= set(np.unique(mask).tolist())
-            rows[2].append(Panel(label_colors(dataset.num_classes)[mask], "", "truth" if first else ""))
-    return (
-        picture_grid(rows, cmap="gray", legend=class_handles(dataset.classes, found))
-        if masks
-        else picture_grid(rows[:2], cmap="gray")
-    )
+    images, labels = zip(*(dataset[i] for i in indices), strict=True)
+    titles = ["\n".join(np.array(dataset.classes)[np.asarray(present) > 0]) for present in labels]
+    saliency = [as_map(array(dataset.saliency(i)) / 255) for i in indices]
+    rows, legend = {"image": map(as_picture, images), "saliency": saliency}, None
+    if masks:
+        truth = [dataset.mask(i) for i in indices]
+        rows["truth"], legend = _in_colors(truth, dataset.classes), class_handles(dataset.classes, truth)
+    return picture_grid(_titled(titles, rows.values(), list(rows)), cmap="gray", legend=legend)
 
 
 def figure1(images, cam, drs, refined, names=None):
@@ -51,18 +42,12 @@ def figure1(images, cam, drs, refined, names=None):
 
     images: N images; cam, drs, refined: N maps (H, W) each, of the class that ``names`` may name.
     """
-    names = [""] * len(images) if names is None else names
-    titles = ("image", "CAM", "DRS", "DRS†")
-    rows = []
-    for row, (image, name, *maps) in enumerate(zip(images, names, cam, drs, refined, strict=True)):
-        pictures = [as_picture(image), *(overlay(image, values) for values in maps)]
-        rows.append(
-            [
-                Panel(picture, titles[column] if row == 0 else "", name if column == 0 else "")
-                for column, picture in enumerate(pictures)
-            ]
-        )
-    return picture_grid(rows, panel_width=1.8, scale="localization map")
+    rows = [
+        [as_picture(image), *(overlay(image, values) for values in maps)]
+        for image, *maps in zip(images, cam, drs, refined, strict=True)
+    ]
+    grid = _titled(("image", "CAM", "DRS", "DRS†"), rows, names)
+    return picture_grid(grid, panel_width=1.8, scale="localization map")
 
 
 def figure4(image, maps, columns=5):
@@ -84,11 +69,9 @@ def figure5(image, cam, drs):
     """
     if len(cam) != len(drs) or not cam:
         raise ValueError(f"Both classifiers must have the same layers; got {len(cam)} and {len(drs)}.")
-    cam, drs = ([layer_mean(features) for features in network] for network in (cam, drs))
-    rows = [[Panel(as_picture(image), "image")], [None]]
-    for row, label, network in ((0, "CAM", cam), (1, "DRS", drs)):
-        for layer, mean in enumerate(network, 1):
-            rows[row].append(Panel(mean, f"layer {layer}" if row == 0 else "", label if layer == 1 else ""))
+    titles = [f"layer {layer}" for layer in range(1, len(cam) + 1)]
+    above, below = _titled(titles, [map(layer_mean, network) for network in (cam, drs)], ("CAM", "DRS"))
+    rows = [[Panel(as_picture(image), "image"), *above], [None, *below]]
     return picture_grid(rows, scale="mean feature, scaled per panel")
 
 
@@ -97,15 +80,12 @@ def figure6(images, truth, drs, refined, classes):
 
     images: N images; truth, drs, refined: N label maps (H, W) each; classes: names, without background.
     """
-    titles = ("image", "ground truth", "DRS", "DRS†")
-    colors = label_colors(len(classes))
-    rows, found = [], set()
-    for row, (image, *labels) in enumerate(zip(images, truth, drs, refined, strict=True)):
-        labels = [as_labels(one, len(classes)) for one in labels]
-        found |= {int(label) for one in labels for label in np.unique(one)}
-        pictures = [as_picture(image), *(colors[one] for one in labels)]
-        rows.append([Panel(p, titles[column] if row == 0 else "") for column, p in enumerate(pictures)])
-    return picture_grid(rows, panel_width=1.95, legend=class_handles(classes, found))
+    rows = [
+        [as_picture(image), *_in_colors(labels, classes)]
+        for image, *labels in zip(images, truth, drs, refined, strict=True)
+    ]
+    grid = _titled(("image", "ground truth", "DRS", "DRS†"), rows)
+    return picture_grid(grid, panel_width=1.95, legend=class_handles(classes, [*truth, *drs, *refined]))
 
 
 def cue_figure(images, before, after, masks, labels, titles=("cue before", "cue after")):
@@ -115,19 +95,12 @@ def cue_figure(images, before, after, masks, labels, titles=("cue before", "cue 
     each image's cues. titles: what the cues are called. See `cue_changes`.
     """
     rows = []
-    for row, (image, first, second, mask, label) in enumerate(
-        zip(images, before, after, masks, labels, strict=True)
-    ):
-        changes, on_object = cue_changes(first, second, mask, label), array(mask) == label
-        kept = [overlay_changes(image, array(cue).astype(np.uint8), on_object) for cue in (first, second)]
-        pictures = [as_picture(image), *kept, overlay_changes(image, changes, on_object)]
-        names = ("image", *titles, "what changed")
-        rows.append([Panel(p, n if row == 0 else "") for p, n in zip(pictures, names, strict=True)])
-    handles = [
-        Patch(facecolor=color, edgecolor="0.5", label=name)
-        for color, name in zip(CHANGE_COLORS[1:], CHANGES[1:], strict=True)
-    ]
-    return picture_grid(rows, panel_width=1.95, legend=handles)
+    for image, first, second, mask, label in zip(images, before, after, masks, labels, strict=True):
+        shown = (array(first).astype(int), array(second).astype(int), cue_changes(first, second, mask, label))
+        on_object = array(mask) == label
+        rows.append([as_picture(image), *(overlay_changes(image, one, on_object) for one in shown)])
+    grid = _titled(("image", *titles, "what changed"), rows)
+    return picture_grid(grid, panel_width=1.95, legend=handles(CHANGE_COLORS[1:], CHANGES[1:]))
 
 
 def panels(rows, classes=(), cmap=MAP_COLORS):
@@ -137,21 +110,36 @@ def panels(rows, classes=(), cmap=MAP_COLORS):
     a label map (uint8 (H, W), in `label_colors`); None leaves a place empty. A title that repeats the one
     above it is left out. classes: the names of the labels, without background; needed for label maps.
     """
-    colors, grid, found, above = label_colors(len(classes)), [], set(), []
+    grid, found, above = [], [], []
     for row in rows:
         line = []
         for column, (title, picture) in enumerate(row.items()):
             if picture is not None:
                 picture = array(picture)
                 if picture.ndim == 2 and picture.dtype == np.uint8:
-                    labels = as_labels(picture, len(classes))
-                    found |= set(np.unique(labels).tolist())
-                    picture = colors[labels]
+                    found.append(picture)
+                    (picture,) = _in_colors([picture], classes)
                 picture = as_map(picture) if picture.ndim == 2 else as_picture(picture)
-                title = "" if column < len(above) and above[column] == title else title
-            line.append(None if picture is None else Panel(picture, title))
+                picture = Panel(picture, "" if above[column : column + 1] == [title] else title)
+            line.append(picture)
         grid.append(line)
         above = list(row)
-    legend = class_handles(classes, found) if found else None
     width = None if grid and max(map(len, grid)) > 4 else 1.95
-    return picture_grid(grid, panel_width=width, cmap=cmap, legend=legend)
+    return picture_grid(grid, width, cmap, legend=class_handles(classes, found) if found else None)
+
+
+def _titled(titles, rows, names=None):
+    """Rows of pictures as panels: the titles above the first row, a row's name at its left."""
+    names = [""] * len(rows) if names is None else names
+    return [
+        [
+            Panel(picture, title if row == 0 else "", name if column == 0 else "")
+            for column, (picture, title) in enumerate(zip(pictures, titles, strict=True))
+        ]
+        for row, (pictures, name) in enumerate(zip(rows, names, strict=True))
+    ]
+
+
+def _in_colors(labels, classes):
+    """Label maps, checked, in the colours of their labels."""
+    return [label_colors(len(classes))[as_labels(one, len(classes))] for one in labels]

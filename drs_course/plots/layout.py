@@ -1,6 +1,8 @@
 """How a figure is laid out, shown by a notebook and written to a file."""
 
 import io
+from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 
-from drs_course.plots.colors import MAP_COLORS, label_colors
+from drs_course.plots.colors import MAP_COLORS, array, label_colors
 from drs_lib.data import IGNORED
 from drs_lib.files import atomic_path
 
@@ -55,14 +57,12 @@ def picture_grid(rows, panel_width=None, cmap=MAP_COLORS, scale=None, legend=Non
     """
     if not rows or not rows[0]:
         raise ValueError("There is nothing to draw: no image was given.")
-    columns = max(len(row) for row in rows)
+    columns = list(zip_longest(*rows))
     gap, line, margin = 0.05, 0.16, 0.09
-    gutters = [
-        0.2 if any(len(row) > c and row[c] and row[c].label for row in rows) else 0 for c in range(columns)
-    ]
-    fixed = sum(gutters) + gap * (columns - 1) + 2 * margin + (0.7 if scale else 0)
-    side = (WIDTH - fixed) / columns if panel_width is None else panel_width
-    width = side * columns + fixed
+    gutters = [0.2 if any(p and p.label for p in column) else 0 for column in columns]
+    fixed = sum(gutters) + gap * (len(columns) - 1) + 2 * margin + (0.7 if scale else 0)
+    side = (WIDTH - fixed) / len(columns) if panel_width is None else panel_width
+    width = side * len(columns) + fixed
     titles = [
         max((line * (1 + p.title.count("\n")) + 0.03) if p and p.title else 0 for p in row) for row in rows
     ]
@@ -74,54 +74,66 @@ def picture_grid(rows, panel_width=None, cmap=MAP_COLORS, scale=None, legend=Non
 
     with sns.axes_style("white", STYLE), matplotlib.rc_context(STYLE):
         figure = NotebookFigure((width, height), dpi=DPI)
-
-        def axes(left, top, width_, height_):
-            return figure.add_axes(
-                (left / width, 1 - (top + height_) / height, width_ / width, height_ / height)
-            )
-
         top = margin
         for row, title, tall in zip(rows, titles, heights, strict=True):
             top, left = top + title, margin
             for panel, gutter in zip(row, gutters, strict=False):
                 left += gutter
                 if panel:
-                    ax = axes(left, top, side, tall)
-                    ax.imshow(panel.picture, cmap=cmap, vmin=0, vmax=1, interpolation="nearest")
-                    ax.set(xticks=[], yticks=[])
-                    sns.despine(ax=ax, left=True, bottom=True)
-                    ax.set_title(panel.title, pad=3)
-                    ax.set_ylabel(panel.label, labelpad=3)
+                    _draw_panel(_axes(figure, left, top, side, tall), panel, cmap)
                 left += side + gap
             top += tall + gap
         if scale:
-            bar = axes(
-                width - margin - 0.6, margin + titles[0], 0.12, height - 2 * margin - titles[0] - footer
-            )
+            top = margin + titles[0]
+            bar = _axes(figure, width - margin - 0.6, top, 0.12, height - margin - top - footer)
             colors = ScalarMappable(Normalize(0, 1), MAP_COLORS)
             figure.colorbar(colors, cax=bar, label=scale, ticks=[0, 0.5, 1])
         if legend:
-            legend_below(figure, legend, per_line)
+            places = {"loc": "lower center", "borderaxespad": 0.2, "borderpad": 0, "frameon": False}
+            spaces = {"ncols": min(per_line, len(legend)), "handlelength": 1, "columnspacing": 1.2}
+            figure.legend(handles=legend, **places, **spaces)
     return figure
 
 
-def class_handles(classes, found):
-    colors = label_colors(len(classes)) / 255
+def _axes(figure, left, top, width, height):
+    """Axes at a place in inches, from the upper left corner."""
+    across, down = figure.get_size_inches()
+    return figure.add_axes((left / across, 1 - (top + height) / down, width / across, height / down))
+
+
+def _draw_panel(ax, panel, cmap):
+    ax.imshow(panel.picture, cmap=cmap, vmin=0, vmax=1, interpolation="nearest")
+    bare(ax)
+    ax.set_title(panel.title, pad=3)
+    ax.set_ylabel(panel.label, labelpad=3)
+
+
+def bare(ax):
+    """Takes ticks and frame off the axes of a picture."""
+    ax.set(xticks=[], yticks=[])
+    sns.despine(ax=ax, left=True, bottom=True)
+
+
+@contextmanager
+def chart(width, height):
+    """A figure of a size in inches with one pair of axes: (figure, axes), in the style of the course."""
+    with sns.axes_style("ticks", STYLE), matplotlib.rc_context(STYLE):
+        figure = NotebookFigure((width, height), dpi=DPI, layout="constrained")
+        ax = figure.subplots()
+        sns.despine(ax=ax)
+        yield figure, ax
+
+
+def class_handles(classes, maps):
+    """A legend's patches for the labels that occur in label maps (H, W)."""
+    found = np.unique(np.concatenate([array(one).ravel() for one in maps]))
     names = {0: "background", **dict(enumerate(classes, 1)), IGNORED: "ignored"}
-    return [Patch(facecolor=colors[label], edgecolor="0.5", label=names[label]) for label in sorted(found)]
+    return handles(label_colors(len(classes))[found] / 255, [names[label] for label in found])
 
 
-def legend_below(figure, handles, per_line):
-    figure.legend(
-        handles=handles,
-        loc="lower center",
-        ncols=min(per_line, len(handles)),
-        frameon=False,
-        handlelength=1,
-        columnspacing=1.2,
-        borderaxespad=0.2,
-        borderpad=0,
-    )
+def handles(colors, names):
+    """A legend's patches."""
+    return [Patch(fc=color, ec="0.5", label=name) for color, name in zip(colors, names, strict=True)]
 
 
 def save_figure(figure, path, dpi=DPI, max_bytes=300_000):
@@ -145,14 +157,14 @@ def save_figure(figure, path, dpi=DPI, max_bytes=300_000):
 
 
 def png(figure, dpi, colors=None):
+    """A figure as PNG, in as many colours as there are or in ``colors``."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
     if colors is None:
         return buffer.getvalue()
     image = Image.open(buffer).convert("RGB")
-    reduced = io.BytesIO()
     # In two steps because Pillow dithers only towards a given palette, and colour bars need it.
-    image.quantize(palette=image.quantize(colors), dither=Image.Dither.FLOYDSTEINBERG).save(
-        reduced, "PNG", optimize=True
-    )
+    image = image.quantize(palette=image.quantize(colors), dither=Image.Dither.FLOYDSTEINBERG)
+    reduced = io.BytesIO()
+    image.save(reduced, "PNG", optimize=True)
     return reduced.getvalue()
