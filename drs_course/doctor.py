@@ -145,7 +145,7 @@ def _weights():
         if not (SHIPPED / f"{name}.safetensors").is_file()
     ]
     if missing:
-        remedy = f"python -m drs_course.pretrain --only {' '.join(missing)}"
+        remedy = f"python -m drs_course pretrain --only {' '.join(missing)}"
         return Finding("Critters weights", "missing", f"no {', '.join(missing)}", remedy)
     return Finding("Critters weights", "ok", "mini, mini_resnet, saliency")
 

@@ -1,6 +1,5 @@
 """The figures of README and notebooks, drawn from the networks in the run store."""
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -9,7 +8,6 @@ from drs_course.plots.charts import table1_curve
 from drs_course.plots.drs_figure import suppression
 from drs_course.plots.grids import figure1, figure4, figure5, figure6, show_samples
 from drs_course.plots.layout import save_figure
-from drs_course.stages import BUDGETS
 from drs_lib.drs import DRS
 
 
@@ -157,21 +155,3 @@ def _strongest_channel(model, image):
     [features] = seen
     channel = int(features.amax((1, 2)).argmax())
     return features[channel], first_of_last_layer.controller(features[None])[0, channel]
-
-
-def main(arguments=None):
-    """The command line: ``python -m drs_course.plots``."""
-    parser = argparse.ArgumentParser(
-        prog="python -m drs_course.plots", description="Draw the figures from the stored runs."
-    )
-    parser.add_argument("--out", default="figures", metavar="DIR", help="default: figures")
-    parser.add_argument("--store", metavar="DIR", help="the run store; default: $DRS_STORE, else ./runs")
-    parser.add_argument("--data", choices=("critters", "voc"), default="critters")
-    parser.add_argument("--voc-root", metavar="DIR", help="the folder VOC 2012 is in")
-    parser.add_argument("--budget", choices=BUDGETS, help="default: laptop; paper for voc")
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0], metavar="N", help="the networks shown are the first's"
-    )
-    options = vars(parser.parse_args(arguments))
-    for path in make_figures(options.pop("out"), seed=options["seeds"][0], **options):
-        print(path)

@@ -1,3 +1,0 @@
-from drs_course.plots.stored import main
-
-main()
