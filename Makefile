@@ -52,8 +52,7 @@ lab-page: $(READY) ## show the labs, the pages with sliders, as one page without
 	$(JUPYTER) $(PY) -m voila notebooks/lab.ipynb
 
 figures: $(READY) ## draw figures/, which README and notebooks show, from the stored runs
-	$(PY) -m drs_course.plots $(RUN_ARGS)
-	$(PY) -m drs_course.labs
+	$(PY) -m drs_course figures $(RUN_ARGS)
 
 notebooks: $(READY) ## run all notebooks and store their outputs in them
 	$(PY) tools/notebooks.py run
@@ -79,7 +78,7 @@ reference: $(READY) ## measure the committed reference results again, three seed
 	$(PY) -m drs_course reference --seeds $(or $(SEEDS),0 1 2)
 
 weights: $(READY) ## train the committed Critters weights again
-	$(PY) -m drs_course.pretrain
+	$(PY) -m drs_course pretrain
 
 bench: $(READY) ## time a training step with and without DRS, localization maps, the CRF and the labs (30 minutes)
 	$(PY) benchmarks/step.py $(BENCH_ARGS)

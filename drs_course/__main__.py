@@ -1,5 +1,5 @@
-"""The command line: ``python -m drs_course tables`` measures the paper's tables, ``reference`` keeps them;
-``download`` fetches VOC and weights, ``verify`` measures the authors' released networks."""
+"""The course's command line: Tables 1 to 4 and their figures, the reference results, what VOC needs, the
+authors' released networks measured, the shipped weights."""
 
 import argparse
 import hashlib
@@ -7,95 +7,83 @@ import sys
 import time
 from pathlib import Path
 
-from drs_course.paper import table_rows
+from drs_course import plots
+from drs_course.download import FILES, download, weights_folder
+from drs_course.labs import DeltaLab
+from drs_course.paper import Configuration, table_rows
+from drs_course.pretrain import NETWORKS, pretrain
 from drs_course.stages import Pipeline
 from drs_course.store import RunStore, run_name
-from drs_course.tables import (
-    TABLES,
-    RowsFailed,
-    format_table,
-    reference_path,
-    run_tables,
-    save_table,
-)
+from drs_course.tables import TABLES, RowsFailed, format_table, reference_path, run_tables, save_table
+from drs_course.verify import verify
 from drs_lib.crf import ENGINES
-from drs_lib.files import write_text
+from drs_lib.files import atomic_path, write_text
+from drs_lib.networks import deeplab
 from drs_lib.recipes import BUDGETS, COMPILE, PRECISIONS, get_budget
+from drs_lib.weights import SHIPPED
 
-# The keys of `drs_course.download.FILES`, which would load torch.
-DOWNLOADS = ("vgg16", "resnet101", "drs", "refine", "coco", "deeplab", "voc", "aug", "saliency", "labels")
+LAB_DELTA = 0.4  # of Table 1: the strongest suppression there
 
 
 def _parser():
-    parser = argparse.ArgumentParser(prog="python -m drs_course", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m drs_course",
+        description=__doc__,
+        epilog="'python -m drs_course.doctor' says what is missing here and how to mend it.",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    course = commands.add_parser(
-        "tables", help="run the tables, print them beside the paper's, write them and figures"
+
+    def command(name, about, run, *parents):
+        found = commands.add_parser(name, help=about, parents=parents)
+        found.set_defaults(run=run)
+        return found.add_argument
+
+    store = argparse.ArgumentParser(add_help=False)
+    store.add_argument("--store", metavar="DIR", help="the run store; default: $DRS_STORE, else ./runs")
+    runs = argparse.ArgumentParser(add_help=False, parents=[store])
+    runs.add_argument("--data", choices=("critters", "voc"), default="critters")
+    runs.add_argument("--voc-root", metavar="DIR", help="the folder VOC 2012 is in")
+    runs.add_argument("--budget", choices=BUDGETS, help="default: laptop for critters, paper for voc")
+    runs.add_argument("--seeds", type=_seed, nargs="+", default=[0], metavar="N")
+    rows = argparse.ArgumentParser(add_help=False, parents=[runs])
+    _add_rows(rows.add_argument)
+
+    add = command(
+        "tables", "run the tables, print them beside the paper's, write them and figures", _tables, rows
     )
-    reference = commands.add_parser(
-        "reference", help="run the tables and keep them as the course's reference results"
-    )
-    for command in (course, reference):
-        command.add_argument("--data", choices=("critters", "voc"), default="critters")
-        command.add_argument("--voc-root", metavar="DIR", help="the folder VOC 2012 is in")
-        command.add_argument("--budget", choices=BUDGETS, help="default: laptop for critters, paper for voc")
-        command.add_argument(
-            "--precision", choices=PRECISIONS, help="default: bfloat16 for paper and release, else float32"
-        )
-        command.add_argument(
-            "--compile", choices=COMPILE[1:], metavar="MODE", help="torch.compile's mode for the trainings"
-        )
-        command.add_argument(
-            "--aspp-weights",
-            metavar="W",
-            help="initial weights of Table 4's ASPP: pretrained (ImageNet), coco, or a file, such as "
-            "deeplabv1_resnet101-coco.pth",
-        )
-        command.add_argument(
-            "--crf-engine",
-            choices=ENGINES,
-            help="default: lattice (pydensecrf, on the processor); attention is for a GPU",
-        )
-        command.add_argument("--seeds", type=_seed, nargs="+", default=[0], metavar="N")
-        command.add_argument(
-            "--tables", type=int, nargs="+", choices=TABLES, default=list(TABLES), metavar="N"
-        )
-        command.add_argument(
-            "--jobs", type=_positive, metavar="N", help="processes; default: one per physical core"
-        )
-        command.add_argument("--store", metavar="DIR", help="the run store; default: $DRS_STORE, else ./runs")
-        command.add_argument(
-            "--overwrite",
-            nargs="?",
-            const=True,
-            metavar="RUN",
-            help="train again what is in the store; RUN: go on with the run of that name that was stopped",
-        )
-        command.add_argument("--quiet", action="store_true", help="no progress bar")
-    fetch = commands.add_parser("download", help="fetch VOC, masks, saliency maps and weights")
-    fetch.add_argument("--root", default="data", metavar="DIR", help="where VOC2012 is to be; default: data")
-    fetch.add_argument("--only", nargs="+", metavar="WHAT", help=f"some of {' '.join(DOWNLOADS)}")
-    fetch.add_argument(
-        "--mirror", metavar="URL", help="another place of one file, or a folder with all of them"
-    )
-    fetch.add_argument(
-        "--local", nargs="+", default=(), metavar="PATH",
-        help="copies that you have, under their own names, or folders with such",
-    )  # fmt: skip
-    fetch.add_argument(
-        "--sbd", action="store_true",
-        help="make the augmented masks from the Semantic Boundaries Dataset; needs SciPy",
-    )  # fmt: skip
-    check = commands.add_parser("verify", help="measure the authors' released networks and labels on VOC")
-    check.add_argument("--voc-root", default="data", metavar="DIR", help="default: data")
-    check.add_argument("--limit", type=_positive, metavar="N", help="the first N images only, for a try")
-    check.add_argument(
-        "--jobs", type=_positive, metavar="N", help="processes for the CRF; default: all cores"
-    )
-    check.add_argument("--store", metavar="DIR", help="the run store; default: $DRS_STORE, else ./runs")
-    course.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="default: results")
-    course.add_argument("--no-figures", dest="figures", action="store_false", help="tables only")
+    add("--out", type=Path, default=Path("results"), metavar="DIR", help="default: results")
+    add("--no-figures", dest="figures", action="store_false", help="tables only")
+    command("reference", "run the tables and keep them as the course's reference results", _tables, rows)
+    add = command("figures", "draw the figures from the stored runs", _figures, runs)
+    add("--out", type=Path, default=Path("figures"), metavar="DIR", help="default: figures")
+    add = command("download", "fetch VOC, masks, saliency maps and weights", _download)
+    add("--root", default="data", metavar="DIR", help="where VOC2012 is to be; default: data")
+    add("--only", nargs="+", metavar="WHAT", help=f"some of {' '.join(FILES)}")
+    add("--mirror", metavar="URL", help="another place of one file, or a folder with all of them")
+    copies = "copies that you have, under their own names, or folders with such"
+    add("--local", nargs="+", default=(), metavar="PATH", help=copies)
+    add = command("verify", "measure the authors' released networks and labels on VOC", _verify, store)
+    add("--voc-root", default="data", metavar="DIR", help="default: data")
+    add("--limit", type=_positive, metavar="N", help="the first N images only, for a try")
+    add("--jobs", type=_positive, metavar="N", help="processes for the CRF; default: all cores")
+    add = command("pretrain", "train the weights of Critters that the library ships", _pretrain)
+    add("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    add("--out", type=Path, default=SHIPPED, metavar="DIR", help="default: the library's folder of weights")
     return parser
+
+
+def _add_rows(add):
+    add("--precision", choices=PRECISIONS, help="default: bfloat16 for paper and release, else float32")
+    add("--compile", choices=COMPILE[1:], metavar="MODE", help="torch.compile's mode for the trainings")
+    weights = "pretrained (ImageNet), coco, or a file, such as deeplabv1_resnet101-coco.pth"
+    add("--aspp-weights", metavar="W", help=f"initial weights of Table 4's ASPP: {weights}")
+    engine = "default: lattice (pydensecrf, on the processor); attention is for a GPU"
+    add("--crf-engine", choices=ENGINES, help=engine)
+    add("--tables", type=int, nargs="+", choices=TABLES, default=list(TABLES), metavar="N")
+    add("--jobs", type=_positive, metavar="N", help="processes; default: one per physical core")
+    again = "train again what is in the store; RUN: go on with the run of that name that was stopped"
+    add("--overwrite", nargs="?", const=True, metavar="RUN", help=again)
+    add("--quiet", action="store_true", help="no progress bar")
 
 
 def _positive(text):
@@ -119,61 +107,114 @@ def _budget(options):
             budget = budget.for_all(**{name: getattr(options, name)})
     if options.crf_engine:
         budget = budget.replace(crf_engine=options.crf_engine)
-    if options.aspp_weights:
-        if options.aspp_weights not in ("pretrained", "coco") and not Path(options.aspp_weights).is_file():
-            from drs_course.download import weights_folder
-
-            if (fetched := weights_folder() / options.aspp_weights).is_file():
-                options.aspp_weights = str(fetched)
-        aspp = budget.aspp.replace(weights=options.aspp_weights)
-        budget = budget.replace(aspp=aspp)
-        if options.aspp_weights not in ("pretrained", "coco"):
-            from drs_lib.networks import deeplab
-
-            # A file that doesn't fit is better noticed now than after the trainings before ASPP's.
-            classes = {"voc": 21, "critters": 7}[options.data]
-            deeplab(aspp.kind, aspp.backbone, classes, weights=aspp.weights)
-    return budget
+    if (weights := options.aspp_weights) is None:
+        return budget
+    if weights in ("pretrained", "coco"):
+        return budget.replace(aspp=budget.aspp.replace(weights=weights))
+    if not Path(weights).is_file() and (fetched := weights_folder() / weights).is_file():
+        weights = str(fetched)
+    aspp = budget.aspp.replace(weights=weights)
+    # A file that doesn't fit is better noticed now than after the trainings before ASPP's.
+    deeplab(aspp.kind, aspp.backbone, {"voc": 21, "critters": 7}[options.data], weights=weights)
+    return budget.replace(aspp=aspp)
 
 
-def _figures(options, store):
+def _tables(options):
+    """The commands tables and reference."""
+    began, store = time.perf_counter(), RunStore(options.store)
+    failed, options.overwrite = None, run_name(options.overwrite)
+    if run := options.overwrite:
+        print(f"This run trains again what is in the store. Stopped, --overwrite {run} goes on.", flush=True)
+    options.budget = _budget(options)
+    choice = {"data": options.data, "budget": options.budget, "voc_root": options.voc_root}
+    try:
+        tables = run_tables(
+            options.tables, **choice, seeds=options.seeds, store=store, jobs=options.jobs, overwrite=run,
+            progress=not options.quiet,
+        )  # fmt: skip
+    except RowsFailed as error:
+        tables, failed = error.tables, error
+    for table in tables.values():
+        print("\n" + format_table(table))
+    try:
+        written = _written(options, tables, failed, store, choice)
+    except OSError as error:
+        raise OSError(
+            f"not everything could be written: {error}. All results are kept in {store.root}: put that "
+            "right, and the same command writes the rest in seconds."
+        ) from error
+    minutes = (time.perf_counter() - began) / 60
+    print(f"\n{minutes:.1f} minutes. Stages: {store.root}. Written: {', '.join(map(str, written)) or '-'}.")
+    if failed is not None:
+        for trace in {error: trace for error, trace in failed.failures.values()}.values():
+            print(f"\n{trace}", file=sys.stderr)
+        raise failed
+    return 0
+
+
+def _written(options, tables, failed, store, choice):
+    """Writes what the command is to write; returns the paths."""
+    if options.command == "reference":
+        folders = {} if failed else {number: reference_path(number, options.data) for number in tables}
+    else:
+        folders = {number: options.out / f"table{number}.json" for number in tables}
+    for number, path in folders.items():
+        save_table(tables[number], path)
+    written = list(folders.values())
+    if options.command == "tables" and options.figures and failed is None:
+        written.append(_result_figures(options.out / "figures", options.seeds, store, choice))
+    return written
+
+
+def _result_figures(folder, seeds, store, choice):
     """Draws the figures, unless they are there, drawn from the very same stages; returns their folder."""
-    folder = options.out / "figures"
-    choice = dict(data=options.data, budget=options.budget, voc_root=options.voc_root)
-    code = sorted(Path(__file__).with_name("plots").glob("*.py"))
+    code = sorted(Path(plots.__file__).parent.glob("*.py"))
     state = hashlib.sha256(b"".join(path.read_bytes() for path in code))
-    for seed in options.seeds:
-        line = Pipeline(seed=seed, store=store, **choice)
-        rows = [row for number in TABLES for row in table_rows(number)]
-        for configuration in (row.configuration for row in rows if row.configuration is not None):
-            for stage in line.stages(configuration):
+    configurations = [row.configuration for number in TABLES for row in table_rows(number)]
+    for seed in seeds:
+        pipeline = Pipeline(seed=seed, store=store, **choice)
+        for configuration in filter(None, configurations):
+            for stage in pipeline.stages(configuration):
                 state.update(f"{stage.name} {stage.key} {store.made_at(stage.name, stage.key)}\n".encode())
     stamp = folder / "drawn-from.txt"
-    if stamp.is_file() and stamp.read_text() == state.hexdigest():
-        return folder
-    from drs_course.plots import make_figures
-
-    make_figures(folder, store=store, seed=options.seeds[0], seeds=options.seeds, **choice)
-    write_text(stamp, state.hexdigest())
+    if not stamp.is_file() or stamp.read_text() != state.hexdigest():
+        plots.make_figures(folder, store=store, seed=seeds[0], seeds=seeds, **choice)
+        write_text(stamp, state.hexdigest())
     return folder
 
 
-def _on_voc(command, options):
-    """The commands download and verify."""
-    from drs_course.download import download
-    from drs_course.verify import verify
+def _figures(options):
+    """The figures of README and notebooks, and the picture of a lab in README."""
+    choice = {"data": options.data, "budget": options.budget, "voc_root": options.voc_root}
+    seed, store = options.seeds[0], RunStore(options.store)
+    for path in plots.make_figures(options.out, store=store, seed=seed, seeds=options.seeds, **choice):
+        print(path)
+    pipeline = Pipeline(seed=seed, store=store, **choice)
+    cam, suppressed = Configuration(drs_layers=()), Configuration(delta=LAB_DELTA)
+    if not all(pipeline.has("classify", configuration) for configuration in (cam, suppressed)):
+        print("delta_lab is left out: the run store has no classifiers for it. `make course` makes them.")
+        return 0
+    [image] = plots.first_of_each_class(pipeline.data.val, 1)
+    lab = DeltaLab(pipeline, image=image).set(mode="trained", trained=LAB_DELTA)
+    with atomic_path(options.out / "delta_lab.png") as temporary:
+        temporary.write_bytes(lab.snapshot())
+    print(options.out / "delta_lab.png")
+    return 0
 
-    try:
-        if command == "download":
-            download(**options)
-            return 0
-        return int(None in verify(**options).values())
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nstopped; what is finished is kept, the same command goes on from there", file=sys.stderr)
-        return 130
+
+def _download(options):
+    download(options.root, only=options.only, mirror=options.mirror, local=options.local)
+    return 0
+
+
+def _verify(options):
+    scores = verify(options.voc_root, limit=options.limit, jobs=options.jobs, store=options.store)
+    return int(None in scores.values())
+
+
+def _pretrain(options):
+    pretrain(options.only, options.out)
+    return 0
 
 
 def main(arguments=None):
@@ -183,67 +224,16 @@ def main(arguments=None):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     options = _parser().parse_args(arguments)
-    if options.command in ("download", "verify"):
-        given = vars(options)
-        return _on_voc(given.pop("command"), given)
-    began = time.perf_counter()
-    store = RunStore(options.store)
-    failed, run = None, run_name(options.overwrite)
-    if run:
-        print(f"This run trains again what is in the store. Stopped, --overwrite {run} goes on.", flush=True)
     try:
-        options.budget = _budget(options)
-        tables = run_tables(
-            options.tables,
-            data=options.data,
-            budget=options.budget,
-            seeds=options.seeds,
-            voc_root=options.voc_root,
-            store=store,
-            jobs=options.jobs,
-            overwrite=run,
-            progress=not options.quiet,
-        )
-    except RowsFailed as error:
-        tables, failed = error.tables, error
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        return options.run(options)
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        run = getattr(options, "overwrite", None)
         again = f"the same command{f' with --overwrite {run}' if run else ''} goes on from there"
-        print(f"\nstopped; finished stages are kept, {again}", file=sys.stderr)
+        print(f"\nstopped; what is finished is kept, {again}", file=sys.stderr)
         return 130
-    for table in tables.values():
-        print("\n" + format_table(table))
-    written = []
-    try:
-        if failed is None or options.command == "tables":
-            for number, table in tables.items():
-                if options.command == "reference":
-                    path = reference_path(number, options.data)
-                else:
-                    path = options.out / f"table{number}.json"
-                save_table(table, path)
-                written.append(path)
-        if options.command == "tables" and options.figures and failed is None:
-            written.append(_figures(options, store))
-    except OSError as error:
-        print(
-            f"error: not everything could be written: {error}. All results are kept in {store.root}: put "
-            "that right, and the same command writes the rest in seconds.",
-            file=sys.stderr,
-        )
-        return 1
-    seconds = time.perf_counter() - began
-    print(
-        f"\n{seconds / 60:.1f} minutes. Stages: {store.root}. Written: {', '.join(map(str, written)) or '-'}."
-    )
-    if failed is not None:
-        for trace in {error: trace for error, trace in failed.failures.values()}.values():
-            print(f"\n{trace}", file=sys.stderr)
-        print(f"error: {failed}", file=sys.stderr)
-        return 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
 """``python -m drs_course.doctor``: what is there, what is missing, and the command that mends it.
 
-`examine` looks at the Python that runs it, which in a notebook is the kernel's. Nothing is imported that may
-be missing or slow: torch only if its package is there, to ask for devices.
+`examine` looks at the Python that runs it, which in a notebook is the kernel's. It imports at function level,
+and is no command of `drs_course.__main__`, because all that others import may be what is missing.
 """
 
-import importlib
+import argparse
 import importlib.metadata
 import importlib.util
 import os
 import re
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,9 +50,14 @@ def examine(voc_root=None):
     voc_root: the folder VOC 2012 is in, or None to leave it out. Returns a list of `Finding`.
     """
     found = [_python(), *map(_package, _requirements())]
-    found += [_device(), _compiled(), _weights(), _store()]
+    looks = {"device": _device, "compiled DRS": _compiled, "Critters weights": _weights, "run store": _store}
     if voc_root is not None:
-        found += [_voc(voc_root), _downloaded(voc_root)]
+        looks |= {_VOC: partial(_voc, voc_root), "downloaded weights": partial(_downloaded, voc_root)}
+    for what, look in looks.items():
+        try:
+            found.append(Finding(what, *look()))
+        except ImportError as error:
+            found.append(Finding(what, "missing", f"unknown: {error}"))
     return found
 
 
@@ -79,10 +85,8 @@ def _requirements():
         listed = importlib.metadata.requires("drs-course") or []
     except importlib.metadata.PackageNotFoundError:
         return list(_CHIEF)
-    plain = [line for line in listed if "extra ==" not in line]
-    return plain + [
-        line.split(";")[0].strip() for line in listed if re.search(r"extra == .(crf|cluster).", line)
-    ]
+    wanted = [line for line in listed if "extra ==" not in line or re.search("(crf|cluster)", line)]
+    return [line.split(";")[0].strip() for line in wanted]
 
 
 def _package(requirement):
@@ -98,8 +102,7 @@ def _package(requirement):
         return Finding(name, status, "not installed for this Python", remedy)
     try:
         version = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        # conda's package of the same module has another name
+    except importlib.metadata.PackageNotFoundError:  # conda's package has another name
         return Finding(name, "ok", "installed")
     if least and _numbers(version) < _numbers(least):
         return Finding(name, status, f"{version} is too old", remedy)
@@ -111,95 +114,78 @@ def _numbers(version):
 
 
 def _device():
-    if importlib.util.find_spec("torch") is None:
-        return Finding("device", "missing", "unknown without torch")
+    import torch
+
     try:
         from drs_lib.runtime import pick_device
 
         device = pick_device()
     except Exception as error:  # a broken installation fails in many ways; each is to be read, none to raise
         remedy = "reinstall torch and torchvision together: 'make clean-env env'"
-        return Finding("device", "missing", f"{type(error).__name__}: {error}", remedy)
-    import torch
-
+        return "missing", f"{type(error).__name__}: {error}", remedy
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores"
-    return Finding("device", "ok", f"{device} ({name})")
+    return "ok", f"{device} ({name})"
 
 
 def _compiled():
     """Whether DRS's loops compile here; the first time, this compiles them."""
-    what = "compiled DRS"
-    try:
-        from drs_lib import kernels
-    except ImportError as error:
-        return Finding(what, "optional", f"unknown: {error}")
+    from drs_lib import kernels
+
     if kernels.available():
-        return Finding(what, "ok", "numba's results are those of the plain form")
-    return Finding(what, "optional", "no; a training step takes about twice as long", kernels.REMEDIES["cpu"])
+        return "ok", "numba's results are those of the plain form"
+    return "optional", "no; a training step takes about twice as long", kernels.REMEDIES["cpu"]
 
 
 def _weights():
-    missing = [
-        name
-        for name in ("mini", "mini_resnet", "saliency")
-        if not (SHIPPED / f"{name}.safetensors").is_file()
-    ]
+    names = ("mini", "mini_resnet", "saliency")
+    missing = [name for name in names if not (SHIPPED / f"{name}.safetensors").is_file()]
     if missing:
-        remedy = f"python -m drs_course.pretrain --only {' '.join(missing)}"
-        return Finding("Critters weights", "missing", f"no {', '.join(missing)}", remedy)
-    return Finding("Critters weights", "ok", "mini, mini_resnet, saliency")
+        remedy = f"python -m drs_course pretrain --only {' '.join(missing)}"
+        return "missing", f"no {', '.join(missing)}", remedy
+    return "ok", ", ".join(names)
 
 
 def _store():
-    if importlib.util.find_spec("filelock") is None:
-        remedy = f'"{sys.executable}" -m pip install filelock'
-        return Finding("run store", "missing", "unknown without filelock", remedy)
     from drs_course.store import RunStore, course_store
 
     root = RunStore(course_store()).root
     there = next(folder for folder in (root, *root.parents) if folder.exists())
     free = shutil.disk_usage(there).free / 1e9
     if not os.access(there, os.W_OK):
-        return Finding("run store", "missing", f"{root} is not writable", "set DRS_STORE to a folder that is")
+        return "missing", f"{root} is not writable", "set DRS_STORE to a folder that is"
     if free < 1:
-        return Finding("run store", "missing", f"{root}: {free:.1f} GB free", "free 1 GB, or set DRS_STORE")
-    return Finding("run store", "ok", f"{root}, {free:.0f} GB free")
+        return "missing", f"{root}: {free:.1f} GB free", "free 1 GB, or set DRS_STORE"
+    return "ok", f"{root}, {free:.0f} GB free"
 
 
 def _voc(root):
+    from drs_lib.data import VOC2012
+
     remedy = f"python -m drs_course download --root {root}"
     if not Path(root).is_dir():
-        return Finding(_VOC, "missing", f"no folder {root}", remedy)
+        return "missing", f"no folder {root}", remedy
     try:
-        from drs_lib.data import VOC2012
-
         splits = {split: VOC2012(root, split) for split in ("trainaug", "val")}
         splits["trainaug"].require_saliency()
     except (FileNotFoundError, ValueError) as error:
         # The message names the command, if one command mends it.
-        return Finding("VOC 2012", "missing", str(error), "" if "drs_lib download" in str(error) else remedy)
-    return Finding(_VOC, "ok", ", ".join(f"{split} {len(data)}" for split, data in splits.items()))
+        return "missing", str(error), "" if "drs_course download" in str(error) else remedy
+    return "ok", ", ".join(f"{split} {len(data)}" for split, data in splits.items())
 
 
 def _downloaded(root):
     """The weights that come by download: ImageNet's, and the authors'."""
-    what = "downloaded weights"
-    try:
-        from drs_course.download import FILES, TREE, weights_folder
-    except ImportError as error:
-        return Finding(what, "optional", f"unknown: {error}")
+    from drs_course.download import FILES, TREE, weights_folder
+
     folder, weights = weights_folder(), [kind for kind in FILES if kind not in TREE]
     if missing := [kind for kind in weights if not (folder / FILES[kind].name).is_file()]:
         remedy = f"python -m drs_course download --root {root} --only {' '.join(missing)}"
-        detail = f"not in {folder}: {', '.join(FILES[kind].name for kind in missing)}"
-        return Finding(what, "optional", detail, remedy)
-    return Finding(what, "ok", f"{', '.join(weights)}, in {folder}")
+        return "optional", f"not in {folder}: {', '.join(FILES[kind].name for kind in missing)}", remedy
+    return "ok", f"{', '.join(weights)}, in {folder}"
 
 
 def main(arguments=None):
     """The command line; returns the exit status: 1 if something is missing without which the course fails."""
-    import argparse
-
     parser = argparse.ArgumentParser(prog="python -m drs_course.doctor", description=__doc__.splitlines()[0])
     parser.add_argument("--voc-root", metavar="DIR", help="also look at VOC 2012 in this folder")
     findings = examine(parser.parse_args(arguments).voc_root)

@@ -1,55 +1,36 @@
 """Write any data set as a VOC development kit, so that the path for real VOC data can be run on it.
 
-    python -m drs_course.export --root DIR --train 1000 --val 300
+    export_voc({"train": Critters("train"), "val": Critters("val")}, "DIR")
 
-writes Critters; `VOC2012(DIR, "train")` reads it back.
+`VOC2012("DIR", "train")` reads it back.
 """
 
-import argparse
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
+import torch
 from PIL import Image
+from torch.nn.functional import max_pool2d
+from torchvision.ops import masks_to_boxes
 from tqdm.auto import tqdm
 
-from drs_lib.data.voc import IGNORED, MASK_FOLDERS, save_indexed_png
+from drs_lib.data.voc import MASK_FOLDERS, save_indexed_png
+from drs_lib.labels import IGNORED
 
 
 def _components(region):
-    """Bounding boxes (top, left, bottom, right), ends included, of the 8-connected parts of a boolean (H, W).
-
-    The runs of every row are the nodes of a union-find; runs of neighbouring rows that touch are joined.
-    """
-    parent, boxes = [], []
-
-    def find(i):
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    above = []
-    for y, row in enumerate(region):
-        edges = np.flatnonzero(np.diff(row.astype(np.int8), prepend=0, append=0))
-        runs = []
-        for left, end in edges.reshape(-1, 2).tolist():
-            node = len(parent)
-            parent.append(node)
-            boxes.append((y, left, y, end - 1))
-            for other, other_left, other_end in above:
-                if other_left <= end and left <= other_end:
-                    parent[find(other)] = find(node)
-            runs.append((node, left, end))
-        above = runs
-    merged = {}
-    for node, box in enumerate(boxes):
-        known = merged.get(find(node), box)
-        merged[find(node)] = (*map(min, known[:2], box[:2]), *map(max, known[2:], box[2:]))
-    return sorted(merged.values())
+    """Boxes (top, left, bottom, right), ends included, of the 8-connected parts of a boolean (H, W)."""
+    region = torch.from_numpy(np.asarray(region))
+    # Every pixel takes the largest number among its neighbours', until all of a part have the same.
+    parts = (torch.arange(1.0, region.numel() + 1).view(region.shape) * region)[None]
+    while not torch.equal(parts, spread := max_pool2d(parts, 3, 1, 1) * region):
+        parts = spread
+    numbers = parts.unique()
+    boxes = masks_to_boxes(parts == numbers[numbers > 0][:, None, None]).int().tolist()
+    return sorted((top, left, bottom, right) for left, top, right, bottom in boxes)
 
 
 def _annotation(name, mask, classes):
@@ -86,17 +67,14 @@ def _annotation(name, mask, classes):
 def _ids(splits):
     """File names: the data sets' own, with the split in front if two splits share some."""
     names = {split: list(dataset.names) for split, dataset in splits.items()}
-    everything = [name for group in names.values() for name in group]
+    everything = sum(names.values(), [])
     if len(set(everything)) < len(everything):
         names = {split: [f"{split}_{name}" for name in group] for split, group in names.items()}
-        everything = [name for group in names.values() for name in group]
-    strange = [
-        n for n in everything if not n or n != Path(n).name or n.split() != [n] or set(n) & set('\\:*?"<>|')
-    ]
+        everything = sum(names.values(), [])
+    strange = [n for n in everything if n != Path(n).name or n.split() != [n] or set(n) & set('\\:*?"<>|')]
     if strange or len(set(everything)) < len(everything):
-        raise ValueError(
-            f"names must be different and fit for files; found e.g. {(strange or everything)[0]!r}"
-        )
+        found = (strange or everything)[0]
+        raise ValueError(f"names must be different and fit for files; found e.g. {found!r}")
     return names
 
 
@@ -133,20 +111,15 @@ def export_voc(splits, root, *, progress=True):
     if target.exists():
         raise FileExistsError(f"{target} exists; remove it or choose another root")
     target.parent.mkdir(parents=True, exist_ok=True)
-
-    work = Path(tempfile.mkdtemp(prefix=".VOC2012-", dir=target.parent))
-    try:
-        tree = work / "VOC2012"
+    with tempfile.TemporaryDirectory(prefix=".VOC2012-", dir=target.parent) as work:
+        tree = Path(work) / "VOC2012"
         for folder in ("JPEGImages", "Annotations", "ImageSets/Segmentation", *MASK_FOLDERS, "saliency_map"):
             (tree / folder).mkdir(parents=True)
-        with tqdm(
-            total=sum(map(len, splits.values())), desc="export", unit="image", disable=not progress
-        ) as bar:
-            for split, dataset in splits.items():
-                for index, name in enumerate(names[split]):
-                    _write(tree, dataset, index, name, classes)
-                    bar.update()
-        lists = {"trainval": [name for group in names.values() for name in group], **names}
+        for split, dataset in splits.items():
+            written = tqdm(names[split], desc=f"export {split}", unit="image", disable=not progress)
+            for index, name in enumerate(written):
+                _write(tree, dataset, index, name, classes)
+        lists = {"trainval": sum(names.values(), []), **names}
         if "train" in names:
             lists.setdefault("trainaug", names["train"])
         for split, group in lists.items():
@@ -154,8 +127,6 @@ def export_voc(splits, root, *, progress=True):
             path.write_text("\n".join(group) + "\n", encoding="utf-8")
         (tree / "classes.txt").write_text("\n".join(classes) + "\n", encoding="utf-8")
         os.replace(tree, target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return target
 
 
@@ -175,30 +146,3 @@ def _write(tree, dataset, index, name, classes):
         save_indexed_png(tree / folder / f"{name}.png", mask)
     saliency = np.ascontiguousarray(dataset.saliency(index), dtype=np.uint8)
     Image.fromarray(saliency).save(tree / "saliency_map" / f"{name}.png")
-
-
-def main(argv=None):
-    from drs_lib.data import Critters
-
-    parser = argparse.ArgumentParser(
-        prog="python -m drs_course.export", description="Write Critters as a VOC 2012 development kit."
-    )
-    parser.add_argument("--root", required=True, help="the folder that will hold VOC2012")
-    parser.add_argument("--train", type=int, default=1000, metavar="N", help="training images (default 1000)")
-    parser.add_argument("--val", type=int, default=300, metavar="M", help="validation images (default 300)")
-    parser.add_argument("--size", type=int, default=128, help="side length in pixels (default 128)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the drawing (default 0)")
-    arguments = parser.parse_args(argv)
-    splits = {
-        split: Critters(split, size=arguments.size, seed=arguments.seed, length=length)
-        for split, length in (("train", arguments.train), ("val", arguments.val))
-        if length > 0
-    }
-    try:
-        print(export_voc(splits, arguments.root))
-    except (ValueError, OSError) as error:
-        parser.exit(1, f"{parser.prog}: {error}\n")
-
-
-if __name__ == "__main__":
-    main()

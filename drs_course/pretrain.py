@@ -1,4 +1,4 @@
-"""The shipped weights of Critters, and the command that retrains them: ``python -m drs_course.pretrain``.
+"""The shipped weights of Critters, which ``python -m drs_course pretrain`` trains again.
 
 Three networks are trained on the twelve species that the course does not use: the bodies of "mini" and
 "mini_resnet" as plain image classifiers, without DRS, in the place of ImageNet's weights; and the saliency
@@ -6,10 +6,8 @@ network with class-agnostic masks (animals and props), in the place of PoolNet. 
 species are the only pixel labels from which any weakly supervised network of the course comes.
 """
 
-import argparse
 import json
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,7 +21,7 @@ from drs_lib.files import atomic_path
 from drs_lib.networks import pretraining_classifier
 from drs_lib.recipes import ClassifyRecipe
 from drs_lib.train import classification_loss, evaluate_classifier, train_network
-from drs_lib.weights import SHIPPED, body_state_dict
+from drs_lib.weights import body_state_dict
 
 CLASSIFY = ClassifyRecipe.laptop().replace(
     weights=None, drs_layers=(), epochs=12, batch=32, lr=4e-3, lr_multipliers=(1, 1, 1, 1), warmup=0.3
@@ -94,25 +92,15 @@ NETWORKS = {
 }
 
 
-def main(argv=None):
-    about = __doc__.splitlines()[0]
-    parser = argparse.ArgumentParser(prog="python -m drs_course.pretrain", description=about)
-    parser.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument(
-        "--out", type=Path, default=SHIPPED, help="folder for the weights (default: the library's)"
-    )
-    arguments = parser.parse_args(argv)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    for name in arguments.only:
+def pretrain(names, out):
+    """Train some of `NETWORKS` and write their weights to the folder ``out``."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in names:
         start = time.perf_counter()
         state, facts = NETWORKS[name](True)
-        path = arguments.out / f"{name}.safetensors"
+        path = out / f"{name}.safetensors"
         with atomic_path(path) as temporary:
             save_file(state, temporary, metadata={"facts": json.dumps(facts)})
             temporary.chmod(0o644)  # safetensors makes a file that only its owner can read
         shown = ", ".join(f"{k} {v:.4f}" for k, v in facts.items())
         print(f"{path}: {path.stat().st_size / 1000:.0f} kB, {shown}, {time.perf_counter() - start:.0f} s")
-
-
-if __name__ == "__main__":
-    main()

@@ -552,7 +552,7 @@ def _file_digest(path):
     except FileNotFoundError:
         raise FileNotFoundError(
             f"no weights file {path}: a recipe's weights (--aspp-weights for Table 4's ASPP) are "
-            "'pretrained', 'coco' or the path of a file. 'python -m drs_course.pretrain' makes the shipped "
+            "'pretrained', 'coco' or the path of a file. 'python -m drs_course pretrain' makes the shipped "
             "ones."
         ) from None
     return _digest_of(path, status.st_size, status.st_mtime_ns)

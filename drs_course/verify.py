@@ -9,11 +9,12 @@ have changed are measured again. `python -m drs_course download` brings what it 
 
 import hashlib
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from drs_course.download import COMMAND, FILES, TREE, weights_file
@@ -54,26 +55,37 @@ def no_map(labels, saliency, generator):
     return result
 
 
-class _Part:
-    """Some images of a data set, numbered from 0."""
-
-    def __init__(self, dataset, indices):
-        self.dataset, self.indices = dataset, indices
-
-    def __len__(self):
-        return len(self.indices)
-
-    def __getitem__(self, index):
-        return self.dataset[self.indices[index]]
-
-    def mask(self, index):
-        return self.dataset.mask(self.indices[index])
+def _label_path(dataset, index):
+    return dataset.root / "refined_pseudo_segmentation_labels" / f"{dataset.names[index]}.png"
 
 
-def _confusion(dataset, found):
-    """Of predicted label maps, (index, uint8 (H, W)), 255 counted as background: [(21, 21)]."""
+# What is measured: a network or None, a data set, and the numbers of some of its images go in; label maps by
+# image number, or the sums that the scores are computed from, come out.
+
+
+def _released(model, dataset, chunk):
+    for index in chunk:
+        yield index, np.array(Image.open(_label_path(dataset, index)))
+
+
+def _control(model, dataset, chunk):
+    for index in chunk:
+        generator = np.random.default_rng([SEED, index])
+        yield index, no_map(dataset.label(index), dataset.saliency(index), generator)
+
+
+def _from_maps(model, dataset, chunk):
+    options = {"scales": RELEASE_SCALES, "resize": SIDE, "indices": chunk, "batch_size": 8}
+    for index, present, maps in iterate_present_maps(model, dataset, **options):
+        saliency = dataset.saliency(index)[None]
+        labels = pseudo_labels(maps[None], saliency, alpha=ALPHA, rule="release")
+        yield index, of_classes(labels, present.nonzero().flatten().tolist())[0]
+
+
+def _confusion(find, model, dataset, chunk, jobs):
+    """Of label maps, 255 counted as background: [(21, 21)]."""
     score = SegmentationScore(21)
-    for index, labels in found:
+    for index, labels in find(model, dataset, chunk):
         try:
             score.update(labels, dataset.mask(index))
         except ValueError as error:
@@ -81,104 +93,64 @@ def _confusion(dataset, found):
     return [score.confusion]
 
 
-def _label_path(dataset, index):
-    return dataset.root / "refined_pseudo_segmentation_labels" / f"{dataset.names[index]}.png"
-
-
-def _released(model, dataset, chunk, jobs):
-    return _confusion(dataset, ((i, np.array(Image.open(_label_path(dataset, i)))) for i in chunk))
-
-
-def _control(model, dataset, chunk, jobs):
-    def found():
-        for index in chunk:
-            generator = np.random.default_rng([SEED, index])
-            yield index, no_map(dataset.label(index), dataset.saliency(index), generator)
-
-    return _confusion(dataset, found())
-
-
-def _from_maps(model, dataset, chunk, jobs):
-    def found():
-        options = {"scales": RELEASE_SCALES, "resize": SIDE, "indices": chunk, "batch_size": 8}
-        for index, present, maps in iterate_present_maps(model, dataset, **options):
-            saliency = dataset.saliency(index)[None]
-            labels = pseudo_labels(maps[None], saliency, alpha=ALPHA, rule="release")
-            yield index, of_classes(labels, present.nonzero().flatten().tolist())[0]
-
-    return _confusion(dataset, found())
-
-
 def _right(model, dataset, chunk, jobs):
     """Images with all labels right, and images."""
-    accuracy = evaluate_classifier(model, _Part(dataset, chunk), resize=SIDE)
+    accuracy = evaluate_classifier(model, Subset(dataset, chunk), resize=SIDE)
     return [round(accuracy * len(chunk)), len(chunk)]
 
 
 def _segmented(model, dataset, chunk, jobs):
     """Confusion without and, with pydensecrf, with the CRF: [(21, 21), (21, 21)]."""
-    plain, refined, part = SegmentationScore(21), SegmentationScore(21), _Part(dataset, chunk)
+    plain, refined = SegmentationScore(21), SegmentationScore(21)
 
     def items():
-        found = predict_segmentation(model, part, batch_size=4, output="probabilities")
-        for index, probabilities in found:
-            plain.update(probabilities.argmax(0), part.mask(index))
-            yield probabilities, part[index][0].permute(1, 2, 0).numpy()
+        found = predict_segmentation(model, Subset(dataset, chunk), batch_size=4, output="probabilities")
+        for number, probabilities in found:
+            plain.update(probabilities.argmax(0), dataset.mask(chunk[number]))
+            yield probabilities, dataset[chunk[number]][0].permute(1, 2, 0).numpy()
 
     if not available():
         for _ in items():
             pass
         return [plain.confusion]
-    config = CRFConfig.ASPP_RESNET101
-    for index, labels in enumerate(iterate_crf(items(), config, jobs, progress=False, engine="lattice")):
-        refined.update(labels, part.mask(index))
+    found = iterate_crf(items(), CRFConfig.ASPP_RESNET101, jobs, progress=False, engine="lattice")
+    for index, labels in zip(chunk, found, strict=True):
+        refined.update(labels, dataset.mask(index))
     return [plain.confusion, refined.confusion]
 
 
 class Measure(NamedTuple):
-    """One pass over a split.
+    """One pass over a split. rows: what comes of it. needs: keys of `FILES`. count: gives the sums that the
+    rows are computed from, of some images. network: what reads the weights that it needs."""
 
-    rows: what comes of it, and what was published of that. needs: keys of `FILES`. count: gives the sums that
-    the rows are computed from, of some images. seconds: for an image, on two cores, and on one GPU beside 16
-    cores: from the images per second in docs/voc.md, DeepLab's by its operations; the CRF by its slowest, 4.3
-    s an image and core. network: what reads the weights that it needs.
-    """
-
-    rows: tuple[tuple[str, str], ...]
+    rows: tuple[str, ...]
     split: str
     needs: tuple[str, ...]
     count: Callable
-    seconds: tuple[float, float]
     network: Callable | None = None
 
 
-_NOTHING = "not published"
-_CLASSIFIER = partial(classifier, "vgg16", 20)
+_CONTROL, _RELEASED, _LABELS = (partial(_confusion, find) for find in (_control, _released, _from_maps))
+_CLASSIFIER, _REFINEMENT = partial(classifier, "vgg16", 20), partial(refinement_network, "vgg16", 20)
+_DEEPLAB = partial(deeplab, "aspp", "resnet101", 21)
+_OF_DRS, _OF_REFINE = "DRS_learnable.pth, pseudo labels", "Refine_DRS_learnable.pth, pseudo labels"
 MEASURES = {
-    "labels": Measure((("released pseudo labels", _NOTHING),), "train", ("labels",), _released, (0.02, 0.02)),
-    "no map": Measure((("control: no map", _NOTHING),), "train", ("saliency",), _control, (0.02, 0.02)),
-    "accuracy": Measure(
-        (("DRS_learnable.pth, accuracy", "72.6 (paper, which does not define it)"),),
-        "train", ("drs",), _right, (0.7, 0.005), _CLASSIFIER,
-    ),
-    "drs": Measure(
-        (("DRS_learnable.pth, pseudo labels", _NOTHING),),
-        "train", ("drs", "saliency"), _from_maps, (2.1, 0.01), _CLASSIFIER,
-    ),
-    "refine": Measure(
-        (("Refine_DRS_learnable.pth, pseudo labels", _NOTHING),),
-        "train", ("refine", "saliency"), _from_maps, (2.1, 0.01), partial(refinement_network, "vgg16", 20),
-    ),
-    "deeplab": Measure(
-        (("DeepLab-v2", "69.4 (README)"), ("DeepLab-v2 with CRF", "70.4 (README; paper, Table 4)")),
-        "val", ("deeplab",), _segmented, (2.6 + 4.3 / 2, 0.03 + 4.3 / 16),
-        partial(deeplab, "aspp", "resnet101", 21),
-    ),
-}  # fmt: skip
+    "labels": Measure(("released pseudo labels",), "train", ("labels",), _RELEASED),
+    "no map": Measure(("control: no map",), "train", ("saliency",), _CONTROL),
+    "accuracy": Measure(("DRS_learnable.pth, accuracy",), "train", ("drs",), _right, _CLASSIFIER),
+    "drs": Measure((_OF_DRS,), "train", ("drs", "saliency"), _LABELS, _CLASSIFIER),
+    "refine": Measure((_OF_REFINE,), "train", ("refine", "saliency"), _LABELS, _REFINEMENT),
+    "deeplab": Measure(("DeepLab-v2", "DeepLab-v2 with CRF"), "val", ("deeplab",), _segmented, _DEEPLAB),
+}
+PUBLISHED = {
+    "DRS_learnable.pth, accuracy": "72.6 (paper, which does not define it)",
+    "DeepLab-v2": "69.4 (README)",
+    "DeepLab-v2 with CRF": "70.4 (README; paper, Table 4)",
+}
 
 
 def verify(voc_root="data", *, limit=None, jobs=None, store=None):
-    """Measure what has been downloaded; prints hours beforehand, scores as they come, and a table.
+    """Measure what has been downloaded; prints scores as they come, and a table.
 
     Args:
         voc_root: the folder VOC 2012 is in.
@@ -198,16 +170,16 @@ def verify(voc_root="data", *, limit=None, jobs=None, store=None):
     }
     if data["train"].classes != VOC_CLASSES:
         raise ValueError(f"{data['train'].root} has classes of its own; the released networks know VOC's")
-    passes = [_Pass(name, data[measure.split], limit, jobs, store) for name, measure in MEASURES.items()]
-    print(_hours(passes))
     scores, lines = {}, []
-    for one in passes:
-        lacking = one.lacking()
-        found = [None] * len(one.measure.rows) if lacking else one.scores()
-        for (row, published), score in zip(one.measure.rows, found, strict=True):
-            scores[row] = score
+    for name, measure in MEASURES.items():
+        dataset = data[measure.split]
+        images = range(len(dataset) if limit is None else min(limit, len(dataset)))
+        lacking = _lacking(measure, dataset, images)
+        found = [None] * len(measure.rows) if lacking else _scores(name, dataset, images, jobs, store)
+        for row, score in zip(measure.rows, found, strict=True):
+            scores[row], published = score, PUBLISHED.get(row, "not published")
             value = f"{100 * score:.1f}" if score is not None else "-"
-            lines.append(f"{row:42}{one.measure.split:6}{len(one):7,}{value:>7}   {published}")
+            lines.append(f"{row:42}{measure.split:6}{len(images):7,}{value:>7}   {published}")
             print(f"{row}: {value if score is not None else lacking or INSTALL_HINT}")
     heading = f"{'':42}{'split':6}{'images':>7}{'here':>7}   published"
     print("\n".join(["", heading, *lines, "", CONDITIONS]))
@@ -216,90 +188,52 @@ def verify(voc_root="data", *, limit=None, jobs=None, store=None):
     return scores
 
 
-def _hours(passes):
-    """How long what is not measured yet will take."""
-    ready = [(one, one.left()) for one in passes if not one.lacking()]
-    hours = [sum(left * one.measure.seconds[k] for one, left in ready) / 3600 for k in (0, 1)]
-    return (
-        f"{sum(left for _, left in ready):,} images to go: {hours[0]:.2f} hours on two cores, {hours[1]:.2f} "
-        f"on one GPU beside 16 cores (estimated). Every {CHUNK} images are kept."
-    )
-
-
-class _Pass:
-    """A `Measure` over the images of its split, chunk by chunk."""
-
-    def __init__(self, name, dataset, limit, jobs, store):
-        self.name, self.measure, self.dataset = name, MEASURES[name], dataset
-        self.jobs, self.store = jobs, store
-        images = range(len(dataset) if limit is None else min(limit, len(dataset)))
-        self.chunks = [images[start : start + CHUNK] for start in range(0, len(images), CHUNK)]
-        self._model = None
-
-    def __len__(self):
-        return sum(map(len, self.chunks))
-
-    def lacking(self):
-        """What is missing, and the command that brings it; "" if nothing."""
-        missing = []
-        for kind in self.measure.needs:
-            try:
-                if kind == "saliency":
-                    self.dataset.require_saliency()
-                elif kind != "labels":
-                    weights_file(kind)
-                elif not all(_label_path(self.dataset, i).is_file() for chunk in self.chunks for i in chunk):
-                    missing.append(kind)
-            except FileNotFoundError:
+def _lacking(measure, dataset, images):
+    """What is missing, and the command that brings it; "" if nothing."""
+    missing = []
+    for kind in measure.needs:
+        try:
+            if kind == "saliency":
+                dataset.require_saliency()
+            elif kind != "labels":
+                weights_file(kind)
+            elif not all(_label_path(dataset, index).is_file() for index in images):
                 missing.append(kind)
-        if not missing:
-            return ""
-        names = " and ".join(FILES[kind].name for kind in missing)
-        return f"needs {names}: '{COMMAND} --root {self.dataset.root.parent} --only {' '.join(missing)}'"
+        except FileNotFoundError:
+            missing.append(kind)
+    if not missing:
+        return ""
+    names = " and ".join(FILES[kind].name for kind in missing)
+    return f"needs {names}: '{COMMAND} --root {dataset.root.parent} --only {' '.join(missing)}'"
 
-    @cached_property
-    def _weights(self):
-        """The file of each of the weights, and its hash."""
-        files = {kind: weights_file(kind) for kind in self.measure.needs if kind not in TREE}
-        return {kind: (path, _digest([path])) for kind, path in files.items()}
 
-    def _entry(self, chunk):
-        """The arguments of the run store for a chunk."""
-        inputs = {"data": self.dataset.fingerprint} | {kind: of for kind, (_, of) in self._weights.items()}
-        if self.name == "labels":
-            inputs["labels"] = _digest(_label_path(self.dataset, index) for index in chunk)
-        config = {"measure": self.name, "start": chunk[0], "stop": chunk[-1] + 1}
-        if self.name == "deeplab":
-            config["crf"] = available()
-        return "verify", config, inputs
+def _scores(name, dataset, images, jobs, store):
+    """The fraction of each row; None of the CRF's without pydensecrf. Every `CHUNK` images are kept."""
+    measure, model, totals = MEASURES[name], None, 0
+    weights = {kind: weights_file(kind) for kind in measure.needs if kind not in TREE}
+    read = {"data": dataset.fingerprint} | {kind: _digest([path]) for kind, path in weights.items()}
 
-    def left(self):
-        """How many images are not measured yet."""
-        made = [self.store.made_at("verify", RunStore.key(*self._entry(c), VERSION)) for c in self.chunks]
-        return sum(len(chunk) for chunk, at in zip(self.chunks, made, strict=True) if at is None)
+    def make(writer):
+        nonlocal model
+        if model is None and measure.network is not None:
+            [path], device = weights.values(), pick_device()
+            model = measure.network(weights=path).eval()
+            model.to(device=device, memory_format=memory_format(device))
+        writer.json("counts.json", np.array(measure.count(model, dataset, chunk, jobs)).tolist())
 
-    def scores(self):
-        """The fraction of each row; None of the CRF's without pydensecrf."""
-        totals = 0
-        with tqdm(total=len(self), desc=self.name, unit="image") as bar:
-            for chunk in self.chunks:
-                make = partial(self._make, chunk)
-                entry = self.store.get_or_make(*self._entry(chunk), make, version=VERSION)
-                totals = np.array(entry.json("counts.json")) + totals
-                bar.update(len(chunk))
-        self._model = None
-        if self.name == "accuracy":
-            return [totals[0] / totals[1]]
-        return [*map(mean_iou, totals), *[None] * (len(self.measure.rows) - len(totals))]
-
-    def _make(self, chunk, writer):
-        if self._model is None and self.measure.network is not None:
-            [(path, _)] = self._weights.values()
-            device = pick_device()
-            model = self.measure.network(weights=path).eval()
-            self._model = model.to(device=device, memory_format=memory_format(device))
-        counts = self.measure.count(self._model, self.dataset, chunk, self.jobs)
-        writer.json("counts.json", np.array(counts).tolist())
+    with tqdm(total=len(images), desc=name, unit="image") as bar:
+        for start in range(0, len(images), CHUNK):
+            chunk = images[start : start + CHUNK]
+            config = {"measure": name, "start": chunk[0], "stop": chunk[-1] + 1}
+            if name == "deeplab":
+                config["crf"] = available()
+            labels = {"labels": _digest(_label_path(dataset, i) for i in chunk)} if name == "labels" else {}
+            entry = store.get_or_make("verify", config, read | labels, make, version=VERSION)
+            totals = np.array(entry.json("counts.json")) + totals
+            bar.update(len(chunk))
+    if name == "accuracy":
+        return [totals[0] / totals[1]]
+    return [*map(mean_iou, totals), *[None] * (len(measure.rows) - len(totals))]
 
 
 def _digest(paths):

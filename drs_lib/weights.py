@@ -227,7 +227,7 @@ def _read(path):
     if not path.is_file():
         raise FileNotFoundError(
             f"no weights file {path}: weights is None, 'pretrained', 'coco' (resnet101) or the path of a "
-            ".safetensors or .pth file; `python -m drs_course.pretrain` makes those of mini and mini_resnet"
+            ".safetensors or .pth file; `python -m drs_course pretrain` makes those of mini and mini_resnet"
         )
     if expected := _published_hash(path.name):
         found = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -419,7 +419,7 @@ def test_dense_pairs_and_spans_by_the_gradient():
 
 
 def test_a_map_of_ones_has_a_flat_curve():
-    from drs_course.audit import AlphaScan
+    from drs_course.audits import AlphaScan
 
     rng = np.random.default_rng(0)
     scan = AlphaScan(3)

@@ -5,6 +5,7 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ import torch
 from conftest import write_voc_tree
 from drs_course import doctor, store
 from drs_course.download import FILES, TREE
+
+ROOT = Path(__file__).parents[1]
 
 
 def without(monkeypatch, *modules):
@@ -62,12 +65,34 @@ def test_the_cluster_s_packages_are_optional(monkeypatch):
         assert found.status == "optional" and f'pip install "{name}' in found.remedy and what in found.remedy
 
 
-def test_every_missing_package_leaves_a_report(monkeypatch):
-    names = [doctor._IMPORT_NAMES.get(name, name) for name in ("torch", "numpy", "filelock", "pillow")]
-    without(monkeypatch, *names)
-    missing = {found.what for found in doctor.examine() if found.status == "missing"}
-    assert {"torch", "numpy", "filelock", "pillow"} <= missing
-    assert finding("run store").status == "missing"
+def run(*options, code=None):
+    """The command in a process of its own, without the packages that are installed here."""
+    command = [*options, "-c", code] if code else [*options, "-m", "drs_course.doctor"]
+    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_where_nothing_is_installed_everything_is_named():
+    done = run("-S")
+    missing = {line.split()[1] for line in done.stdout.splitlines() if line.startswith("missing")}
+    assert {"torch", "numpy", "numba", "device", "compiled", "run"} <= missing
+    assert done.returncode == 1 and "The course can't run yet: torch, torchvision" in done.stdout
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("absent", ["filelock", "pandas", "torch"])
+def test_where_one_package_is_missing_the_rest_is_looked_at(absent):
+    code = f"""if True:
+        import sys
+        sys.modules[{absent!r}] = None
+        from drs_course.doctor import main
+        sys.exit(main([]))
+    """
+    done = run(code=code)
+    assert done.returncode == 1 and f"can't run yet: {absent}" in done.stdout and done.stderr == ""
+    lines = done.stdout.splitlines()
+    [found] = [line for line in lines if line.startswith(f"missing   {absent} ")]
+    assert "not installed for this Python" in found
+    assert any(line.startswith("ok        Critters weights") for line in lines)
 
 
 def test_a_notebook_s_store_is_the_course_s(monkeypatch, tmp_path):
@@ -94,8 +119,8 @@ def test_an_old_package_is_named(monkeypatch):
 def test_a_broken_device_weights_and_store(monkeypatch, tmp_path):
     monkeypatch.setenv("DRS_DEVICE", "cuda:99")
     assert finding("device").status == "missing"
-    monkeypatch.setattr(doctor, "HERE", tmp_path)
-    assert "drs_course.pretrain --only mini mini_resnet saliency" in finding("Critters weights").remedy
+    monkeypatch.setattr(doctor, "SHIPPED", tmp_path)
+    assert "drs_course pretrain --only mini mini_resnet saliency" in finding("Critters weights").remedy
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 3e8}))
     assert "0.3 GB free" in finding("run store").detail
 
@@ -103,9 +128,9 @@ def test_a_broken_device_weights_and_store(monkeypatch, tmp_path):
 def test_voc_is_looked_at_when_asked(tmp_path, voc_tree):
     assert "VOC 2012" not in [f.what for f in doctor.examine()]
     missing = finding("VOC 2012", voc_root=tmp_path / "nowhere")
-    assert missing.status == "missing" and "drs_lib download --root" in missing.remedy
+    assert missing.status == "missing" and "drs_course download --root" in missing.remedy
     half = finding("VOC 2012", voc_root=tmp_path)
-    assert half.status == "missing" and "drs_lib download --root" in half.detail + half.remedy
+    assert half.status == "missing" and "drs_course download --root" in half.detail + half.remedy
 
 
 def test_voc_without_saliency_maps_is_not_complete(tmp_path):

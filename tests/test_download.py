@@ -19,9 +19,10 @@ from PIL import Image
 from torchvision.models import ResNet101_Weights, VGG16_Weights
 
 from conftest import write_voc_tree
-from drs_course.__main__ import DOWNLOADS, main
+from drs_course import download
+from drs_course.__main__ import main
 from drs_course.download import FILES, TREE, Remote, fetch
-from drs_lib.data import VOC2012, download, voc_palette
+from drs_lib.data import VOC2012, voc_palette
 from drs_lib.data.voc import read_list
 
 CONTENT = np.random.default_rng(0).bytes(3_000_000)
@@ -480,46 +481,6 @@ def test_masks_before_voc_are_refused(archives, tmp_path):
             install(archives, tmp_path / "data", [kind])
 
 
-def sbd_archive(archives, path):
-    scipy_io = pytest.importorskip("scipy.io", reason="reading SBD needs SciPy")
-    expected = {}
-    with tarfile.open(path, "w:gz") as tar:
-        for i, name in enumerate([*archives["trainaug"], archives["val"][0]]):
-            with Image.open(archives["source"] / "JPEGImages" / f"{name}.jpg") as image:
-                mask = np.full((image.height, image.width), i + 1, np.uint8)
-            expected[name] = mask
-            buffer = io.BytesIO()
-            scipy_io.savemat(buffer, {"GTcls": {"Segmentation": mask, "Boundaries": np.zeros(3)}})
-            member = tarfile.TarInfo(f"benchmark_RELEASE/dataset/cls/{name}.mat")
-            member.size = len(buffer.getvalue())
-            tar.addfile(member, io.BytesIO(buffer.getvalue()))
-    return expected
-
-
-def test_masks_from_sbd(archives, tmp_path, monkeypatch):
-    path = tmp_path / "benchmark.tgz"
-    expected = sbd_archive(archives, path)
-    checksum = f"md5:{hashlib.md5(path.read_bytes()).hexdigest()}"
-    monkeypatch.setattr(download, "SBD", download.SBD._replace(known=checksum))
-    install(archives, tmp_path / "data", ["voc"])
-    tree = download.download(tmp_path / "data", only=["aug"], sbd=True, local=[path], progress=False)
-    ds, val = VOC2012(tree, "trainaug"), VOC2012(tree, "val")
-    assert ds.names == archives["trainaug"]
-    for i, name in enumerate(ds.names):
-        if name in archives["train"]:
-            truth = np.array(Image.open(tree / "SegmentationClass" / f"{name}.png"))
-        else:
-            truth = expected[name]
-        np.testing.assert_array_equal(ds.mask(i), truth)
-    np.testing.assert_array_equal(val.mask(0), VOC2012(tree, "val", masks="SegmentationClass").mask(0))
-
-
-def test_sbd_without_scipy_says_so(archives, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "scipy.io", None)
-    with pytest.raises(RuntimeError, match="SciPy"):
-        install(archives, tmp_path / "data", ["voc", "aug"], sbd=True)
-
-
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
@@ -578,7 +539,6 @@ def test_weights_go_where_torchvision_looks(server, tmp_path, hub, capsys):
 
 
 def test_command(archives, tmp_path, capsys):
-    assert tuple(FILES) == DOWNLOADS
     root = str(tmp_path / "data")
     assert main(["download", "--root", root, "--only", "voc", "--local", str(tmp_path)]) == 0
     assert "VOC 2012 extracted" in capsys.readouterr().out

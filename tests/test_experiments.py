@@ -367,7 +367,7 @@ def test_other_initial_weights_are_another_training(tmp_path, monkeypatch):
     assert stages.weights_identity("mini", str(moved)) != one
     names = {stages.weights_identity("resnet101", w) for w in (None, "pretrained", "coco")}
     assert len(names) == 3
-    with pytest.raises(FileNotFoundError, match="no weights file.*drs_course.pretrain"):
+    with pytest.raises(FileNotFoundError, match="no weights file.*drs_course pretrain"):
         stages.weights_identity("mini", str(tmp_path / "absent.safetensors"))
 
 

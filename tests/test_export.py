@@ -6,9 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-import drs_lib.data
 from conftest import TinyDataset
-from drs_course.export import _components, export_voc, main
+from drs_course.export import _components, export_voc
 from drs_lib.data import VOC2012
 
 
@@ -141,18 +140,3 @@ def test_nothing_or_different_classes_are_refused(tmp_path):
                             ({"train": TinyDataset(1), "val": other}, "different classes")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             export_voc(splits, tmp_path, progress=False)
-
-
-def test_command(tmp_path, monkeypatch, capsys):
-    def critters(split, size, seed, length):
-        return TinyDataset(length, size, seed + (split == "val"))
-
-    monkeypatch.setattr(drs_lib.data, "Critters", critters, raising=False)
-    arguments = ["--root", str(tmp_path / "x"), "--train", "3", "--val", "2", "--size", "48", "--seed", "4"]
-    main(arguments)
-    assert str(tmp_path / "x" / "VOC2012") in capsys.readouterr().out
-    ds = VOC2012(tmp_path / "x", "val")
-    assert len(ds) == 2 and ds[0][0].shape == (3, 48, 48)
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert stopped.value.code == 1 and "exists" in capsys.readouterr().err

@@ -20,7 +20,7 @@ label maps are uint8 (H, W), 0 background, 1..C classes, 255 ignored. Each may b
     grids, charts, drs_figure     the figures above
     stored                the course's own figures, from the run store
 
-    python -m drs_course.plots      draws figures/ from the stored runs (`make figures`)
+    python -m drs_course figures    draws figures/ from the stored runs (`make figures`)
 """
 # ruff: noqa: F401
 

@@ -2,7 +2,7 @@
 
 The paper takes its background cues from PoolNet, a detector trained with class-agnostic masks of other
 images. Here a network of 46 thousand parameters is trained likewise, on the twelve species that the course
-does not use (``python -m drs_course.pretrain``), and shipped as weights/saliency.safetensors.
+does not use (``python -m drs_course pretrain``), and shipped as weights/saliency.safetensors.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def shipped_identity():
 def _shipped_network():
     if not WEIGHTS.is_file():
         raise FileNotFoundError(
-            f"no weights of the saliency network at {WEIGHTS}; 'python -m drs_course.pretrain' trains them"
+            f"no weights of the saliency network at {WEIGHTS}; 'python -m drs_course pretrain' trains them"
         )
     network = SaliencyNetwork()
     network.load_state_dict(load_file(WEIGHTS))
