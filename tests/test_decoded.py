@@ -6,6 +6,7 @@ import pickle
 import shutil
 import threading
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -361,6 +362,15 @@ def test_what_a_killed_process_left_goes(tmp_path):
     os.utime(old, (1, 1))
     decoded(TinyDataset(), tmp_path)
     assert files(tmp_path) == sorted([name, fresh.name])
+
+
+def test_an_unfinished_file_may_be_finished_meanwhile(tmp_path, monkeypatch):
+    """Between the look into the folder and the look at the file."""
+    glob = Path.glob
+    monkeypatch.setattr(
+        Path, "glob", lambda path, pattern: [*glob(path, pattern), path / pattern.replace("*", "gone")]
+    )
+    assert_decoded(decoded(TinyDataset(), tmp_path), TinyDataset())
 
 
 def _make(root, folder, start, queue):

@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import accumulate, chain
 from pathlib import Path
 
@@ -277,8 +278,9 @@ def _from_folder(folder, dataset, resize, workers, progress):
             warnings.warn(f"{path} can't be used ({damage}); decoding the images again", stacklevel=3)
             path.unlink(missing_ok=True)
         for left in path.parent.glob(f".{path.name}.*"):  # by killed processes
-            if time.time() - left.stat().st_mtime > _STALE:
-                left.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another process is done with it
+                if time.time() - left.stat().st_mtime > _STALE:
+                    left.unlink()
     except OSError as error:
         raise StoreError(
             f"decoded images can't be kept in {path.parent} ({error.strerror or error}): choose a folder "
