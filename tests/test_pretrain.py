@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from drs_course import pretrain
 from drs_lib import Critters, networks
 from drs_lib.data.saliency import SaliencyNetwork
+from drs_lib.weights import SHIPPED
 
 
 @pytest.fixture
@@ -19,8 +20,8 @@ def quick(monkeypatch):
 
 @pytest.mark.parametrize("name", list(pretrain.NETWORKS))
 def test_the_command_makes_weights_of_the_shipped_form(quick, tmp_path, capsys, name):
-    pretrain.main(["--only", name, "--out", str(tmp_path)])
-    made, shipped = (load_file(folder / f"{name}.safetensors") for folder in (tmp_path, pretrain.SHIPPED))
+    pretrain.pretrain([name], tmp_path)
+    made, shipped = (load_file(folder / f"{name}.safetensors") for folder in (tmp_path, SHIPPED))
     assert {k: v.shape for k, v in made.items()} == {k: v.shape for k, v in shipped.items()}
     assert any(not torch.equal(made[k], shipped[k]) for k in made)
     assert [p.name for p in tmp_path.iterdir()] == [f"{name}.safetensors"]
@@ -34,7 +35,7 @@ def test_the_same_seed_trains_the_same_weights(quick):
 
 @pytest.mark.parametrize("backbone", ["mini", "mini_resnet"])
 def test_shipped_bodies_are_trained_and_of_a_size_to_ship(backbone):
-    path = pretrain.SHIPPED / f"{backbone}.safetensors"
+    path = SHIPPED / f"{backbone}.safetensors"
     assert path.stat().st_size < 1_000_000
     # A trained batch norm has seen data; a fresh one has running means of exactly 0 and variances of 1.
     state = load_file(path)
@@ -46,8 +47,8 @@ def test_shipped_bodies_are_trained_and_of_a_size_to_ship(backbone):
 
 def test_shipped_saliency_weights_fit_their_network():
     network = SaliencyNetwork()
-    network.load_state_dict(load_file(pretrain.SHIPPED / "saliency.safetensors"))
-    assert (pretrain.SHIPPED / "saliency.safetensors").stat().st_size < 300_000
+    network.load_state_dict(load_file(SHIPPED / "saliency.safetensors"))
+    assert (SHIPPED / "saliency.safetensors").stat().st_size < 300_000
     assert sum(p.numel() for p in network.parameters()) < 50_000
 
 
