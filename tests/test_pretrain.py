@@ -5,8 +5,11 @@ import torch
 from safetensors.torch import load_file
 
 from drs_course import pretrain
+from drs_course.__main__ import main
 from drs_lib import Critters, networks
+from drs_lib.data import normalize
 from drs_lib.data.saliency import SaliencyNetwork
+from drs_lib.weights import SHIPPED
 
 
 @pytest.fixture
@@ -19,8 +22,8 @@ def quick(monkeypatch):
 
 @pytest.mark.parametrize("name", list(pretrain.NETWORKS))
 def test_the_command_makes_weights_of_the_shipped_form(quick, tmp_path, capsys, name):
-    pretrain.main(["--only", name, "--out", str(tmp_path)])
-    made, shipped = (load_file(folder / f"{name}.safetensors") for folder in (tmp_path, pretrain.WEIGHTS))
+    assert main(["pretrain", "--only", name, "--out", str(tmp_path)]) == 0
+    made, shipped = (load_file(folder / f"{name}.safetensors") for folder in (tmp_path, SHIPPED))
     assert {k: v.shape for k, v in made.items()} == {k: v.shape for k, v in shipped.items()}
     assert any(not torch.equal(made[k], shipped[k]) for k in made)
     assert [p.name for p in tmp_path.iterdir()] == [f"{name}.safetensors"]
@@ -34,7 +37,7 @@ def test_the_same_seed_trains_the_same_weights(quick):
 
 @pytest.mark.parametrize("backbone", ["mini", "mini_resnet"])
 def test_shipped_bodies_are_trained_and_of_a_size_to_ship(backbone):
-    path = pretrain.WEIGHTS / f"{backbone}.safetensors"
+    path = SHIPPED / f"{backbone}.safetensors"
     assert path.stat().st_size < 1_000_000
     # A trained batch norm has seen data; a fresh one has running means of exactly 0 and variances of 1.
     state = load_file(path)
@@ -46,15 +49,13 @@ def test_shipped_bodies_are_trained_and_of_a_size_to_ship(backbone):
 
 def test_shipped_saliency_weights_fit_their_network():
     network = SaliencyNetwork()
-    network.load_state_dict(load_file(pretrain.WEIGHTS / "saliency.safetensors"))
-    assert (pretrain.WEIGHTS / "saliency.safetensors").stat().st_size < 300_000
+    network.load_state_dict(load_file(SHIPPED / "saliency.safetensors"))
+    assert (SHIPPED / "saliency.safetensors").stat().st_size < 300_000
     assert sum(p.numel() for p in network.parameters()) < 50_000
 
 
 def test_the_shipped_body_beats_a_random_one_at_telling_other_species_apart():
     """A linear read-out of average features, fitted on 150 images, tried on 60 others."""
-    from drs_lib.data import normalize
-
     train, test = Critters("pretrain", length=150), Critters("pretrain_val", length=60)
 
     def features(weights):
