@@ -50,7 +50,7 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _THERE = {errno.EEXIST, errno.ENOTEMPTY}
 # Seconds after which what another machine left unfinished counts as given up: no stage takes a week.
 _GIVEN_UP = 7 * 24 * 3600
-# How often to try to move an entry, and the seconds in between.
+# How often to look for an entry that is being replaced or kept from moving, and the seconds in between.
 _LOOKS, _PAUSE = 20, 0.05
 _log = logging.getLogger(__name__)
 
@@ -212,7 +212,7 @@ class RunStore:
 
     def get(self, stage, config, inputs, version=1, run=None):
         """The verified entry, or None where there is none, none of that run if one is named, or a damaged one
-        (which is left as it is), or where it is just being replaced."""
+        (which is left as it is)."""
         try:
             entry = self._read(self.folder(stage, self.key(stage, config, inputs, version)))
         except _Damaged as damage:
@@ -305,7 +305,7 @@ class RunStore:
                 moved.append(temporary.with_name(f"{temporary.name}-old{len(moved)}"))
                 with suppress(FileNotFoundError):  # another process is replacing it, too
                     _rename(folder, moved[-1])
-        for old in moved:  # only now, so that readers miss an entry for no longer than two renames
+        for old in moved:
             shutil.rmtree(old, ignore_errors=True)
 
     def _whole(self, folder):
@@ -318,8 +318,21 @@ class RunStore:
 
     def _read(self, folder):
         """The entry, checked against its manifest; None where there is none. Raises _Damaged."""
-        if not folder.is_dir():
-            return None
+        for _ in range(_LOOKS):
+            before, entry, damage = _identity(folder), None, None
+            if before is not None:
+                try:
+                    entry = self._verified(folder)
+                except _Damaged as error:
+                    damage = error
+            if (before is not None or not _between(folder)) and _identity(folder) == before:
+                if damage is not None:
+                    raise damage
+                return entry
+            time.sleep(_PAUSE)  # another process is replacing it
+        return None
+
+    def _verified(self, folder):
         try:
             files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             for name, facts in files.items():
@@ -332,8 +345,6 @@ class RunStore:
             if folder.name != self.key(meta["stage"], meta["config"], meta["inputs"], meta["version"]):
                 raise _Damaged(f"{META} describes another entry")
         except FileNotFoundError as error:
-            if not folder.is_dir():  # it was just moved away
-                return None
             raise _Damaged(f"{Path(error.filename).name} is missing") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _Damaged(f"{MANIFEST} or {META} cannot be read ({error})") from error
@@ -436,6 +447,25 @@ def _rename(source, target):
             if look == _LOOKS - 1:
                 raise
             time.sleep(_PAUSE)
+
+
+def _identity(folder):
+    """What is different once another folder took this one's place; None if there is none."""
+    if not folder.is_dir():
+        return None
+    with suppress(FileNotFoundError):
+        found = folder.stat()
+        return found.st_ino, found.st_mtime_ns
+
+
+def _between(folder):
+    """Whether an entry that isn't there was moved away to be replaced. The listing makes a network file
+    system look for the entry anew as well, instead of remembering that it was missing."""
+    with suppress(OSError):
+        for name in os.listdir(folder.parent):
+            if name.startswith(f".tmp-{folder.name}-") and "-old" in name:
+                return not abandoned(folder.with_name(name))
+    return False
 
 
 def _locks_missing(path):
