@@ -2,7 +2,6 @@
 
     python benchmarks/hours.py                                     # estimated
     python benchmarks/hours.py --measured stages.json              # what benchmarks/pipeline.py --json wrote
-    python benchmarks/hours.py --budget release --teraflops 50
 
 A stage's speed is measured where the results file has it. Elsewhere it is estimated, with caution: an image's
 operations, which are counted exactly, at an assumed rate; a fixed time for each pass of a batch through a
@@ -64,10 +63,8 @@ def flops(network, backbone, height, width, train=False):
     makers = {"classifier": networks.classifier, "refinement": networks.refinement_network}
     with torch.device("meta"):
         image = torch.empty(1, 3, height, width)
-        if network in makers:
-            model = makers[network](backbone, 20)
-        else:
-            model = networks.deeplab(network, backbone, 21)
+        make = makers.get(network)
+        model = make(backbone, 20) if make else networks.deeplab(network, backbone, 21)
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(train):
         result = model.train(train)(image)
         if train:
@@ -109,8 +106,7 @@ def read_measured(path):
         if wrong := [stage for stage, rate in rates.items() if not 0 < rate < math.inf]:
             raise ValueError(f"{wrong[0]} has {rates[wrong[0]]} images per second, expected above 0")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise SystemExit(f"{path} is not what benchmarks/pipeline.py --json writes ({what}).") from None
+        raise SystemExit(f"{path} is not what benchmarks/pipeline.py --json writes: {error!r}") from None
     return rates
 
 

@@ -11,6 +11,7 @@ from drs_course import plots
 from drs_course.download import FILES, download, weights_folder
 from drs_course.labs import DeltaLab
 from drs_course.paper import Configuration, table_rows
+from drs_course.plots.stored import first_of_each_class
 from drs_course.pretrain import NETWORKS, pretrain
 from drs_course.stages import Pipeline
 from drs_course.store import RunStore, run_name
@@ -194,7 +195,7 @@ def _figures(options):
     if not all(pipeline.has("classify", configuration) for configuration in (cam, suppressed)):
         print("delta_lab is left out: the run store has no classifiers for it. `make course` makes them.")
         return 0
-    [image] = plots.first_of_each_class(pipeline.data.val, 1)
+    [image] = first_of_each_class(pipeline.data.val, 1)
     lab = DeltaLab(pipeline, image=image).set(mode="trained", trained=LAB_DELTA)
     with atomic_path(options.out / "delta_lab.png") as temporary:
         temporary.write_bytes(lab.snapshot())

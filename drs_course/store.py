@@ -2,12 +2,12 @@
 
 An entry is a folder ``<root>/<stage>/<key>/`` with the stage's files, ``meta.json`` (configuration, inputs,
 versions, seconds, date) and ``manifest.json`` (size and SHA-256 of every file). It is written beside its
-final place, flushed to the disk and renamed, so that an entry is there completely or not at all, whenever the
-process is killed. One process makes an entry while others that want it wait and then read it; that is the
-file system's locks' doing, which on a network file system may hold between the processes of one machine only,
-or be missing. Then work may be done twice, and nothing worse: the entry that is published first is kept.
-``joblib.Memory`` was considered: it neither locks an entry that several processes want at once nor notices a
-damaged one.
+final place and renamed, so that an entry is there completely or not at all, whenever the process is killed;
+what a power cut takes from it, the manifest tells. One process makes an entry while others that want it wait
+and then read it; that is the file system's locks' doing, which on a network file system may hold between the
+processes of one machine only, or be missing. Then work may be done twice, and nothing worse: the entry that
+is published first is kept. ``joblib.Memory`` was considered: it neither locks an entry that several processes
+want at once nor notices a damaged one.
 """
 
 import errno
@@ -21,20 +21,20 @@ import platform
 import re
 import secrets
 import shutil
-import stat
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from datetime import datetime, timezone
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
 
+import numpy as np
+import pooch
 import psutil
 from filelock import FileLock, Timeout
+from safetensors.torch import load_file, save
 
 from drs_lib.files import StoreError
 
@@ -62,80 +62,70 @@ class _Damaged(Exception):
 class EntryWriter:
     """What a stage's ``make(writer)`` writes through: files of an entry that is not published yet."""
 
-    def __init__(self, path: Path, store: "RunStore"):
+    def __init__(self, path, store):
         self.path, self.notes, self._store = path, {}, store
 
-    def note(self, **facts: Any) -> None:
+    def note(self, **facts):
         """Adds facts (device, threads, ...) to the entry's ``meta.json``; they do not enter its key."""
         self.notes.update(facts)
 
-    def bytes(self, name: str, data: bytes) -> None:
+    def bytes(self, name, data):
         try:
-            with open(self.path / name, "wb") as file:
-                file.write(data)
+            (self.path / name).write_bytes(data)
         except OSError as error:
             if error.errno in _FULL:
                 raise self._store._full(f"{name} needs {_size(len(data))}") from error
             raise
 
-    def json(self, name: str, value: Any) -> None:
+    def json(self, name, value):
         self.bytes(name, json.dumps(value, indent=1, allow_nan=False).encode())
 
-    def weights(self, name: str, model: Any) -> None:
+    def weights(self, name, model):
         """The model's parameters and buffers as safetensors."""
-        from safetensors.torch import save
-
-        # As bytes first: the file is then written by `bytes`, which knows what a full disk is.
         self.bytes(name, save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}))
 
-    def array(self, name: str, array: Any) -> None:
+    def array(self, name, array):
         """One array as compressed npz."""
-        import numpy as np
-
         buffer = io.BytesIO()
         np.savez_compressed(buffer, array=array)
         self.bytes(name, buffer.getvalue())
 
-    def open(self, name: str) -> BinaryIO:
+    def open(self, name):
         """A file to stream into; the caller closes it."""
         return open(self.path / name, "wb")
 
 
 class Entry:
-    """A complete, verified entry of a :class:`RunStore`."""
+    """A complete, verified entry of a :class:`RunStore`. files: size and hash of each, by name."""
 
-    def __init__(self, path: Path, meta: dict, files: Mapping[str, dict]):
+    def __init__(self, path, meta, files):
         self.path, self.meta, self.files = path, meta, files
 
     @property
-    def key(self) -> str:
+    def key(self):
         return self.meta["key"]
 
-    def file(self, name: str) -> Path:
+    def file(self, name):
         if name not in self.files:
             raise StoreError(f"{self.path} has no {name!r}; it has {', '.join(sorted(self.files))}.")
         return self.path / name
 
-    def json(self, name: str) -> Any:
+    def json(self, name):
         return json.loads(self.file(name).read_text(encoding="utf-8"))
 
-    def weights(self, name: str = "model.safetensors") -> dict:
+    def weights(self, name="model.safetensors"):
         """The state dict, on the CPU."""
-        from safetensors.torch import load_file
-
         return load_file(self.file(name), device="cpu")
 
-    def array(self, name: str) -> Any:
-        import numpy as np
-
+    def array(self, name):
         with np.load(self.file(name)) as stored:
             return stored["array"]
 
-    def __repr__(self) -> str:
+    def __repr__(self):
         return f"Entry({self.path})"
 
 
-def course_store() -> Path | None:
+def course_store():
     """Where the notebooks of a checked-out course keep their runs, wherever they are started: ``runs`` in its
     folder. None, which is `RunStore`'s default, with ``DRS_STORE`` set or without such a folder."""
     course = Path(__file__).resolve().parents[1]
@@ -147,22 +137,27 @@ def course_store() -> Path | None:
 class RunStore:
     """Entries below ``root``: the argument, else the environment's ``DRS_STORE``, else ``./runs``."""
 
-    def __init__(self, root: str | os.PathLike | None = None):
+    def __init__(self, root=None):
         self.root = Path(root or os.environ.get("DRS_STORE") or "runs").expanduser().absolute()
 
-    def __repr__(self) -> str:
+    def __repr__(self):
         return f"RunStore({str(self.root)!r})"
 
     @staticmethod
-    def key(stage: str, config: Mapping, inputs: Mapping[str, str], version: int = 1) -> str:
+    def key(stage, config, inputs, version=1):
         """The hash of (stage, stage version, configuration, input keys): 24 hexadecimal digits."""
         parts = {"stage": stage, "version": version, "config": config, "inputs": inputs}
-        return _digest(_canonical(parts))[:24]
+        try:
+            text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            message = f"A stage's configuration and inputs must be finite JSON values: {error}"
+            raise ValueError(message) from error
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
 
-    def folder(self, stage: str, key: str) -> Path:
+    def folder(self, stage, key):
         return self.root / stage / key
 
-    def mark(self) -> str:
+    def mark(self):
         """The name of an empty file in the store that no other store has, put there by the first call:
         a machine that doesn't see it has another folder at this place. Raises StoreError."""
         try:
@@ -175,21 +170,19 @@ class RunStore:
         except OSError as error:
             self._refuse(error, "it has to be marked for the other machines")
 
-    def tidy(self, days: float = 30) -> None:
+    def tidy(self, days=30):
         """Deletes what killed processes left behind: unfinished entries, checkpoints older than the entry of
         their stage, and checkpoints that were not touched for ``days``.
 
         Nothing goes that a process may still be writing or go on from. What can't be deleted is left.
         """
-        for left in self.root.glob("*/.tmp-*"):
-            if abandoned(left):
-                shutil.rmtree(left, ignore_errors=True)
+        _clear(self.root.glob("*/.tmp-*"))
         for path in (self.root / "checkpoints").glob("*"):
             with suppress(OSError):
                 if abandoned(path) if path.name.startswith(".") else self._spent(path, days):
                     path.unlink()
 
-    def _spent(self, checkpoint: Path, days: float) -> bool:
+    def _spent(self, checkpoint, days):
         """Whether no training will go on from a checkpoint: ``<stage>-<key>.*``."""
         touched = checkpoint.stat().st_mtime
         stage, _, key = checkpoint.stem.rpartition("-")
@@ -199,43 +192,25 @@ class RunStore:
             entry.exists() and touched <= entry.stat().st_mtime
         )
 
-    def made_at(self, stage: str, key: str) -> float | None:
+    def made_at(self, stage, key):
         """When the making of this entry began (seconds since 1970), unverified; None if it is not there."""
-        return self._meta(stage, key).get("made_at")
+        return _meta(self.folder(stage, key) / META).get("made_at")
 
-    def has(self, stage: str, key: str, run: str | None = None) -> bool:
+    def has(self, stage, key, run=None):
         """Whether this entry is there, unverified; with a run's name, whether that run made it."""
-        meta = self._meta(stage, key)
+        meta = _meta(self.folder(stage, key) / META)
         return meta.get("made_at") is not None and _made_by(meta, run)
 
-    def _meta(self, stage, key):
-        try:
-            return dict(json.loads((self.folder(stage, key) / META).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            return {}
-
-    def metas(self, stage: str) -> list[dict]:
+    def metas(self, stage):
         """What ``meta.json`` says of every entry of a stage (configuration, inputs, date, ...), oldest first;
         the entries themselves are not verified."""
-        found = []
-        for path in self.root.glob(f"{stage}/*/{META}"):
-            try:
-                meta = json.loads(path.read_text(encoding="utf-8"))
-                # Another folder's name: being written, or set aside.
-                if meta["key"] == path.parent.name and meta["made_at"] is not None:
-                    found.append(meta)
-            except (OSError, ValueError, KeyError, TypeError):
-                continue  # damaged: `get` tells
+        # Another folder's name: being written, or set aside.
+        found = [(path, _meta(path)) for path in self.root.glob(f"{stage}/*/{META}")]
+        found = [meta for path, meta in found if meta.get("key") == path.parent.name]
+        found = [meta for meta in found if meta.get("made_at") is not None]
         return sorted(found, key=lambda meta: (meta["made_at"], meta["key"]))
 
-    def get(
-        self,
-        stage: str,
-        config: Mapping,
-        inputs: Mapping[str, str],
-        version: int = 1,
-        run: str | None = None,
-    ) -> Entry | None:
+    def get(self, stage, config, inputs, version=1, run=None):
         """The verified entry, or None where there is none, none of that run if one is named, or a damaged one
         (which is left as it is)."""
         try:
@@ -245,17 +220,7 @@ class RunStore:
             return None
         return entry if entry is not None and _made_by(entry.meta, run) else None
 
-    def get_or_make(
-        self,
-        stage: str,
-        config: Mapping,
-        inputs: Mapping[str, str],
-        make: Callable[[EntryWriter], None],
-        *,
-        version: int = 1,
-        overwrite: bool = False,
-        run: str | None = None,
-    ) -> Entry:
+    def get_or_make(self, stage, config, inputs, make, *, version=1, overwrite=False, run=None):
         """Reads the entry of this stage, configuration and inputs, or makes it by ``make(writer)``.
 
         Args:
@@ -272,15 +237,10 @@ class RunStore:
             StoreError: the disk is full, or the store is read-only and the entry has to be made. What was
                 finished before is kept.
         """
+        if not overwrite and (entry := self.get(stage, config, inputs, version, run)) is not None:
+            return entry
         key = self.key(stage, config, inputs, version)
         folder = self.folder(stage, key)
-        if not overwrite:
-            try:
-                entry = self._read(folder)
-            except _Damaged:
-                entry = None  # looked at again, and set aside, under the lock
-            if entry is not None and _made_by(entry.meta, run):
-                return entry
         with self._lock(stage, key):
             entry = self._whole(folder)
             if entry is not None and not overwrite and _made_by(entry.meta, run):
@@ -288,20 +248,15 @@ class RunStore:
             meta = {"stage": stage, "version": version, "key": key, "config": config, "inputs": inputs}
             return self._make(folder, meta | {"run": run}, make, entry)
 
-    def _make(
-        self, folder: Path, meta: dict, make: Callable[[EntryWriter], None], replaced: Entry | None
-    ) -> Entry:
-        for left in folder.parent.glob(f".tmp-{folder.name}-*"):
-            if abandoned(left):
-                shutil.rmtree(left, ignore_errors=True)
+    def _make(self, folder, meta, make, replaced):
+        _clear(folder.parent.glob(f".tmp-{folder.name}-*"))
         temporary = folder.parent / f".tmp-{folder.name}-{writer_tag()}"
-        began = time.time()
-        clock = time.perf_counter()
+        began, clock = time.time(), time.perf_counter()
         try:
             temporary.mkdir()
             writer = EntryWriter(temporary, self)
             make(writer)
-            meta = meta | {
+            facts = {
                 "seconds": round(time.perf_counter() - clock, 3),
                 "date": datetime.fromtimestamp(began, timezone.utc).isoformat(timespec="seconds"),
                 "made_at": began,
@@ -309,10 +264,10 @@ class RunStore:
                 "versions": _versions(),
                 "notes": writer.notes,
             }
-            writer.json(META, meta)
-            files = {p.relative_to(temporary).as_posix(): _facts(p) for p in _files_of(temporary)}
-            writer.json(MANIFEST, files)
-            _flush(temporary)
+            writer.json(META, meta | facts)
+            writer.json(
+                MANIFEST, {p.relative_to(temporary).as_posix(): _facts(p) for p in _files_of(temporary)}
+            )
             self._publish(temporary, folder, meta["run"], replaced)
         except OSError as error:
             if error.errno in _FULL:
@@ -329,7 +284,7 @@ class RunStore:
             )
         return entry
 
-    def _publish(self, temporary: Path, folder: Path, run: str | None, replaced: Entry | None) -> None:
+    def _publish(self, temporary, folder, run, replaced):
         """Moves a finished entry to its place, and the one it replaces away. One that another process put
         there meanwhile, which happens without locks, is kept."""
         moved = []
@@ -343,18 +298,17 @@ class RunStore:
             found = self._whole(folder)
             if found is None:
                 time.sleep(_PAUSE)  # a network file system shows it later
-                continue
-            if _made_by(found.meta, run) and (replaced is None or found.meta != replaced.meta):
+            elif _made_by(found.meta, run) and (replaced is None or found.meta != replaced.meta):
                 _log.info("another process was first with %s; its entry is kept", folder)
                 break
-            moved.append(temporary.with_name(f"{temporary.name}-old{len(moved)}"))
-            with suppress(FileNotFoundError):  # another process is replacing it, too
-                _rename(folder, moved[-1])
+            else:
+                moved.append(temporary.with_name(f"{temporary.name}-old{len(moved)}"))
+                with suppress(FileNotFoundError):  # another process is replacing it, too
+                    _rename(folder, moved[-1])
         for old in moved:
             shutil.rmtree(old, ignore_errors=True)
-        _flush_folder(folder.parent)
 
-    def _whole(self, folder: Path) -> Entry | None:
+    def _whole(self, folder):
         """The entry; None where there is none, or a damaged one, which is set aside."""
         try:
             return self._read(folder)
@@ -362,34 +316,29 @@ class RunStore:
             self._set_aside(folder, str(damage))
             return None
 
-    def _read(self, folder: Path) -> Entry | None:
+    def _read(self, folder):
         """The entry, checked against its manifest; None where there is none. Raises _Damaged."""
         for _ in range(_LOOKS):
-            before = _identity(folder)
-            if before is None and not _between(folder):
-                before = _identity(folder)
-                if before is None:
-                    return None
+            before, entry, damage = _identity(folder), None, None
             if before is not None:
                 try:
                     entry = self._verified(folder)
-                except _Damaged:
-                    if _identity(folder) == before:
-                        raise
-                else:
-                    if _identity(folder) == before:
-                        return entry
+                except _Damaged as error:
+                    damage = error
+            if (before is not None or not _between(folder)) and _identity(folder) == before:
+                if damage is not None:
+                    raise damage
+                return entry
             time.sleep(_PAUSE)  # another process is replacing it
         return None
 
-    def _verified(self, folder: Path) -> Entry:
+    def _verified(self, folder):
         try:
             files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             for name, facts in files.items():
-                if (folder / name).stat().st_size != facts["bytes"]:
-                    raise _Damaged(
-                        f"{name} has {(folder / name).stat().st_size} bytes instead of {facts['bytes']}"
-                    )
+                found = (folder / name).stat().st_size
+                if found != facts["bytes"]:
+                    raise _Damaged(f"{name} has {found} bytes instead of {facts['bytes']}")
                 if _facts(folder / name) != facts:
                     raise _Damaged(f"{name} was altered")
             meta = json.loads((folder / META).read_text(encoding="utf-8"))
@@ -401,33 +350,26 @@ class RunStore:
             raise _Damaged(f"{MANIFEST} or {META} cannot be read ({error})") from error
         return Entry(folder, meta, files)
 
-    def _set_aside(self, folder: Path, reason: str) -> None:
-        for taken in count(1):
-            aside = folder.with_name(f"{folder.name}.damaged-{taken}")
-            if aside.exists():
-                continue
-            try:
-                _rename(folder, aside)
-                break
-            except FileNotFoundError:  # another process was first
-                return
-            except OSError as error:
-                if error.errno not in _THERE:
-                    raise
+    def _set_aside(self, folder, reason):
+        asides = (folder.with_name(f"{folder.name}.damaged-{number}") for number in count(1))
+        aside = next(path for path in asides if not path.exists())
+        try:
+            _rename(folder, aside)
+        except FileNotFoundError:  # another process was first
+            return
         warnings.warn(
             f"{folder.parent.name}/{folder.name} in the run store is damaged ({reason}); "
             f"it was set aside as {aside.name} and is made again.",
             stacklevel=5,
         )
 
-    def _lock(self, stage: str, key: str) -> AbstractContextManager:
+    def _lock(self, stage, key):
         """The entry's lock, taken: the operating system's, so a killed holder's is free again at once. Where
         there are no locks, a warning and a context that does nothing."""
-        locks = self.root / stage / ".locks"
+        path = self.root / stage / ".locks" / f"{key}.lock"
         try:
-            locks.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(locks / f"{key}.lock")
-            if reason := _locks_missing(locks / f"{key}.lock"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if reason := _locks_missing(path):
                 warnings.warn(
                     f"The run store {self.root} is on a file system without locks ({reason}). Processes that "
                     "want the same entry at the same time all make it, and the first one's is kept.",
@@ -435,28 +377,27 @@ class RunStore:
                 )
                 return nullcontext()
             try:
-                return lock.acquire(timeout=1)
+                return FileLock(path).acquire(timeout=1)
             except Timeout:
                 _log.info("another process is making %s/%s; waiting for it", stage, key)
-                return lock.acquire()
+                return FileLock(path).acquire()
         except OSError as error:
             if error.errno in _FULL:
                 raise self._full(f"{stage} has not begun") from error
             self._refuse(error, f"{stage}/{key} is not in it")
 
-    def _refuse(self, error: OSError, wanted: str) -> NoReturn:
+    def _refuse(self, error, wanted):
         if error.errno in _READ_ONLY:
-            raise StoreError(
-                f"The run store {self.root} cannot be written ({error.strerror}), and {wanted}. "
-                "Set DRS_STORE to a folder of your own."
-            ) from error
-        if isinstance(error, (FileExistsError, NotADirectoryError)):
-            raise StoreError(
-                f"The run store {self.root} is not a folder. Set DRS_STORE to a folder of your own."
-            ) from error
-        raise error
+            what = f"cannot be written ({error.strerror}), and {wanted}"
+        elif isinstance(error, (FileExistsError, NotADirectoryError)):
+            what = "is not a folder"
+        else:
+            raise error
+        message = f"The run store {self.root} {what}. Set DRS_STORE to a folder of your own."
+        raise StoreError(message) from error
 
-    def _full(self, needed: str) -> StoreError:
+    def _full(self, needed):
+        """The error that says that the disk is full."""
         free = shutil.disk_usage(self.root).free
         return StoreError(
             f"The disk of the run store {self.root} is full: {needed}, {_size(free)} are free. Everything "
@@ -465,12 +406,12 @@ class RunStore:
         )
 
 
-def writer_tag() -> str:
+def writer_tag():
     """A part of a temporary's name: machine, process and a random number, for `abandoned`."""
     return f"{_machine()}-{os.getpid()}-{os.urandom(4).hex()}"
 
 
-def abandoned(path: Path) -> bool:
+def abandoned(path):
     """Whether a temporary, whose name ends in a `writer_tag`, was surely left behind: its process was one of
     this machine's and is gone, or nobody touched it for a week."""
     tag = re.search(r"([0-9a-f]{8})-([0-9]+)-[0-9a-f]{8}(-old[0-9]+)?$", path.name)
@@ -483,16 +424,22 @@ def abandoned(path: Path) -> bool:
 
 
 @lru_cache
-def _machine() -> str:
+def _machine():
     """This machine, or container, as far as process numbers mean something: eight hexadecimal digits."""
     parts = [platform.node()]
     with suppress(OSError):  # Linux only
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
         parts.append(os.readlink("/proc/self/ns/pid"))
-    return _digest("\n".join(parts).encode())[:8]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
 
 
-def _rename(source: Path, target: Path) -> None:
+def _clear(folders):
+    for left in folders:
+        if abandoned(left):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _rename(source, target):
     for look in range(_LOOKS):
         try:
             return os.rename(source, target)
@@ -502,16 +449,16 @@ def _rename(source: Path, target: Path) -> None:
             time.sleep(_PAUSE)
 
 
-def _identity(folder: Path) -> tuple | None:
+def _identity(folder):
     """What is different once another folder took this one's place; None if there is none."""
-    try:
-        found = folder.stat()
-    except (FileNotFoundError, NotADirectoryError):
+    if not folder.is_dir():
         return None
-    return (found.st_ino, found.st_mtime_ns) if stat.S_ISDIR(found.st_mode) else None
+    with suppress(FileNotFoundError):
+        found = folder.stat()
+        return found.st_ino, found.st_mtime_ns
 
 
-def _between(folder: Path) -> bool:
+def _between(folder):
     """Whether an entry that isn't there was moved away to be replaced. The listing makes a network file
     system look for the entry anew as well, instead of remembering that it was missing."""
     with suppress(OSError):
@@ -521,7 +468,7 @@ def _between(folder: Path) -> bool:
     return False
 
 
-def _locks_missing(path: Path) -> str | None:
+def _locks_missing(path):
     """Why no process can lock this file; None if they can. (`filelock` would try for ever, or make do with
     files that lock for ever when their process is killed.)"""
     if fcntl is not None:
@@ -533,70 +480,36 @@ def _locks_missing(path: Path) -> str | None:
     return None
 
 
-def run_name(overwrite: bool | str) -> str | None:
+def run_name(overwrite):
     """The name of a run that overwrites: the one given, a new one for True, None for False."""
     return secrets.token_hex(4) if overwrite in (True, "") else overwrite or None
 
 
-def _made_by(meta: Mapping, run: str | None) -> bool:
+def _made_by(meta, run):
     return run is None or meta.get("run") == run
 
 
-def _canonical(value: Any) -> bytes:
+def _meta(path):
+    """What a ``meta.json`` says, {} where it is missing or damaged; `RunStore.get` tells."""
     try:
-        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"A stage's configuration and inputs must be finite JSON values: {error}") from error
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _facts(path: Path) -> dict:
+def _facts(path):
     """Size and SHA-256 of a file, as the manifest has them."""
-    digest, size = hashlib.sha256(), 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-            size += len(block)
-    return {"bytes": size, "sha256": digest.hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": pooch.file_hash(str(path))}
 
 
-def _files_of(folder: Path) -> list[Path]:
+def _files_of(folder):
     return sorted(p for p in folder.rglob("*") if p.is_file())
 
 
-def _flush(folder: Path) -> None:
-    """Everything below the folder onto the disk, so that a power cut after the rename finds whole files."""
-    for path in _files_of(folder):
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
-    _flush_folder(folder)
-
-
-def _flush_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows cannot open a folder to flush it
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _versions() -> dict[str, str]:
+def _versions():
     versions = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
-    for package in ("torch", "torchvision", "numpy"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions
+    return versions | {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "numpy")}
 
 
-def _size(count: int) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
+def _size(count):
+    return f"{count / 1e6:.1f} MB"

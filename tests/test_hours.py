@@ -130,7 +130,7 @@ def test_what_is_measured_is_used_and_marked(tmp_path, capsys):
     [
         (None, "No such file"),
         ("{", "is not what benchmarks/pipeline.py --json writes"),
-        ('{"device": "H100", "torch": "2.9"}', "KeyError: 'rows'"),
+        ('{"device": "H100", "torch": "2.9"}', r"KeyError\('rows'\)"),
         ([("classify", "ours", 0)], "classify has 0.0 images per second, expected above 0"),
         ([("classify", "ours", "fast")], "fast"),
     ],

@@ -5,7 +5,9 @@ import torch
 from safetensors.torch import load_file
 
 from drs_course import pretrain
+from drs_course.__main__ import main
 from drs_lib import Critters, networks
+from drs_lib.data import normalize
 from drs_lib.data.saliency import SaliencyNetwork
 from drs_lib.weights import SHIPPED
 
@@ -20,7 +22,7 @@ def quick(monkeypatch):
 
 @pytest.mark.parametrize("name", list(pretrain.NETWORKS))
 def test_the_command_makes_weights_of_the_shipped_form(quick, tmp_path, capsys, name):
-    pretrain.pretrain([name], tmp_path)
+    assert main(["pretrain", "--only", name, "--out", str(tmp_path)]) == 0
     made, shipped = (load_file(folder / f"{name}.safetensors") for folder in (tmp_path, SHIPPED))
     assert {k: v.shape for k, v in made.items()} == {k: v.shape for k, v in shipped.items()}
     assert any(not torch.equal(made[k], shipped[k]) for k in made)
@@ -54,8 +56,6 @@ def test_shipped_saliency_weights_fit_their_network():
 
 def test_the_shipped_body_beats_a_random_one_at_telling_other_species_apart():
     """A linear read-out of average features, fitted on 150 images, tried on 60 others."""
-    from drs_lib.data import normalize
-
     train, test = Critters("pretrain", length=150), Critters("pretrain_val", length=60)
 
     def features(weights):

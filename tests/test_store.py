@@ -235,7 +235,7 @@ def test_an_entry_copied_under_another_name_is_not_believed(store):
         store.get_or_make("classify", {}, INPUTS, fill)
 
 
-@pytest.mark.parametrize("where", ["bytes", "stream", "fsync"])
+@pytest.mark.parametrize("where", ["bytes", "stream"])
 def test_full_disk_is_one_clear_error_and_leaves_no_half_entry(store, monkeypatch, where):
     kept = store.get_or_make("classify", {"other": 1}, INPUTS, fill)
 
@@ -255,18 +255,16 @@ def test_full_disk_is_one_clear_error_and_leaves_no_half_entry(store, monkeypatc
         writer.json("metrics.json", {})
         with monkeypatch.context() as patch:
             if where == "bytes":
-                patch.setattr("builtins.open", lambda *a, **k: FullFile())
+                patch.setattr(Path, "write_bytes", full)
                 writer.bytes("big.bin", bytes(123_456))
             elif where == "stream":
                 with FullFile() as file:
                     file.write(b"x")
 
-    if where == "fsync":
-        monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StoreError, match="disk.*full.*free.*kept.*DRS_STORE") as caught:
         store.get_or_make("classify", CONFIG, INPUTS, make)
     if where == "bytes":
-        assert "big.bin needs 123.5 kB" in str(caught.value)
+        assert "big.bin needs 0.1 MB" in str(caught.value)
     monkeypatch.undo()
     assert entries(store) == [kept.key]
     assert store.get("classify", {"other": 1}, INPUTS) is not None
@@ -415,12 +413,14 @@ def test_an_entry_is_replaced_under_its_readers(store):
     readers = [threading.Thread(target=read) for _ in range(2)]
     for reader in readers:
         reader.start()
-    made = [store.get_or_make("classify", CONFIG, INPUTS, fill, overwrite=True) for _ in range(30)]
+    made, until = [], time.monotonic() + 60
+    while (len(looks) <= 100 or len(made) < 30) and time.monotonic() < until:
+        made.append(store.get_or_make("classify", CONFIG, INPUTS, fill, overwrite=True))
     over.set()
     for reader in readers:
         reader.join()
-    assert len(looks) > 30 and None not in looks, "there at any moment, and never taken for damaged"
-    assert len({entry.meta["made_at"] for entry in made}) == 30
+    assert len(looks) > 100 and None not in looks, "there at any moment, and never taken for damaged"
+    assert len({entry.meta["made_at"] for entry in made}) == len(made)
 
 
 def test_an_entry_that_is_moved_away_to_be_replaced_is_waited_for(store):
