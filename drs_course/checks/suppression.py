@@ -410,8 +410,8 @@ def _try_values(module, theta, n, k):
 
 
 def _try_gradient(module, theta, x):
-    weights, flat = torch.linspace(-1, 1.5, x.numel()).view_as(x), theta.detach().flatten()
     with sheltered():
+        weights, flat = torch.linspace(-1, 1.5, x.numel()).view_as(x), theta.detach().flatten()
         loss = (suppress_plain(x, torch.sigmoid(flat.requires_grad_())) * weights).sum()
         [wanted] = torch.autograd.grad(loss, flat)
         result = (suppress_plain(x, module(x.relu())) * weights).sum()
