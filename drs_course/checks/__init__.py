@@ -71,3 +71,7 @@ from drs_course.checks.suppression import (
 )
 
 __all__ = sorted(name for name, one in globals().items() if hasattr(one, "exercise"))
+
+
+def __getattr__(name):
+    raise AttributeError(f"there is no check {name!r}; the checks are {', '.join(__all__)}")
