@@ -2,17 +2,21 @@
 
 import math
 
+from drs_course.tables import reference_table
+
 from .verdict import (
     Wrong,
     as_list,
     as_number,
+    as_numbers,
     as_pairs,
+    cause,
     check,
-    chosen,
-    chosen_each,
     close,
     found,
     same_numbers,
+    word,
+    words,
 )
 
 
@@ -23,13 +27,10 @@ def lazy_network(answer):
     The answer is two shares in [0, 1], over Critters' validation images with six species: (accuracy, mIoU).
     How much background there is depends on the run's images; how the two hang together does not.
     """
-    accuracy, miou = (
-        as_number(value, name) for value, name in zip(as_list(answer, _SCORES), _SCORES, strict=True)
-    )
+    accuracy, miou = as_numbers(answer, ("pixel accuracy", "mIoU"))
     if accuracy > 1 or miou > 1:
-        raise Wrong(
-            f"pixel accuracy {accuracy:g} and mIoU {miou:g}: give shares between 0 and 1, not percent"
-        )
+        text = f"pixel accuracy {accuracy:g} and mIoU {miou:g}"
+        raise Wrong(f"{text}: give shares between 0 and 1, not percent")
     if close(accuracy, miou / 7, 0.01):
         raise Wrong("the two numbers look exchanged: the answer is (pixel accuracy, mIoU)")
     if not 0.6 <= accuracy <= 0.92:
@@ -37,21 +38,16 @@ def lazy_network(answer):
             f"a pixel accuracy of {accuracy:.3g} is not the share of Critters' pixels that are background. "
             "The network says 0 everywhere; in which share of the pixels is the mask 0?"
         )
-    slips = (
-        (accuracy, "That is the IoU of background alone; six species have an IoU too"),
-        (0, "The species' IoU is 0, but background has one"),
-        (accuracy / 6, "There are seven labels, background and six species"),
-        (1 / 7, "Background's IoU is not 1: its union has all the animals' pixels as well"),
-        (accuracy / 2, "There are not two labels, background and animal, but seven"),
-    )
+    causes = {
+        accuracy: "That is the IoU of background alone; six species have an IoU too",
+        0: "The species' IoU is 0, but background has one",
+        accuracy / 6: "There are seven labels, background and six species",
+        1 / 7: "Background's IoU is not 1: its union has all the animals' pixels as well",
+        accuracy / 2: "There are not two labels, background and animal, but seven",
+    }
     if not close(miou, accuracy / 7, 0.01):
-        why = next((f". {text}" for value, text in slips if close(miou, value, 0.01)), "")
-        raise Wrong(
-            f"the accuracy is possible, but an mIoU of {miou:.4g} does not go with {accuracy:.4g}{why}"
-        )
-
-
-_SCORES = ("pixel accuracy", "mIoU")
+        text = f"the accuracy is possible, but an mIoU of {miou:.4g} does not go with {accuracy:.4g}"
+        raise Wrong(text + cause(miou, causes))
 
 
 @check("00", "4", "a whole number")
@@ -60,79 +56,67 @@ def shared_stages(answer):
 
     The answer is a number. Its stages are classify, target, refine, labels, segment and evaluate.
     """
-    causes = (
-        (
-            [0],
-            "One row of Table 1 has the same δ. What does its first stage read, and does "
-            "refining come before it?",
-        ),
-        ([2], "Target maps are made for refinement, and no row of Tables 1 and 2 refines"),
-        ([3], "A stage is shared only if all that it reads is; what do the pseudo labels read here?"),
-        ([4], "Stages of the same name are not the same stage: compare the keys"),
-        ([5], "A stage is shared only if all that it reads is the same; what comes after refining differs"),
-        ([6], "That is how many stages it has in all"),
-    )
+    causes = {
+        0: "One row of Table 1 has the same δ. What does its first stage read, and does refining come "
+        "before it?",
+        2: "Target maps are made for refinement, and no row of Tables 1 and 2 refines",
+        3: "A stage is shared only if all that it reads is; what do the pseudo labels read here?",
+        4: "Stages of the same name are not the same stage: compare the keys",
+        5: "A stage is shared only if all that it reads is the same; what comes after refining differs",
+        6: "That is how many stages it has in all",
+    }
     same_numbers(answer, {"the number of stages": 1}, causes, tolerance=1e-6)
 
 
-@check("01", "3", '{"recall": ..., "precision": ...}, each "up", "down" or "same"')
-def minmax_scores(answer):
+_UP_DOWN = ("up", "down", "same")
+
+
+@words("01", "3", _UP_DOWN, {"recall": "up", "precision": "down"})
+def minmax_scores():
     """What rescaling from minimum to maximum, without a ReLU, does to the cue at 0.2 (01, exercise 3).
 
     The answer is a dictionary with the words "up", "down" or "same" for "recall" and "precision", or the two
     words in this order.
     """
-    chosen_each(
-        answer,
-        ("up", "down", "same"),
-        {"recall": "up", "precision": "down"},
-        {
-            "recall": "Where does 0 of the class map come to lie after rescaling? Does a pixel of the old "
-            "cue drop out of the new one?",
-            "precision": "Where does 0 of the class map come to lie after rescaling? What joins the cue?",
-        },
-    )
+    where = "Where does 0 of the class map come to lie after rescaling?"
+    return {
+        "recall": f"{where} Does a pixel of the old cue drop out of the new one?",
+        "precision": f"{where} What joins the cue?",
+    }
 
 
-@check("01", "4", '"sparser", "denser" or "same"')
-def max_pooling_map(answer):
+@word("01", "4", "sparser")
+def max_pooling_map():
     """What global max pooling in place of GAP does to the map (01, exercise 4).
 
     The answer is "sparser", "denser" or "same".
     """
-    why = (
-        "At how many positions of a class map does the score's gradient arrive, with a mean and with "
-        "a maximum?"
-    )
-    chosen(answer, ("sparser", "denser", "same"), "sparser", {"denser": why, "same": why})
+    where = "At how many positions of a class map does the score's gradient arrive"
+    return dict.fromkeys(("denser", "same"), f"{where}, with a mean and with a maximum?")
 
 
-@check(
+@words(
     "01",
     "5",
-    '{"not normalised": ..., "training mode": ..., "integers": ...}, each "loud", "handled" or "silent"',
+    ("loud", "handled", "silent"),
+    {"not normalised": "silent", "training mode": "handled", "integers": "loud"},
 )
-def broken_inputs(answer):
+def broken_inputs():
     """Which wrong inputs of localization_maps fail loudly, which in silence, which not (01, exercise 5).
 
     The answer is a dictionary with the words "loud", "handled" or "silent" for "not normalised", "training
     mode" and "integers", or the three words in this order.
     """
-    chosen_each(
-        answer,
-        ("loud", "handled", "silent"),
-        {"not normalised": "silent", "training mode": "handled", "integers": "loud"},
-        {
-            "not normalised": "Can a function tell from a tensor of floats whether somebody normalised "
-            "it? Try it.",
-            "training mode": "Compare the maps, and look at model.training after the call.",
-            "integers": "Call it with uint8 pixels and read what comes.",
-        },
-    )
+    return {
+        "not normalised": "Can a function tell from a tensor of floats whether somebody normalised it? "
+        "Try it.",
+        "training mode": "Compare the maps, and look at model.training after the call.",
+        "integers": "Call it with uint8 pixels and read what comes.",
+    }
 
 
 _DELTA, _TAU = 0.44, 4.4
-_SUPPRESSED = {(1, 3), (2, 2), (2, 3), (2, 4)}
+_SUPPRESSED = frozenset({(1, 3), (2, 2), (2, 3), (2, 4)})
 
 
 @check("02", "1", "three things: (tau, suppressed positions (row, column) from 0, gradient of the maximum)")
@@ -147,62 +131,47 @@ def five_by_five(answer):
     tau, positions, gradient = as_list(answer, ("tau", "positions", "gradient"))
     tau, gradient = as_number(tau, "tau"), as_number(gradient, "the gradient")
     positions = _positions(positions)
+    of_tau = {
+        _DELTA: "tau is a share of the map's maximum, not the share itself",
+        _DELTA * 51 / 25: "tau is a share of the map's maximum, not of its mean",
+        _DELTA * 51 / 15: "tau is a share of the map's maximum, not of the mean of its active positions",
+        5.6: "That is 1 - delta of the maximum; a map may keep the share delta",
+        10: "That is the maximum; which share of it may the map keep?",
+        6.9: "That is the bound with G = 0.69; here G is delta",
+        6: 'That is the bound of "Where the gradient goes", with 0.6; here delta is 0.44',
+    }
+    from_1, exchanged = zip(*(((r + 1, c + 1), (c, r)) for r, c in _SUPPRESSED), strict=True)
+    of_positions = {
+        frozenset(from_1): "Rows and columns seem counted from 1; here they count from 0",
+        frozenset(exchanged): "Rows and columns look exchanged: a position is (row, column)",
+        _SUPPRESSED - {(2, 3)}: "The maximum itself is above tau, too",
+        _SUPPRESSED - {(2, 2)}: "That was right at G = 0.69; tau has sunk since",
+        _SUPPRESSED | {(1, 4)}: "4.3 is below tau",
+        frozenset({(2, 3)}): "Not only the maximum is above tau",
+    }
+    of_gradient = {
+        1.8: 'That is 0.6 of three gradients, as in "Where the gradient goes". Here delta is 0.44, and other '
+        "positions are suppressed",
+        1: "Without DRS it would be 1; what do the other suppressed positions hand to tau?",
+        4: "Four gradients reach tau; which share of them does the maximum get?",
+        _DELTA: "That is its own share; the others' gradients go through tau as well",
+        _DELTA * 3: "The maximum's own gradient goes through tau, too",
+        1 + _DELTA * 3: "The maximum is suppressed itself: its own gradient goes through tau like "
+        "the others'",
+        1 + _DELTA * 4: "The maximum is suppressed itself: nothing reaches it but through tau",
+        0: "The maximum decides tau, and tau is in the result",
+    }
     if not close(tau, _TAU, 0.01):
-        slips = (
-            (_DELTA, "tau is a share of the map's maximum, not the share itself"),
-            (_DELTA * 51 / 25, "tau is a share of the map's maximum, not of its mean"),
-            (
-                _DELTA * 51 / 15,
-                "tau is a share of the map's maximum, not of the mean of its active positions",
-            ),
-            (5.6, "That is 1 - delta of the maximum; a map may keep the share delta"),
-            (10, "That is the maximum; which share of it may the map keep?"),
-            (6.9, "That is the bound with G = 0.69; here G is delta"),
-            (6, 'That is the bound of "Where the gradient goes", with 0.6; here delta is 0.44'),
-        )
-        raise Wrong(
-            f"tau is not {tau:g}. "
-            f"{_first(tau, slips, 'What is the maximum of the map, and what delta of it?')}"
-        )
+        why = cause(tau, of_tau, "What is the maximum of the map, and what delta of it?")
+        raise Wrong(f"tau is not {tau:g}{why}")
     if positions != _SUPPRESSED:
-        slips = (
-            (
-                {(r + 1, c + 1) for r, c in _SUPPRESSED},
-                "Rows and columns seem counted from 1; here they count from 0",
-            ),
-            (
-                {(c, r) for r, c in _SUPPRESSED},
-                "Rows and columns look exchanged: a position is (row, column)",
-            ),
-            (_SUPPRESSED - {(2, 3)}, "The maximum itself is above tau, too"),
-            (_SUPPRESSED - {(2, 2)}, "That was right at G = 0.69; tau has sunk since"),
-            (_SUPPRESSED | {(1, 4)}, "4.3 is below tau"),
-            ({(2, 3)}, "Not only the maximum is above tau"),
-        )
-        why = next((text for wrong, text in slips if positions == wrong), None)
         extra, missing = len(positions - _SUPPRESSED), len(_SUPPRESSED - positions)
-        why = why or f"{extra} too many, {missing} missing. Compare each X with tau"
+        why = f"{extra} too many, {missing} missing. Compare each X with tau"
+        why = of_positions.get(frozenset(positions), why)
         raise Wrong(f"tau is right, but the positions are not {sorted(positions)}. {why}")
     if not close(gradient, _DELTA * 4, 0.01):
-        slips = (
-            (
-                1.8,
-                'That is 0.6 of three gradients, as in "Where the gradient goes". Here delta is 0.44, and '
-                "other positions are suppressed",
-            ),
-            (1, "Without DRS it would be 1; what do the other suppressed positions hand to tau?"),
-            (4, "Four gradients reach tau; which share of them does the maximum get?"),
-            (_DELTA, "That is its own share; the others' gradients go through tau as well"),
-            (_DELTA * 3, "The maximum's own gradient goes through tau, too"),
-            (
-                1 + _DELTA * 3,
-                "The maximum is suppressed itself: its own gradient goes through tau like the others'",
-            ),
-            (1 + _DELTA * 4, "The maximum is suppressed itself: nothing reaches it but through tau"),
-            (0, "The maximum decides tau, and tau is in the result"),
-        )
-        why = _first(gradient, slips, "See the formula for the gradient at the maximum, p = p*")
-        raise Wrong(f"tau and the positions are right, but the gradient is not {gradient:g}. {why}")
+        why = cause(gradient, of_gradient, "See the formula for the gradient at the maximum, p = p*")
+        raise Wrong(f"tau and the positions are right, but the gradient is not {gradient:g}{why}")
 
 
 def _positions(value):
@@ -212,10 +181,6 @@ def _positions(value):
         if len(rows) == 5:
             return {(r, c) for r, row in enumerate(rows) for c, one in enumerate(row) if one}
     return as_pairs(mask, "the positions")
-
-
-def _first(value, slips, otherwise):
-    return next((text for wrong, text in slips if close(value, wrong, 0.01)), otherwise)
 
 
 def _sigmoid(z):
@@ -229,63 +194,50 @@ def two_maps(answer):
     The answer is two numbers, tau of map 1 and tau of map 2, to 1 %: tau = max X * sigmoid(theta GAP(X)) with
     averages (2.0, 0.5), maxima (10, 4) and theta = ((0.4, -1), (0.2, 0.1)).
     """
-    z, transposed = (0.4 * 2 - 1 * 0.5, 0.2 * 2 + 0.1 * 0.5), (0.4 * 2 + 0.2 * 0.5, -1 * 2 + 0.1 * 0.5)
-    right = {"the bound of map 1": 10 * _sigmoid(z[0]), "the bound of map 2": 4 * _sigmoid(z[1])}
-    e = [math.exp(value) for value in z]
-    causes = (
-        ([_sigmoid(z[0]), _sigmoid(z[1])], "Those are the control values; a bound is the maximum times G"),
-        ([10 * z[0], 4 * z[1]], "The sigmoid is left out"),
-        (
-            [10 * _sigmoid(transposed[0]), 4 * _sigmoid(transposed[1])],
-            "theta is read by columns: row k belongs to map k",
-        ),
-        (
-            [10 * _sigmoid(0.8), 4 * _sigmoid(0.05)],
-            "Only the diagonal of theta is used: the other map has a say as well",
-        ),
-        (
-            [2 * _sigmoid(z[0]), 0.5 * _sigmoid(z[1])],
-            "G is multiplied with the average, not with the maximum",
-        ),
-        ([10 * e[0] / sum(e), 4 * e[1] / sum(e)], "softmax takes the place of the sigmoid"),
-        ([10 * _sigmoid(0), 4 * _sigmoid(2.4)], "f is applied to the maxima: it reads the averages"),
-        ([4 * _sigmoid(z[1]), 10 * _sigmoid(z[0])], "The two bounds are exchanged"),
-        ([4 * _sigmoid(z[0]), 10 * _sigmoid(z[1])], "The two maxima are exchanged"),
-        ([10 * math.tanh(z[0]), 4 * math.tanh(z[1])], "tanh takes the place of the sigmoid"),
-    )
-    same_numbers(answer, right, causes)
+    z, w = 0.4 * 2 - 1 * 0.5, 0.2 * 2 + 0.1 * 0.5  # theta GAP(X)
+    G, H = _sigmoid(z), _sigmoid(w)
+    e, f = math.exp(z), math.exp(w)
+    by_columns = 10 * _sigmoid(0.4 * 2 + 0.2 * 0.5), 4 * _sigmoid(-1 * 2 + 0.1 * 0.5)
+    diagonal = 10 * _sigmoid(0.8), 4 * _sigmoid(0.05)
+    causes = {
+        (G, H): "Those are the control values; a bound is the maximum times G",
+        (10 * z, 4 * w): "The sigmoid is left out",
+        by_columns: "theta is read by columns: row k belongs to map k",
+        diagonal: "Only the diagonal of theta is used: the other map has a say as well",
+        (2 * G, 0.5 * H): "G is multiplied with the average, not with the maximum",
+        (10 * e / (e + f), 4 * f / (e + f)): "softmax takes the place of the sigmoid",
+        (10 * _sigmoid(0), 4 * _sigmoid(2.4)): "f is applied to the maxima: it reads the averages",
+        (4 * H, 10 * G): "The two bounds are exchanged",
+        (4 * G, 10 * H): "The two maxima are exchanged",
+        (10 * math.tanh(z), 4 * math.tanh(w)): "tanh takes the place of the sigmoid",
+    }
+    same_numbers(answer, {"the bound of map 1": 10 * G, "the bound of map 2": 4 * H}, causes)
 
 
-@check("02", "2", '"stronger", "weaker" or "not at all"')
-def second_map(answer):
+@word("02", "2", "stronger")
+def second_map():
     """How map 1 is suppressed the more active map 2 is (02, exercise 2).
 
     The answer is "stronger", "weaker" or "not at all".
     """
-    why = {
+    return {
         "weaker": "Look at the sign of theta_12, and at what a smaller G does to the bound.",
         "not at all": "f is a full matrix: which of its numbers joins the average of map 2 to G of map 1?",
     }
-    chosen(answer, ("stronger", "weaker", "not at all"), "stronger", why)
 
 
-@check("02", "4", '{"scaling": ..., "max pooling": ...}, each "holds" or "fails"')
-def soft_properties(answer):
+@words("02", "4", ("holds", "fails"), {"scaling": "holds", "max pooling": "holds"})
+def soft_properties():
     """Which of the two properties the soft suppressor tau * tanh(X / tau) has (02, exercise 4).
 
     The answer is a dictionary with the words "holds" or "fails" for "scaling" and "max pooling", or the two
     words in this order.
     """
-    chosen_each(
-        answer,
-        ("holds", "fails"),
-        {"scaling": "holds", "max pooling": "holds"},
-        {
-            "scaling": "With s x in place of x, what becomes of tau, and of X / tau?",
-            "max pooling": "The proof uses that the function never decreases and that tau stays. Does tanh "
-            "decrease?",
-        },
-    )
+    return {
+        "scaling": "With s x in place of x, what becomes of tau, and of X / tau?",
+        "max pooling": "The proof uses that the function never decreases and that tau stays. Does tanh "
+        "decrease?",
+    }
 
 
 @check("02", "5", "a number: the G that weight decay pulls towards")
@@ -294,42 +246,40 @@ def weight_decay(answer):
 
     The answer is a number in [0, 1]. Weight decay acts on the bias as well.
     """
-    causes = (
-        ([_sigmoid(3)], "That is where G starts. Weight decay shrinks the bias, too"),
-        ([0.95], "That is where G starts. Weight decay shrinks the bias, too"),
-        ([0], "The weights go to 0; G is their sigmoid"),
-        ([1], "The weights go to 0; what is the sigmoid of 0?"),
-        ([3], "That is the bias at its start; G is between 0 and 1"),
-        ([0.55], "That is the paper's delta, which nothing here knows of"),
-    )
+    causes = {
+        _sigmoid(3): "That is where G starts. Weight decay shrinks the bias, too",
+        0.95: "That is where G starts. Weight decay shrinks the bias, too",
+        0: "The weights go to 0; G is their sigmoid",
+        1: "The weights go to 0; what is the sigmoid of 0?",
+        3: "That is the bias at its start; G is between 0 and 1",
+        0.55: "That is the paper's delta, which nothing here knows of",
+    }
     same_numbers(answer, {"G": 0.5}, causes)
 
 
-@check("03", "1", '"CAM", "learnable", "delta 0.90" or "DRS in layer 6"')
-def delta_one(answer):
+@word("03", "1", "CAM")
+def delta_one():
     """Which row Configuration(delta=1.0) must equal (03, exercise 1).
 
     The answer is one of "CAM" (the row without DRS), "learnable" (DRS in layers 1-6), "delta 0.90" and
     "DRS in layer 6".
     """
     why = "With delta = 1 the bound is the maximum itself: which value is above it?"
-    options = ("CAM", "learnable", "delta 0.90", "DRS in layer 6")
-    chosen(answer, options, "CAM", dict.fromkeys(options, why))
+    return dict.fromkeys(("learnable", "delta 0.90", "DRS in layer 6"), why)
 
 
-@check("03", "6", '"flat", "empty", "sparse" or "unchanged"')
-def delta_near_zero(answer):
+@word("03", "6", "flat")
+def delta_near_zero():
     """A feature map, divided by its new maximum, when delta is close to 0 (03, exercise 6).
 
     The answer is "flat" (one value wherever the map is active), "empty" (0 everywhere), "sparse" (the
     maximum alone) or "unchanged".
     """
-    why = {
+    return {
         "empty": "Its values are small, but divide them by their new maximum, as equation 1 does.",
         "sparse": "The maximum is cut down to tau. Which active values are not?",
         "unchanged": "Which active values are above a bound that is close to 0, and what do they become?",
     }
-    chosen(answer, ("flat", "empty", "sparse", "unchanged"), "flat", why)
 
 
 @check("03", "2", "a list of the values of delta")
@@ -339,8 +289,6 @@ def within_two_sd(answer):
     The answer is a list, set or array of deltas, with or without the best one itself; sd is that of the best
     row.
     """
-    from drs_course.tables import reference_table
-
     reference = reference_table(1).dropna(subset=["delta"])
     best = reference.loc[reference["measured"].idxmax()]
     measured = dict(zip(reference["delta"].round(4), reference["measured"], strict=True))
@@ -348,47 +296,35 @@ def within_two_sd(answer):
         raise Wrong(f"the answer is {found(answer)}; expected a list of deltas such as [0.9, 0.8]")
     given = {round(as_number(value, "a delta"), 4) for value in answer}
     if unknown := sorted(given - set(measured)):
-        raise Wrong(
-            f"{unknown} {'is' if len(unknown) == 1 else 'are'} not among Table 1's constant "
-            f"deltas {sorted(measured)}"
-        )
+        verb = "is" if len(unknown) == 1 else "are"
+        raise Wrong(f"{unknown} {verb} not among Table 1's constant deltas {sorted(measured)}")
 
     def near(sd, count=2):
-        return {delta for delta, value in measured.items() if value >= best["measured"] - count * sd}
+        return frozenset(delta for delta, value in measured.items() if value >= best["measured"] - count * sd)
 
-    top = round(float(best["delta"]), 4)
-    right = near(best["sd"])
-    if given | {top} == right and given:
-        return
-    one, five = near(best["sd"], 1), near(reference["sd"].max())
+    right, with_best = near(best["sd"]), given | {round(float(best["delta"]), 4)}
     if not given:
-        why = "the best one is within two sd of itself"
-    elif given | {top} == five:
-        why = "that is with the largest sd of the table; take the sd of the best row"
-    elif given | {top} == near(reference["sd"].mean()):
-        why = "that is with the mean sd of the table; take the sd of the best row"
-    elif given | {top} == one:
-        why = "that is one sd; take two"
-    else:
-        extra, missing = len(given - right), len(right - given - {top})
-        why = (
-            f"{extra} of them too many, {missing} missing. Subtract twice the sd of the best row from "
-            "its mIoU"
-        )
-    raise Wrong(f"it is not {sorted(given)}: {why}")
+        raise Wrong("it is not []: the best one is within two sd of itself")
+    if with_best == right:
+        return
+    counts = f"{len(given - right)} of them too many, {len(right - with_best)} missing"
+    otherwise = f"{counts}. Subtract twice the sd of the best row from its mIoU"
+    causes = {  # where two are equal, the last one counts
+        near(best["sd"], 1): "that is one sd; take two",
+        near(reference["sd"].mean()): "that is with the mean sd of the table; take the sd of the best row",
+        near(reference["sd"].max()): "that is with the largest sd of the table; take the sd of the best row",
+    }
+    raise Wrong(f"it is not {sorted(given)}: {causes.get(frozenset(with_best), otherwise)}")
 
 
-@check("04", "1", '"higher", "lower" or "the same"')
-def larger_heads(answer):
+@word("04", "1", "higher")
+def larger_heads():
     """In which layers DRS would do its work if heads were twice as large (04, exercise 1).
 
     The answer is "higher" layers, "lower" layers or "the same".
     """
-    why = (
-        "Shift the band of head sizes up in the figure's top panel. At which layer does the curve "
-        "enter it now?"
-    )
-    chosen(answer, ("higher", "lower", "the same"), "higher", {"lower": why, "the same": why})
+    shift = "Shift the band of head sizes up in the figure's top panel"
+    return dict.fromkeys(("lower", "the same"), f"{shift}. At which layer does the curve enter it now?")
 
 
 @check("04", "2", "five whole numbers: the sides in pixels, block by block")
@@ -397,39 +333,30 @@ def vgg16_fields(answer):
 
     The answer is five numbers, one for each block: of its last convolution, or after its pooling.
     """
-    names = tuple(f"block {number}" for number in range(1, 6))
-    given = [as_number(value, name) for value, name in zip(as_list(answer, names), names, strict=True)]
-    of_convolutions, after_pooling = [5, 14, 40, 92, 196], [6, 16, 44, 100, 212]
-    if given in (of_convolutions, after_pooling):
+    given = as_numbers(answer, [f"block {number}" for number in range(1, 6)])
+    rights = [5, 14, 40, 92, 196], [6, 16, 44, 100, 212]  # of the last convolutions, after the poolings
+    if given in rights:
         return
-    slips = (
-        ([5, 14, 40, 92, 204], "That is the paper's network, whose fifth block is dilated"),
-        ([5, 10, 18, 26, 34], "The jump between positions is not doubled by the poolings"),
-        ([5, 9, 15, 21, 27], "Only convolutions are counted, without the poolings between them"),
-        ([5, 13, 37, 85, 181], "The poolings double the jump, but their own kernel of 2 is not counted"),
-        ([3, 8, 18, 38, 78], "A block has two or three convolutions, not one"),
-        ([4, 10, 22, 46, 94], "A block has two or three convolutions, not one"),
-        ([224, 112, 56, 28, 14], "Those are sizes of the outputs for an image of 224 pixels"),
-        ([112, 56, 28, 14, 7], "Those are sizes of the outputs for an image of 224 pixels"),
-        ([1, 2, 4, 8, 16], "Those are the jumps"),
-        ([2, 4, 8, 16, 32], "Those are the jumps"),
-    )
-    for values, text in slips:
-        if given == values:
-            raise Wrong(f"they are not {_whole(given)}. {text}")
-    for right in (of_convolutions, after_pooling):
-        count = next((k for k in range(5) if given[k] != right[k]), 5)
-        if count:
-            word = f"the first {count} are right, but " if count > 1 else "the first is right, but "
-            raise Wrong(
-                f"{word}block {count + 1} is not {given[count]:g}. r grows by (k - 1) d j, then j "
-                "by the stride"
-            )
+    causes = {
+        (5, 14, 40, 92, 204): "That is the paper's network, whose fifth block is dilated",
+        (5, 10, 18, 26, 34): "The jump between positions is not doubled by the poolings",
+        (5, 9, 15, 21, 27): "Only convolutions are counted, without the poolings between them",
+        (5, 13, 37, 85, 181): "The poolings double the jump, but their own kernel of 2 is not counted",
+        (3, 8, 18, 38, 78): "A block has two or three convolutions, not one",
+        (4, 10, 22, 46, 94): "A block has two or three convolutions, not one",
+        (224, 112, 56, 28, 14): "Those are sizes of the outputs for an image of 224 pixels",
+        (112, 56, 28, 14, 7): "Those are sizes of the outputs for an image of 224 pixels",
+        (1, 2, 4, 8, 16): "Those are the jumps",
+        (2, 4, 8, 16, 32): "Those are the jumps",
+    }
+    if why := causes.get(tuple(given)):
+        raise Wrong(f"they are not {[int(value) for value in given]}. {why}")
+    for right in rights:
+        if count := next(k for k in range(5) if given[k] != right[k]):
+            begins = f"the first {count} are right" if count > 1 else "the first is right"
+            why = "r grows by (k - 1) d j, then j by the stride"
+            raise Wrong(f"{begins}, but block {count + 1} is not {given[count]:g}. {why}")
     raise Wrong(f"block 1 is not {given[0]:g}: it has two 3x3 convolutions, and starts at r = j = 1")
-
-
-def _whole(values):
-    return [int(value) if value == int(value) else value for value in values]
 
 
 @check("05", "1", "two numbers: N, and N if half of these images are taken for another species")
@@ -438,36 +365,58 @@ def refinement_mean(answer):
 
     The answer is two numbers: N there, and N if the network takes half of these images for another species.
     """
-    causes = (
-        ([1, 1], "That is the most frequent value; the squared error asks for another kind of average"),
-        (
-            [1, 0.5],
-            "The first is the most frequent value; the squared error asks for another kind of average",
-        ),
-        ([0.6, 0.3], "The other 40 images have 0.1, not 0"),
-        ([0.55, 0.275], "1 and 0.1 are not equally frequent"),
-        ([0.64, 0.64], "The first is right. An absent class has the target 0: what is the mean then?"),
-        ([0.46, 0.23], "The shares are exchanged: 60 of 100 have M = 1"),
-        ([0.64, 0.37], "The first is right. In the other half the target is 0, not 0.1"),
-        ([0.64, 0.82], "The first is right. The other species' map is 0 where this one is answered for"),
-    )
+    average = "the most frequent value; the squared error asks for another kind of average"
+    causes = {
+        (1, 1): f"That is {average}",
+        (1, 0.5): f"The first is {average}",
+        (0.6, 0.3): "The other 40 images have 0.1, not 0",
+        (0.55, 0.275): "1 and 0.1 are not equally frequent",
+        (0.64, 0.64): "The first is right. An absent class has the target 0: what is the mean then?",
+        (0.46, 0.23): "The shares are exchanged: 60 of 100 have M = 1",
+        (0.64, 0.37): "The first is right. In the other half the target is 0, not 0.1",
+        (0.64, 0.82): "The first is right. The other species' map is 0 where this one is answered for",
+    }
     same_numbers(answer, {"N": 0.64, "N with half of the images taken for another species": 0.32}, causes)
 
 
-@check("05", "5", '"mean map", "own map", "zero" or "noise"')
-def shuffled_targets(answer):
+@word("05", "5", "mean map")
+def shuffled_targets():
     """What the refinement network learns from the targets of other images (05, exercise 5).
 
     The answer is "mean map" (each class's mean over all targets), "own map" (the image's own map), "zero" or
     "noise".
     """
-    why = {
+    return {
         "own map": "Does the image still say anything about its target?",
         "zero": "The best constant under the squared error is a mean; is the mean of the targets 0?",
-        "noise": "The loss is a mean over many images; what is the best answer that does not depend on "
-        "the image?",
+        "noise": "The loss is a mean over many images; what is the best answer that does not depend on the "
+        "image?",
     }
-    chosen(answer, ("mean map", "own map", "zero", "noise"), "mean map", why)
+
+
+_CONFLICT = "is saliency 0.10 below beta? A setting decides only where both cues are there"
+_COUNTED = "classes count from 1, and class 2 is named in the text"
+_LEVEL = "is 0.10 above 50/255? What does background then score?"
+_OF_CLASSES = {1: _COUNTED, 3: _COUNTED, 5: "of several maps above alpha the largest wins"}
+# The slips at the conflict pixel: for each rule the right label, and what is to be said of others.
+_LABELS = {
+    "background": {
+        0: _CONFLICT,
+        255: "a pixel is ignored if it has neither cue. Is its largest map above alpha?",
+        **_OF_CLASSES,
+    },
+    "object": {
+        0: "is its largest map above alpha?",
+        255: "two maps above alpha are no reason to ignore; the largest wins",
+        **_OF_CLASSES,
+    },
+    "ignore": {0: "a pixel is background if saliency is below beta. Is 0.10?", 255: _CONFLICT, **_OF_CLASSES},
+    "release": {
+        2: _LEVEL,
+        5: _LEVEL,
+        255: "only salient pixels, or those with more than two scores above 0.9, are ignored by this rule",
+    },
+}
 
 
 @check("06", "1", "four labels: for conflict background, object, ignore, and by the release's rule")
@@ -477,56 +426,26 @@ def conflict_pixel(answer):
     The answer is four labels, in the order "background", "object", "ignore" (the values of `conflict`, at
     alpha 0.2 and beta 0.06) and "release", or a dictionary with these keys.
     """
-    names = ("background", "object", "ignore", "release")
-    given = [
-        as_number(value, f"the label for {name!r}")
-        for value, name in zip(as_list(answer, names), names, strict=True)
+    given = as_list(answer, _LABELS)
+    given = [as_number(value, f"the label for {name!r}") for value, name in zip(given, _LABELS, strict=True)]
+    wrong = [
+        f"{name!r} is not {value:g}: {_LABELS[name].get(value, 'labels are 0, a class, or 255')}"
+        for name, value, right in zip(_LABELS, given, (2, 2, 2, 0), strict=True)
+        if value != right
     ]
-    right = (2, 2, 2, 0)
-    slips = {
-        ("background", 0): "is saliency 0.10 below beta? A setting decides only where both cues are there",
-        ("background", 255): "a pixel is ignored if it has neither cue. Is its largest map above alpha?",
-        ("object", 0): "is its largest map above alpha?",
-        ("object", 255): "two maps above alpha are no reason to ignore; the largest wins",
-        ("ignore", 0): "a pixel is background if saliency is below beta. Is 0.10?",
-        ("ignore", 255): "is saliency 0.10 below beta? A setting decides only where both cues are there",
-        ("release", 2): "is 0.10 above 50/255? What does background then score?",
-        ("release", 5): "is 0.10 above 50/255? What does background then score?",
-        (
-            "release",
-            255,
-        ): "only salient pixels, or those with more than two scores above 0.9, are ignored by this rule",
-    }
-    for name in names[:3]:
-        slips[name, 1] = slips[name, 3] = "classes count from 1, and class 2 is named in the text"
-        slips[name, 5] = "of several maps above alpha the largest wins"
-    wrong = []
-    for name, value, wanted in zip(names, given, right, strict=True):
-        if value != wanted:
-            why = slips.get((name, value), "labels are 0, a class, or 255")
-            wrong.append(f"{name!r} is not {value:g}: {why}")
     if wrong:
         raise Wrong("; ".join(wrong))
 
 
-@check("06", "2", '{"alpha": ..., "beta": ...}, each "up", "down" or "same"')
-def ignored_share(answer):
+@words("06", "2", _UP_DOWN, {"alpha": "up", "beta": "down"})
+def ignored_share():
     """How the share of ignored pixels moves when alpha rises, and when beta does (06, exercise 2).
 
     The answer is a dictionary with the words "up", "down" or "same" for "alpha" and "beta", or the two words
     in this order. Background wins a conflict.
     """
-    chosen_each(
-        answer,
-        ("up", "down", "same"),
-        {"alpha": "up", "beta": "down"},
-        {
-            "alpha": "A pixel is ignored if it has neither cue. Which cue does alpha make, and does a "
-            "higher one make more?",
-            "beta": "A pixel is ignored if it has neither cue. Which cue does beta make, and does a "
-            "higher one make more?",
-        },
-    )
+    text = "A pixel is ignored if it has neither cue. Which cue does"
+    return {name: f"{text} {name} make, and does a higher one make more?" for name in ("alpha", "beta")}
 
 
 @check("06", "3", "pairs (d1, d2) of dilations")
@@ -538,48 +457,35 @@ def dense_pairs(answer):
     pairs = {tuple(sorted(pair)) for pair in as_pairs(answer, "the pairs")}
     if any(min(pair) < 1 for pair in pairs):
         raise Wrong(f"the pairs hold {min(pairs)}; a dilation is at least 1")
-
-    def dense(a, b):
-        return len({i * a + j * b for i in (-1, 0, 1) for j in (-1, 0, 1)}) == 1 + 2 * a + 2 * b
-
-    right = {(a, b) for a in range(1, 10) for b in range(a, 10) if dense(a, b)}
+    right = {(1, 1), (1, 2), (1, 3)}
     for a, b in sorted(pairs - right):
         raise Wrong(f"({a}, {b}) leaves gaps: count the different i d1 + j d2 with i and j in -1, 0, 1")
     if missing := len(right - pairs):
-        raise Wrong(
-            f"{'all of these are dense' if pairs else 'no pair was given'}, but {missing} more "
-            f"{'is' if missing == 1 else 'are'} missing. At most how many positions of a row can be seen?"
-        )
+        begins = "all of these are dense" if pairs else "no pair was given"
+        more = f"{missing} more {'is' if missing == 1 else 'are'} missing"
+        raise Wrong(f"{begins}, but {more}. At most how many positions of a row can be seen?")
 
 
-@check("07", "1", '"flat", "falling", "rising" or "peaked"')
-def all_ones_map(answer):
+@word("07", "1", "flat")
+def all_ones_map():
     """The curve over alpha of a map that is 1 everywhere for the image's classes (07, exercise 1).
 
     The answer is "flat", "falling", "rising" or "peaked", for alpha below 1.
     """
-    options = ("flat", "falling", "rising", "peaked")
-    why = (
-        "alpha asks one question of a pixel: is its map above it? Which pixels answer otherwise at "
-        "another alpha?"
-    )
-    chosen(answer, options, "flat", dict.fromkeys(options, why))
+    one = "alpha asks one question of a pixel: is its map above it?"
+    why = f"{one} Which pixels answer otherwise at another alpha?"
+    return dict.fromkeys(("falling", "rising", "peaked"), why)
 
 
-@check("07", "6", '{"recall": ..., "precision": ...}, each "up", "down" or "same"')
-def without_saliency(answer):
+@words("07", "6", _UP_DOWN, {"recall": "up", "precision": "down"})
+def without_saliency():
     """Labels by "map > 0.2" alone, without saliency: learnable DRS compared with CAM (07, exercise 6).
 
     The answer is a dictionary with the words "up", "down" or "same" for "recall" and "precision", or the two
     words in this order.
     """
-    chosen_each(
-        answer,
-        ("up", "down", "same"),
-        {"recall": "up", "precision": "down"},
-        {
-            "recall": "A cap brings the body closer to the head. More of the object above 0.2, or less?",
-            "precision": "A cap lifts what is low, relative to the maximum, and background is low. See the "
-            "means on background.",
-        },
-    )
+    return {
+        "recall": "A cap brings the body closer to the head. More of the object above 0.2, or less?",
+        "precision": "A cap lifts what is low, relative to the maximum, and background is low. See the means "
+        "on background.",
+    }

@@ -2,23 +2,25 @@
 
 import torch
 
-from .functions import Case, Slip, Task, compare, one_number, randn
+from .functions import Case, compare, one_number, randn
 from .verdict import check
 
 
-def _walk(layers, grow, start=1, early=False):
-    r, j = start, 1
-    for k, s, d in layers:
-        if early:
+def _walk(grow, start=1, early=False):
+    """The side after a chain of layers; grow(k, s, d, j) is what a layer adds to it."""
+
+    def side(layers):
+        r, j = start, 1
+        for k, s, d in layers:
+            r += grow(k, s, d, j * s if early else j)
             j *= s
-        r += grow(k, s, d, j)
-        if not early:
-            j *= s
-    return r
+        return r
+
+    return side
 
 
-def _field(layers):
-    return _walk(layers, lambda k, s, d, j: (k - 1) * d * j)
+def _grown(k, s, d, j):
+    return (k - 1) * d * j
 
 
 @check("04", "2", "a function f(layers) of a list of (kernel, stride, dilation): a whole number")
@@ -30,58 +32,53 @@ def receptive_field(answer):
 
         r <- r + (k - 1) d j,    j <- s j,    starting with r = j = 1.
     """
+    field = _walk(_grown)
     block = [(3, 1, 1), (3, 1, 1), (2, 2, 1)]
     cases = (
-        Case(([(3, 1, 1)],)),
-        Case(([(3, 1, 1), (3, 1, 1), (2, 2, 1), (3, 1, 1)],)),
-        Case(([(7, 2, 1), (3, 2, 1), (3, 1, 2), (1, 1, 1), (5, 3, 4), (3, 1, 1)],)),
-        Case((2 * block + [(3, 1, 12), (1, 1, 1)],)),
-        Case(([],)),
+        ([(3, 1, 1)],),
+        ([*block, (3, 1, 1)],),
+        ([(7, 2, 1), (3, 2, 1), (3, 1, 2), (1, 1, 1), (5, 3, 4), (3, 1, 1)],),
+        (2 * block + [(3, 1, 12), (1, 1, 1)],),
+        ([],),
     )
-    slips = (
-        Slip(lambda ls: _walk(ls, lambda k, s, d, j: (k - 1) * j), "dilation is left out"),
-        Slip(lambda ls: _walk(ls, lambda k, s, d, j: (k - 1) * d), "the jump is left out"),
-        Slip(
-            lambda ls: _walk(ls, lambda k, s, d, j: (k - 1) * d * j, early=True),
-            "the jump is updated before r",
-        ),
-        Slip(lambda ls: _walk(ls, lambda k, s, d, j: k * d * j), "k takes the place of k - 1"),
-        Slip(lambda ls: _walk(ls, lambda k, s, d, j: (k * d - 1) * j), "d multiplies k instead of k - 1"),
-        Slip(lambda ls: _walk(ls, lambda k, s, d, j: (k - 1) * d * j, start=0), "r starts at 0"),
-        Slip(
-            lambda ls: _walk(ls, lambda k, s, d, j: (k - 1) * d * s),
-            "j is the layer's own stride, not the product",
-        ),
-        Slip(lambda ls: _field(ls[::-1]), "the layers are gone through from the last to the first"),
-        Slip(
-            lambda ls: _walk(ls, lambda k, s, d, j: (k // 2) * d * j),
-            "only one side of the kernel is counted",
-        ),
-    )
-    compare(answer, Task(("layers",), _field, cases, slips, read=one_number))
+    slips = {
+        "dilation is left out": _walk(lambda k, s, d, j: (k - 1) * j),
+        "the jump is left out": _walk(lambda k, s, d, j: (k - 1) * d),
+        "the jump is updated before r": _walk(_grown, early=True),
+        "k takes the place of k - 1": _walk(lambda k, s, d, j: k * d * j),
+        "d multiplies k instead of k - 1": _walk(lambda k, s, d, j: (k * d - 1) * j),
+        "r starts at 0": _walk(_grown, start=0),
+        "j is the layer's own stride, not the product": _walk(lambda k, s, d, j: (k - 1) * d * s),
+        "the layers are gone through from the last to the first": lambda layers: field(layers[::-1]),
+        "only one side of the kernel is counted": _walk(lambda k, s, d, j: (k // 2) * d * j),
+    }
+    compare(answer, field, cases, slips, read=one_number)
 
 
-def _effective(gradient, share=0.9, measure=torch.abs):
-    g = measure(gradient.double())
-    y, x = g.shape[0] // 2, g.shape[1] // 2
-    for half in range(max(g.shape)):
-        square = g[max(y - half, 0) : y + half + 1, max(x - half, 0) : x + half + 1]
-        if square.sum() >= share * g.sum():
-            return 2 * half + 1
-    return max(g.shape)
+def _effective(share=0.9, measure=torch.abs, side=lambda half: 2 * half + 1):
+    """The square that holds a share of the gradient; side(half): what is given of it."""
+
+    def function(gradient):
+        g = measure(gradient.double())
+        y, x = g.shape[0] // 2, g.shape[1] // 2
+        for half in range(max(g.shape)):
+            square = g[max(y - half, 0) : y + half + 1, max(x - half, 0) : x + half + 1]
+            if square.sum() >= share * g.sum():
+                return side(half)
+        return max(g.shape)
+
+    return function
 
 
-def _radius(gradient):
-    return (_effective(gradient) - 1) // 2
+def _box(keep):
+    """The side of the box around the values that are kept; keep(g, the largest)."""
 
+    def function(gradient):
+        g = gradient.abs()
+        rows, columns = keep(g, g.max()).nonzero(as_tuple=True)
+        return max(int(rows.max() - rows.min()), int(columns.max() - columns.min())) + 1
 
-def _box(gradient, keep):
-    rows, columns = keep(gradient.abs()).nonzero(as_tuple=True)
-    return max(int(rows.max() - rows.min()), int(columns.max() - columns.min())) + 1
-
-
-def _halves(gradient, threshold):
-    return _box(gradient, lambda g: g >= threshold * g.max())
+    return function
 
 
 @check("04", "4", "a function f(gradient), (H, W), H and W odd: a whole number, odd")
@@ -93,38 +90,34 @@ def effective_field(answer):
     smallest square with an odd side, around the middle, that holds at least 90 % of the absolute gradient.
     """
     cases = []
-    for seed, (h, w), width in (
-        (50, (21, 31), 3.0),
-        (51, (41, 25), 5.0),
-        (52, (15, 15), 1.2),
-        (53, (33, 33), 9.0),
-    ):
+    for seed, h, w, width in ((50, 21, 31, 3.0), (51, 41, 25, 5.0), (52, 15, 15, 1.2), (53, 33, 33, 9.0)):
         y, x = torch.meshgrid(torch.arange(h) - h // 2, torch.arange(w) - w // 2, indexing="ij")
         near, far = (torch.exp(-(x**2 + y**2) / (2 * side**2)) for side in (width / 3, width))
         noise = randn(2, h, w, seed=seed).abs()
-        cases.append(Case((6 * near * noise[0] - 0.3 * far * noise[1],)))  # negative values farther out
-    cases.append(Case((far * noise[0],)))
+        cases.append((6 * near * noise[0] - 0.3 * far * noise[1],))  # negative values farther out
+    cases.append((far * noise[0],))
     point = torch.zeros(7, 9)
     point[3, 4] = 2.0
     cases.append(Case((point,), "a gradient (7, 9) that is 2 in the middle and 0 elsewhere"))
-    slips = (
-        Slip(_radius, "the distance from the middle is given, not the side"),
-        Slip(lambda g: 2 * _radius(g), "the side is twice the distance: the middle itself is not counted"),
-        Slip(lambda g: _effective(g, measure=lambda v: v), "the gradient is added up with its signs"),
-        Slip(lambda g: _effective(g, measure=torch.square), "the gradient is squared, not taken absolute"),
-        Slip(lambda g: _effective(g, measure=torch.relu), "negative gradients are left out"),
-        Slip(lambda g: _effective(g, 0.1), "10 % are held instead of 90 %"),
-        Slip(lambda g: _effective(g, 0.95), "95 % are held instead of 90 %"),
-        Slip(lambda g: _effective(g, 0.99), "99 % are held instead of 90 %"),
-        Slip(lambda g: _halves(g, 0.1), "the box around values above a tenth of the maximum is measured"),
-        Slip(lambda g: _halves(g, 0.9), "the box around values above 90 % of the maximum is measured"),
-        Slip(
-            lambda g: _box(g, lambda v: v > 0),
-            "all positions with a gradient are held: that is the theoretical field",
+    slips = {
+        "the distance from the middle is given, not the side": _effective(side=lambda half: half),
+        "the side is twice the distance: the middle itself is not counted": _effective(
+            side=lambda half: 2 * half
         ),
-        Slip(lambda g: _effective(g) ** 2, "the square's area is given, not its side"),
-    )
-    compare(answer, Task(("gradient",), _effective, tuple(cases), slips, read=one_number))
+        "the gradient is added up with its signs": _effective(measure=lambda g: g),
+        "the gradient is squared, not taken absolute": _effective(measure=torch.square),
+        "negative gradients are left out": _effective(measure=torch.relu),
+        "10 % are held instead of 90 %": _effective(0.1),
+        "95 % are held instead of 90 %": _effective(0.95),
+        "99 % are held instead of 90 %": _effective(0.99),
+        "the box around values above a tenth of the maximum is measured": _box(
+            lambda g, peak: g >= 0.1 * peak
+        ),
+        "the box around values above 90 % of the maximum is measured": _box(lambda g, peak: g >= 0.9 * peak),
+        "all positions with a gradient are held: that is the theoretical field": _box(lambda g, peak: g > 0),
+        "the square's area is given, not its side": _effective(side=lambda half: (2 * half + 1) ** 2),
+    }
+    compare(answer, _effective(), cases, slips, read=one_number)
 
 
 @check("06", "3", "a function f(d1, d2): a whole number")
@@ -134,23 +127,20 @@ def span_of_two(answer):
     The answer is a function f(d1, d2) of their dilations. It returns a number of positions: one convolution
     of kernel k and dilation d spans d (k - 1) + 1.
     """
-    cases = tuple(Case(pair) for pair in ((1, 1), (1, 2), (3, 1), (6, 12), (5, 5)))
-    slips = (
-        Slip(lambda a, b: 2 + 2 * a + 2 * b, "both spans are added and the middle is counted twice"),
-        Slip(lambda a, b: 2 * a + 2 * b, "the position in the middle is not counted"),
-        Slip(lambda a, b: 1 + a + b, "only one side of each kernel is counted"),
-        Slip(
-            lambda a, b: a + b,
-            "only the reach to one side is counted, without the other side and the position in the middle",
-        ),
-        Slip(lambda a, b: (2 * a + 1) * (2 * b + 1), "the spans are multiplied"),
-        Slip(lambda a, b: 1 + 2 * a * b, "the dilations are multiplied"),
-        Slip(lambda a, b: 1 + 4 * a * b, "the dilations are multiplied"),
-        Slip(lambda a, b: 2 * max(a, b) + 1, "only the wider one counts: that is side by side, as in ASPP"),
-        Slip(lambda a, b: 1 + 3 * a + 3 * b, "k takes the place of k - 1"),
-        Slip(lambda a, b: (1 + 2 * a + 2 * b) ** 2, "the area is given, not the side"),
-        Slip(lambda a, b: 9, "the weights of one kernel are counted"),
-        Slip(lambda a, b: 1 + 4 * a, "only the first dilation is used"),
-        Slip(lambda a, b: 5, "dilation is left out"),
-    )
-    compare(answer, Task(("d1", "d2"), lambda a, b: 1 + 2 * a + 2 * b, cases, slips, read=one_number))
+    reach = "only the reach to one side is counted, without the other side and the position in the middle"
+    slips = {
+        "both spans are added and the middle is counted twice": lambda a, b: 2 + 2 * a + 2 * b,
+        "the position in the middle is not counted": lambda a, b: 2 * a + 2 * b,
+        "only one side of each kernel is counted": lambda a, b: 1 + a + b,
+        reach: lambda a, b: a + b,
+        "the spans are multiplied": lambda a, b: (2 * a + 1) * (2 * b + 1),
+        "the dilations are multiplied": (lambda a, b: 1 + 2 * a * b, lambda a, b: 1 + 4 * a * b),
+        "only the wider one counts: that is side by side, as in ASPP": lambda a, b: 2 * max(a, b) + 1,
+        "k takes the place of k - 1": lambda a, b: 1 + 3 * a + 3 * b,
+        "the area is given, not the side": lambda a, b: (1 + 2 * a + 2 * b) ** 2,
+        "the weights of one kernel are counted": lambda a, b: 9,
+        "only the first dilation is used": lambda a, b: 1 + 4 * a,
+        "dilation is left out": lambda a, b: 5,
+    }
+    cases = ((1, 1), (1, 2), (3, 1), (6, 12), (5, 5))
+    compare(answer, lambda d1, d2: 1 + 2 * d1 + 2 * d2, cases, slips, read=one_number)

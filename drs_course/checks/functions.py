@@ -5,6 +5,7 @@ the message names the slip.
 """
 
 import contextlib
+import inspect
 import random
 import re
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 
 from drs_lib.runtime import threads
 
-from .verdict import Wrong, as_list, as_number, found
+from .verdict import Wrong, as_number, as_numbers, found
 
 RTOL, ATOL = 1e-3, 1e-5
 
@@ -38,32 +39,16 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Slip:
-    """A wrong function that many write; its sentence ends "Your result equals what comes out if ..."."""
-
-    function: object
-    sentence: str
-
-
-@dataclass(frozen=True)
 class Task:
-    """What a function must do.
-
-    names: of its arguments. right: the reference. wrt: names of the arguments whose gradient is compared.
-    read: makes of a result, given the expected one, a float64 tensor, or raises `Wrong`. slips: see `Slip`.
-    """
+    """What a function must do: see `compare`."""
 
     names: tuple
     right: object
-    cases: tuple
-    slips: tuple = ()
+    cases: list
+    slips: dict
     wrt: tuple = ()
     read: object = None
     result: str = "the result"
-
-    @property
-    def signature(self):
-        return f"({', '.join(self.names)})"
 
 
 @contextlib.contextmanager
@@ -79,18 +64,23 @@ def sheltered():
             np.random.set_state(states[1])
 
 
-def compare(answer, task):
-    """Raises `Wrong` unless the function `answer` does on every case of a `Task` what the reference does."""
+def compare(answer, right, cases, slips, names=(), **more):
+    """Raises `Wrong` unless the function `answer` does on every case what the function `right` does.
+
+    cases: tuples of arguments, or `Case`. slips: a dictionary from a sentence, which continues "Your result
+    equals what comes out if", to a wrong function that many write, or a tuple of such. names: of the
+    arguments; none: those of `right`. wrt: names of the arguments whose gradient is compared. read: makes of
+    a result, given the expected one, a float64 tensor, or raises `Wrong`. result: what a message calls it.
+    """
+    names = names or tuple(inspect.signature(right).parameters)
+    cases = [case if isinstance(case, Case) else Case(case) for case in cases]
     # The inputs are small: more threads would only wait for each other.
     with threads(1), sheltered():
-        _compare(answer, task)
+        _compare(answer, Task(names, right, cases, slips, **more))
 
 
 def _compare(answer, task):
-    if not callable(answer):
-        raise Wrong(
-            f"the answer is {found(answer)}; hand in the function itself, f{task.signature}, not called"
-        )
+    called(answer, f"the function itself, f({', '.join(task.names)}), not called")
     expected = [_run(task.right, task, case) for case in task.cases]
     given = [_attempt(answer, task, case, wanted) for case, wanted in zip(task.cases, expected, strict=True)]
     for case, outcome, wanted in zip(task.cases, given, expected, strict=True):
@@ -105,6 +95,12 @@ def tried(task, case):
         return f"with {case.about}"
     said = [f"{name} {_described(value)}" for name, value in zip(task.names, case.args, strict=True)]
     return f"with {', '.join(said)}"
+
+
+def called(answer, what):
+    """Raises `Wrong` unless the answer can be called. what: to hand in."""
+    if not callable(answer):
+        raise Wrong(f"the answer is {found(answer)}; hand in {what}")
 
 
 def call(function, *args):
@@ -246,10 +242,7 @@ def some_numbers(*names):
     """Reads a number for each of the names."""
 
     def read(result, wanted):
-        values = as_list(result, names, "the result")
-        return torch.tensor(
-            [as_number(value, name) for value, name in zip(values, names, strict=True)], dtype=torch.float64
-        )
+        return torch.tensor(as_numbers(result, names, "the result"), dtype=torch.float64)
 
     return read
 
@@ -310,10 +303,11 @@ def _difference(outcome, wanted):
 
 def _slip(given, task):
     """What the known slip is called whose outcome is the given one in every case, or nothing."""
-    for slip in task.slips:
-        outcomes = [_attempt(slip.function, task, case, None) for case in task.cases]
-        if all(_alike(outcome, one) for outcome, one in zip(outcomes, given, strict=True)):
-            return f" Your result equals what comes out if {slip.sentence}."
+    for sentence, functions in task.slips.items():
+        for function in functions if isinstance(functions, tuple) else (functions,):
+            outcomes = [_attempt(function, task, case, None) for case in task.cases]
+            if all(_alike(*pair) for pair in zip(outcomes, given, strict=True)):
+                return f" Your result equals what comes out if {sentence}."
     return ""
 
 

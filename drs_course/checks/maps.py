@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch.nn.functional import conv2d, interpolate
 
-from .functions import Case, Slip, Task, compare, generator, randn, some_numbers
+from .functions import Case, called, compare, generator, randn, some_numbers
 from .verdict import Wrong, check, found
 
 _SMALL = torch.tensor([[[[-1.0, 0.0, 2.0], [-2.0, 4.0, 8.0]], [[-3.0, -1.0, -2.0], [-0.5, -4.0, -1.5]]]])
@@ -17,47 +17,57 @@ def _class_maps(n, c, h, w, seed, dtype=torch.float32):
     return F
 
 
-def _equation_1(F):
-    F = F.relu()
-    return F / F.amax((2, 3), keepdim=True).clamp(min=1e-5)
+def _same(x):
+    return x
 
 
-def _over(F, peak):
-    return F / (peak + 1e-5 * (peak == 0))
+def _guarded(peak):
+    return peak + 1e-5 * (peak == 0)
 
 
-_MAP_SLIPS = (
-    Slip(
-        lambda F: _over(F.relu(), F.relu().amax((0, 2, 3), keepdim=True)),
-        "each map is divided by the batch's maximum",
+def _added(peak):
+    return peak + 1e-5
+
+
+def _divided(*dims, X=torch.relu, of=torch.relu, by=torch.amax, guard=_guarded):
+    """Equation 1 with parts of one's own: X(F) by the largest value of of(F) over some dimensions."""
+    return lambda F: X(F) / guard(by(of(F), dims or (2, 3), keepdim=True))
+
+
+def _minmax(
+    *dims, numerator=lambda F, low, high: F - low, denominator=lambda low, high: (high - low).clamp(1e-5)
+):
+    """Maps rescaled from their minimum to their maximum, with parts of one's own."""
+
+    def function(F):
+        low, high = (by(F, dims or (2, 3), keepdim=True) for by in (torch.amin, torch.amax))
+        return numerator(F, low, high) / denominator(low, high)
+
+    return function
+
+
+_equation_1 = _divided(guard=lambda peak: peak.clamp(min=1e-5))
+_rescaled = _minmax()
+
+_MAP_SLIPS = {
+    "each map is divided by the batch's maximum": _divided(0, 2, 3),
+    "all classes of an image are divided by one maximum": _divided(1, 2, 3),
+    "all maps are divided by one maximum, that of the batch": _divided(0, 1, 2, 3),
+    "the maximum is taken over the classes, at every position": _divided(1),
+    "every row has its own maximum": _divided(3),
+    "the ReLU is left out": (
+        _divided(X=_same),
+        _divided(X=_same, of=_same, guard=_added),
+        _divided(X=_same, of=_same, guard=_same),
     ),
-    Slip(
-        lambda F: _over(F.relu(), F.relu().amax((1, 2, 3), keepdim=True)),
-        "all classes of an image are divided by one maximum",
-    ),
-    Slip(lambda F: _over(F.relu(), F.relu().max()), "all maps are divided by one maximum, that of the batch"),
-    Slip(
-        lambda F: _over(F.relu(), F.relu().amax(1, keepdim=True)),
-        "the maximum is taken over the classes, at every position",
-    ),
-    Slip(lambda F: _over(F.relu(), F.relu().amax(3, keepdim=True)), "every row has its own maximum"),
-    Slip(lambda F: _over(F, F.relu().amax((2, 3), keepdim=True)), "the ReLU is left out"),
-    Slip(lambda F: F / (F.amax((2, 3), keepdim=True) + 1e-5), "the ReLU is left out"),
-    Slip(lambda F: F / F.amax((2, 3), keepdim=True), "the ReLU is left out"),
-    Slip(
-        lambda F: F.relu() / F.relu().amax((2, 3), keepdim=True),
-        "nothing guards against 0 / 0 in a map of zeros",
-    ),
-    Slip(lambda F: F.relu(), "the division is left out"),
-    Slip(
-        lambda F: F.abs() / F.abs().amax((2, 3), keepdim=True),
-        "the absolute value takes the place of the ReLU",
-    ),
-    Slip(lambda F: torch.sigmoid(F), "the sigmoid takes the place of equation 1"),
-    Slip(lambda F: _rescaled(F), "each map is rescaled from its minimum to its maximum, without the ReLU"),
-    Slip(lambda F: _over(F.relu(), F.relu().sum((2, 3), keepdim=True)), "maps are divided by their sum"),
-    Slip(lambda F: _over(F.relu(), F.relu().mean((2, 3), keepdim=True)), "maps are divided by their mean"),
-)
+    "nothing guards against 0 / 0 in a map of zeros": _divided(guard=_same),
+    "the division is left out": torch.relu,
+    "the absolute value takes the place of the ReLU": _divided(X=torch.abs, of=torch.abs),
+    "the sigmoid takes the place of equation 1": torch.sigmoid,
+    "each map is rescaled from its minimum to its maximum, without the ReLU": _rescaled,
+    "maps are divided by their sum": _divided(by=torch.sum),
+    "maps are divided by their mean": _divided(by=torch.mean),
+}
 
 
 @check("01", "A", "a function f(F), F (N, C, h, w): tensor like F")
@@ -75,17 +85,26 @@ def localization_map(answer):
     low[1, 2] = -low[1, 2].abs()
     low[1, 2, 3, 1] = 0.0
     cases = (
-        Case((_SMALL,)),
-        Case((_class_maps(3, 4, 5, 7, seed=20),)),
-        Case((low,)),
-        Case((_class_maps(2, 3, 8, 6, seed=21, dtype=torch.float64),)),
-        Case((_class_maps(1, 2, 3, 4, seed=22).roll(1, 1),)),
+        (_SMALL,),
+        (_class_maps(3, 4, 5, 7, seed=20),),
+        (low,),
+        (_class_maps(2, 3, 8, 6, seed=21, dtype=torch.float64),),
+        (_class_maps(1, 2, 3, 4, seed=22).roll(1, 1),),
     )
-    compare(answer, Task(("F",), _equation_1, cases, _MAP_SLIPS))
+    compare(answer, _equation_1, cases, _MAP_SLIPS)
 
 
-def _upsampled(F, size):
-    return interpolate(F, size, mode="bilinear", align_corners=True)
+def _enlarge(F, size, **options):
+    return interpolate(F, tuple(size), **(options or {"mode": "bilinear", "align_corners": True}))
+
+
+def _resized(function, before=_same, **options):
+    """function of the class maps enlarged, as f(F, size)."""
+    return lambda F, size: function(_enlarge(before(F), size, **options))
+
+
+def _resized_slip(functions):
+    return tuple(map(_resized, functions)) if isinstance(functions, tuple) else _resized(functions)
 
 
 @check("01", "A", "a function f(F, size), F (N, C, h, w): tensor (N, C, *size)")
@@ -97,30 +116,18 @@ def map_of_image_size(answer):
     value of a map is 1 at the image's size.
     """
     cases = (
-        Case((_class_maps(2, 3, 4, 5, seed=23), (13, 22))),
-        Case((_class_maps(3, 2, 5, 3, seed=24, dtype=torch.float64), (16, 12))),
+        (_class_maps(2, 3, 4, 5, seed=23), (13, 22)),
+        (_class_maps(3, 2, 5, 3, seed=24, dtype=torch.float64), (16, 12)),
     )
-
-    def resized(**options):
-        return lambda F, size: _equation_1(interpolate(F, size, **options))
-
-    slips = (
-        Slip(
-            lambda F, size: _upsampled(_equation_1(F), size), "maps are divided first and enlarged after that"
-        ),
-        Slip(lambda F, size: _equation_1(_upsampled(F.relu(), size)), "the ReLU comes before enlarging"),
-        Slip(resized(mode="bilinear", align_corners=False), "align_corners=True is left out"),
-        Slip(resized(mode="nearest"), "mode is left out or 'nearest'"),
-        Slip(resized(mode="bicubic", align_corners=True), "mode is 'bicubic'"),
-        *(Slip(lambda F, size, of=s.function: of(_upsampled(F, size)), s.sentence) for s in _MAP_SLIPS),
-    )
-    right = lambda F, size: _equation_1(_upsampled(F, size))  # noqa: E731
-    compare(answer, Task(("F", "size"), right, cases, slips))
-
-
-def _rescaled(F):
-    low, high = F.amin((2, 3), keepdim=True), F.amax((2, 3), keepdim=True)
-    return (F - low) / (high - low).clamp(min=1e-5)
+    slips = {
+        "maps are divided first and enlarged after that": _resized(_same, before=_equation_1),
+        "the ReLU comes before enlarging": _resized(_equation_1, before=torch.relu),
+        "align_corners=True is left out": _resized(_equation_1, mode="bilinear", align_corners=False),
+        "mode is left out or 'nearest'": _resized(_equation_1, mode="nearest"),
+        "mode is 'bicubic'": _resized(_equation_1, mode="bicubic", align_corners=True),
+        **{sentence: _resized_slip(functions) for sentence, functions in _MAP_SLIPS.items()},
+    }
+    compare(answer, _resized(_equation_1), cases, slips)
 
 
 @check("01", "3", "a function f(F), F (N, C, h, w): tensor like F")
@@ -132,36 +139,25 @@ def minmax_map(answer):
     """
     flat = _class_maps(2, 3, 4, 6, seed=25)
     flat[1, 1] = 0.0
-    cases = (Case((_SMALL,)), Case((flat,)), Case((_class_maps(3, 2, 7, 5, seed=26, dtype=torch.float64),)))
-
-    def of(dims):
-        low, high = lambda F: F.amin(dims, keepdim=True), lambda F: F.amax(dims, keepdim=True)
-        return lambda F: (F - low(F)) / (high(F) - low(F)).clamp(min=1e-5)
-
-    low, high = lambda F: F.amin((2, 3), keepdim=True), lambda F: F.amax((2, 3), keepdim=True)
-    slips = (
-        Slip(of((0, 2, 3)), "minimum and maximum are taken over the batch too"),
-        Slip(of((1, 2, 3)), "all classes of an image share one minimum and maximum"),
-        Slip(of((0, 1, 2, 3)), "there is one minimum and maximum for the whole batch"),
-        Slip(of((1,)), "minimum and maximum are taken over the classes, at every position"),
-        Slip(_equation_1, "the ReLU is still there: that is equation 1"),
-        Slip(lambda F: _rescaled(F.relu()), "the ReLU is still there, before rescaling"),
-        Slip(lambda F: (F - low(F)) / (high(F) - low(F)), "nothing guards against 0 / 0 in a constant map"),
-        Slip(lambda F: (F - low(F)) / high(F), "the minimum is subtracted above, but not in the denominator"),
-        Slip(
-            lambda F: (F - low(F)) / (high(F) + 1e-5),
-            "the minimum is subtracted above, but not in the denominator",
+    cases = ((_SMALL,), (flat,), (_class_maps(3, 2, 7, 5, seed=26, dtype=torch.float64),))
+    slips = {
+        "minimum and maximum are taken over the batch too": _minmax(0, 2, 3),
+        "all classes of an image share one minimum and maximum": _minmax(1, 2, 3),
+        "there is one minimum and maximum for the whole batch": _minmax(0, 1, 2, 3),
+        "minimum and maximum are taken over the classes, at every position": _minmax(1),
+        "the ReLU is still there: that is equation 1": _equation_1,
+        "the ReLU is still there, before rescaling": lambda F: _rescaled(F.relu()),
+        "nothing guards against 0 / 0 in a constant map": _minmax(denominator=lambda low, high: high - low),
+        "the minimum is subtracted above, but not in the denominator": (
+            _minmax(denominator=lambda low, high: high),
+            _minmax(denominator=lambda low, high: high + 1e-5),
         ),
-        Slip(lambda F: F - low(F), "the division is left out"),
-        Slip(lambda F: F / (high(F) - low(F)).clamp(min=1e-5), "the minimum is not subtracted"),
-        Slip(lambda F: 2 * _rescaled(F) - 1, "maps are rescaled to -1 to 1"),
-        Slip(lambda F: 1 - _rescaled(F), "maps are upside down"),
-    )
-    compare(answer, Task(("F",), _rescaled, cases, slips))
-
-
-def _pooled(F):
-    return F.amax((2, 3))
+        "the division is left out": _minmax(denominator=lambda low, high: 1),
+        "the minimum is not subtracted": _minmax(numerator=lambda F, low, high: F),
+        "maps are rescaled to -1 to 1": lambda F: 2 * _rescaled(F) - 1,
+        "maps are upside down": lambda F: 1 - _rescaled(F),
+    }
+    compare(answer, _rescaled, cases, slips)
 
 
 @check("01", "4", "a function f(F), F (N, C, h, w): tensor (N, C)")
@@ -172,51 +168,49 @@ def global_max_pooling(answer):
     (N, C): the maximum of each map. F must receive the gradient, which reaches the maximum alone.
     """
     cases = (
-        Case((_SMALL,)),
-        Case((_class_maps(3, 4, 5, 7, seed=27),)),
-        Case((_class_maps(2, 3, 6, 4, seed=28, dtype=torch.float64),)),
+        (_SMALL,),
+        (_class_maps(3, 4, 5, 7, seed=27),),
+        (_class_maps(2, 3, 6, 4, seed=28, dtype=torch.float64),),
     )
-    slips = (
-        Slip(lambda F: F.mean((2, 3)), "the mean is taken: that is GAP"),
-        Slip(lambda F: F.sum((2, 3)), "the sum is taken"),
-        Slip(lambda F: F.relu().amax((2, 3)), "the ReLU comes first: a score could then never be negative"),
-        Slip(
-            lambda F: torch.sigmoid(F.amax((2, 3))),
-            "the sigmoid is taken already; the loss expects scores without",
-        ),
-        Slip(lambda F: F.abs().amax((2, 3)), "the largest absolute value is taken"),
-        Slip(lambda F: F.amin((2, 3)), "the minimum is taken"),
-        Slip(lambda F: F.logsumexp((2, 3)), "a smooth maximum, logsumexp, is taken"),
-        Slip(lambda F: F.amax((0, 2, 3)).expand(len(F), -1), "the maximum is taken over the batch too"),
-        Slip(
-            lambda F: F.flatten(2).topk(2, dim=2).values.mean(2), "the mean of several large values is taken"
-        ),
-        Slip(lambda F: F.amax(3).mean(2), "rows are pooled by maximum and columns by mean"),
-    )
-    compare(answer, Task(("F",), _pooled, cases, slips, wrt=("F",)))
+
+    def pooled(F):
+        return F.amax((2, 3))
+
+    slips = {
+        "the mean is taken: that is GAP": lambda F: F.mean((2, 3)),
+        "the sum is taken": lambda F: F.sum((2, 3)),
+        "the ReLU comes first: a score could then never be negative": lambda F: pooled(F.relu()),
+        "the sigmoid is taken already; the loss expects scores without": lambda F: pooled(F).sigmoid(),
+        "the largest absolute value is taken": lambda F: pooled(F.abs()),
+        "the minimum is taken": lambda F: F.amin((2, 3)),
+        "a smooth maximum, logsumexp, is taken": lambda F: F.logsumexp((2, 3)),
+        "the maximum is taken over the batch too": lambda F: F.amax((0, 2, 3)).expand(len(F), -1),
+        "the mean of several large values is taken": lambda F: F.flatten(2).topk(2).values.mean(2),
+        "rows are pooled by maximum and columns by mean": lambda F: F.amax(3).mean(2),
+    }
+    compare(answer, pooled, cases, slips, wrt=("F",))
 
 
-def _region_of_peak(values, regions):
-    row, column = np.unravel_index(values.argmax(), values.shape)
-    return next(name for name, here in regions.items() if here[row, column])
+_REGIONS = ("head", "body", "elsewhere")
 
 
-def _regions(shape, seed):
-    parts = np.random.default_rng(seed).integers(0, 3, shape)
-    return {name: parts == k for k, name in enumerate(("head", "body", "elsewhere"))}
+def _region(result, wanted):
+    """Reads the name of a region, as its number."""
+    if not isinstance(result, str):
+        raise Wrong(f"the result is {found(result)}; expected the name of a region")
+    if result not in _REGIONS:
+        raise Wrong(f"the result is {result!r}; expected one of {', '.join(map(repr, _REGIONS))}")
+    return torch.tensor(float(_REGIONS.index(result)), dtype=torch.float64)
 
 
-def _names(*names):
-    """Reads a result that is one of the names, as its number."""
+def _at(place):
+    """The name of the region at place(values), a flat position."""
+    return lambda values, regions: next(n for n, here in regions.items() if here.flat[place(values)])
 
-    def read(result, wanted):
-        if not isinstance(result, str):
-            raise Wrong(f"the result is {found(result)}; expected the name of a region")
-        if result not in names:
-            raise Wrong(f"the result is {result!r}; expected one of {', '.join(map(repr, names))}")
-        return torch.tensor(float(names.index(result)), dtype=torch.float64)
 
-    return read
+def _by(measure):
+    """The name of the region with the largest measure(values, region)."""
+    return lambda v, r: max(r, key=lambda name: measure(v, r[name]) if r[name].any() else -np.inf)
 
 
 @check("01", "2", "a function f(values, regions), (H, W) and name -> bool (H, W): a name")
@@ -231,44 +225,39 @@ def peak_region(answer):
     for seed in range(24):
         h, w = ((4, 9), (7, 5), (6, 6))[seed % 3]
         values = np.random.default_rng(100 + seed).normal(-0.2, 1, (h, w))
-        cases.append(Case((values, _regions((h, w), seed)), f"map and regions of {h}x{w}, number {seed + 1}"))
-    h, w = 3, 5
-    lone = np.full((h, w), -2.0)
+        parts = np.random.default_rng(seed).integers(0, 3, (h, w))
+        regions = {name: parts == k for k, name in enumerate(_REGIONS)}
+        cases.append(Case((values, regions), f"map and regions of {h}x{w}, number {seed + 1}"))
+    parts = np.array([[2, 2, 2, 0, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
+    regions = {name: parts == k for k, name in enumerate(_REGIONS)}
+    lone = np.full(parts.shape, -2.0)
     lone[0, 3], lone[1, 0], lone[2, 4] = 0.9, -3.0, 0.5
-    regions = {"head": np.zeros((h, w), bool), "body": np.zeros((h, w), bool)}
-    regions["head"][0, 3:] = regions["body"][1:, :] = True
-    regions["elsewhere"] = ~regions["head"] & ~regions["body"]
     cases.append(Case((lone, regions), "a map whose maximum is in its first row, on a small head"))
-    below = np.random.default_rng(99).uniform(-3, -2, (h, w))
+    below = np.random.default_rng(99).uniform(-3, -2, parts.shape)
     below[2, 1] = -0.5
     cases.append(Case((below, regions), "a map without a positive value, whose maximum is on the body"))
-
-    def at(place):
-        return lambda v, r: next(name for name, here in r.items() if here[place(v)])
-
-    def by(measure):
-        return lambda v, r: max(r, key=lambda name: measure(v, r[name]) if r[name].any() else -np.inf)
-
-    names = ("head", "body", "elsewhere")
-    slips = (
-        Slip(at(lambda v: np.unravel_index(v.argmin(), v.shape)), "the minimum is looked for"),
-        Slip(
-            at(lambda v: np.unravel_index(abs(v).argmax(), v.shape)),
-            "the largest absolute value is looked for",
-        ),
-        Slip(by(lambda v, here: v[here].mean()), "the region with the highest mean is named"),
-        Slip(by(lambda v, here: v[here].sum()), "the region with the largest sum is named"),
-        Slip(by(lambda v, here: here.sum()), "the largest region is named"),
-        *(Slip(lambda v, r, name=name: name, f"the answer is always {name!r}") for name in names),
+    slips = {
+        "the minimum is looked for": _at(np.argmin),
+        "the largest absolute value is looked for": _at(lambda values: abs(values).argmax()),
+        "the region with the highest mean is named": _by(lambda values, here: values[here].mean()),
+        "the region with the largest sum is named": _by(lambda values, here: values[here].sum()),
+        "the largest region is named": _by(lambda values, here: here.sum()),
+        **{f"the answer is always {name!r}": lambda v, r, name=name: name for name in _REGIONS},
+    }
+    numbered = ", ".join(f"{k} {name}" for k, name in enumerate(_REGIONS))
+    compare(
+        answer, _at(np.argmax), cases, slips, read=_region, result=f"the number of the region ({numbered})"
     )
-    task = Task(("values", "regions"), _region_of_peak, tuple(cases), slips, read=_names(*names),
-                result=f"the number of the region (0 {names[0]}, 1 {names[1]}, 2 {names[2]})")  # fmt: skip
-    compare(answer, task)
 
 
-def _cue_scores(values, truth, alpha):
-    cue = values > alpha
-    return (cue & truth).sum() / truth.sum(), (cue & truth).sum() / cue.sum()
+def _shares(of=lambda hit, cue, true, union, pixels: (hit / true, hit / cue), cue=np.greater):
+    """Recall and precision with parts of one's own: of(numbers of pixels), cue(values, alpha)."""
+
+    def function(values, truth, alpha):
+        on = cue(values, alpha)
+        return of((on & truth).sum(), on.sum(), truth.sum(), (on | truth).sum(), truth.size)
+
+    return function
 
 
 @check("01", "3", "a function f(values, truth, alpha), (H, W) arrays: (recall, precision)")
@@ -281,79 +270,38 @@ def cue_scores(answer):
         recall = |cue and truth| / |truth|,    precision = |cue and truth| / |cue|.
     """
     small = np.array([[0.1, 0.25, 0.5, 0.75], [0.25, 0.9, 0.3, 0.0]])
-    inside = np.array([[False, True, True, False], [False, True, True, False]])
-    cases = [Case((small, inside, 0.25))]
+    cases = [(small, np.array([[False, True, True, False]] * 2), 0.25)]
     for seed, (h, w), alpha, unit in ((0, (6, 9), 0.5, 16), (1, (8, 5), 0.25, 8)):
         rng = np.random.default_rng(seed)
         truth = rng.random((h, w)) < 0.4
         values = (rng.integers(0, 13, (h, w)) + 3 * truth) / unit  # so that some are equal to alpha
-        cases.append(Case((values, truth, alpha)))
-
-    def scores(cue_of, swap=False):
-        def function(values, truth, alpha):
-            found = _cue_scores(cue_of(values, alpha), truth, 0.5)
-            return found[::-1] if swap else found
-
-        return function
-
-    def above(values, alpha):
-        return (values > alpha).astype(float)
-
-    def parts(values, truth, alpha):
-        cue = values > alpha
-        return (cue & truth).sum(), cue.sum(), truth.sum(), (cue | truth).sum(), truth.size
-
-    def formula(function):
-        return lambda values, truth, alpha: function(*parts(values, truth, alpha))
-
-    slips = (
-        Slip(scores(above, swap=True), "precision comes first and recall second"),
-        Slip(
-            scores(lambda v, a: (v >= a).astype(float)),
-            "the cue is values >= alpha: values equal to alpha are no cue",
+        cases.append((values, truth, alpha))
+    slips = {
+        "precision comes first and recall second": _shares(
+            lambda hit, cue, true, *_: (hit / cue, hit / true)
         ),
-        Slip(scores(lambda v, a: (v < a).astype(float)), "the cue is values < alpha"),
-        Slip(
-            scores(lambda v, a: (v > a * v.max()).astype(float)),
-            "alpha is taken as a share of the map's maximum",
+        "the cue is values >= alpha: values equal to alpha are no cue": _shares(cue=np.greater_equal),
+        "the cue is values < alpha": _shares(cue=np.less),
+        "alpha is taken as a share of the map's maximum": _shares(cue=lambda v, alpha: v > alpha * v.max()),
+        "shares are given in percent": _shares(
+            lambda hit, cue, true, *_: (100 * hit / true, 100 * hit / cue)
         ),
-        Slip(
-            formula(lambda hit, cue, true, union, all_: (100 * hit / true, 100 * hit / cue)),
-            "shares are given in percent",
+        "the IoU is computed": _shares(lambda hit, cue, true, union, _: (hit / union, hit / union)),
+        "precision is divided by the union": _shares(
+            lambda hit, cue, true, union, _: (hit / true, hit / union)
         ),
-        Slip(formula(lambda hit, cue, true, union, all_: (hit / union, hit / union)), "the IoU is computed"),
-        Slip(
-            formula(lambda hit, cue, true, union, all_: (hit / true, hit / union)),
-            "precision is divided by the union",
+        "both are divided by all pixels": _shares(lambda hit, c, t, u, pixels: (hit / pixels,) * 2),
+        "recall is divided by all pixels": _shares(lambda hit, cue, _, __, pixels: (hit / pixels, hit / cue)),
+        "pixels are counted and not divided": _shares(lambda hit, *_: (hit, hit)),
+        "the map's values are added up, without a threshold": lambda values, truth, alpha: (
+            values[truth].sum() / truth.sum(),
+            values[truth].sum() / values.sum(),
         ),
-        Slip(
-            formula(lambda hit, cue, true, union, all_: (hit / all_, hit / all_)),
-            "both are divided by all pixels",
+        "the share of the cue that is wrong takes the place of precision": _shares(
+            lambda hit, cue, true, *_: (hit / true, (cue - hit) / cue)
         ),
-        Slip(
-            formula(lambda hit, cue, true, union, all_: (hit / all_, hit / cue)),
-            "recall is divided by all pixels",
-        ),
-        Slip(formula(lambda hit, cue, true, union, all_: (hit, hit)), "pixels are counted and not divided"),
-        Slip(
-            lambda v, t, a: (v[t].sum() / t.sum(), v[t].sum() / v.sum()),
-            "the map's values are added up, without a threshold",
-        ),
-        Slip(
-            formula(lambda hit, cue, true, union, all_: (hit / true, (cue - hit) / cue)),
-            "the share of the cue that is wrong takes the place of precision",
-        ),
-    )
-    compare(
-        answer,
-        Task(
-            ("values", "truth", "alpha"),
-            _cue_scores,
-            tuple(cases),
-            slips,
-            read=some_numbers("recall", "precision"),
-        ),
-    )
+    }
+    compare(answer, _shares(), cases, slips, read=some_numbers("recall", "precision"))
 
 
 _CHANGES = ("kept", "recovered, right", "recovered, wrong", "removed, right", "removed, wrong")
@@ -362,10 +310,20 @@ _CHANGES = ("kept", "recovered, right", "recovered, wrong", "removed, right", "r
 def _changes(before, after, mask, label):
     scored, right = mask != 255, mask == label
     new, gone = after & ~before & scored, before & ~after & scored
-    return [
-        int(part.sum())
-        for part in (before & after & scored, new & right, new & ~right, gone & ~right, gone & right)
-    ]
+    parts = (before & after & scored, new & right, new & ~right, gone & ~right, gone & right)
+    return [int(part.sum()) for part in parts]
+
+
+def _picked(*order):
+    return lambda *given: [_changes(*given)[k] for k in order]
+
+
+def _masked(change):
+    return lambda before, after, mask, label: _changes(before, after, change(mask, label), label)
+
+
+def _kept(keep):
+    return lambda b, a, mask, k: [int(keep(b, a, mask, k).sum()), *_changes(b, a, mask, k)[1:]]
 
 
 @check("05", "2", "a function f(before, after, mask, label), (H, W) arrays: five counts")
@@ -383,64 +341,40 @@ def cue_changes(answer):
         mask = rng.choice(np.array([0, 1, 2, 3, 255], np.uint8), (h, w), p=[0.35, 0.2, 0.15, 0.2, 0.1])
         before, after = rng.random((h, w)) < 0.6, rng.random((h, w)) < 0.45
         mask.flat[:3], before.flat[:3], after.flat[:3] = 255, [True, True, False], [True, False, True]
-        cases.append(Case((before, after, mask, label)))
-
-    def picked(order):
-        return lambda *args: [_changes(*args)[k] for k in order]
-
-    def masked(change):
-        return lambda before, after, mask, label: _changes(before, after, change(mask, label), label)
-
-    slips = (
-        Slip(
-            picked((0, 1, 2, 4, 3)),
-            "removed pixels are right where the mask is the class; it is the other way round",
+        cases.append((before, after, mask, label))
+    exchanged = "removed pixels are right where the mask is the class; it is the other way round"
+    slips = {
+        exchanged: _picked(0, 1, 2, 4, 3),
+        "right and wrong are exchanged": _picked(0, 2, 1, 4, 3),
+        "a recovered pixel is right where the mask is not the class": _picked(0, 2, 1, 3, 4),
+        "the two cues are exchanged": lambda before, after, *rest: _changes(after, before, *rest),
+        "pixels masked 255 are counted as if they were background": _masked(lambda m, k: m * (m < 255)),
+        "pixels masked 255 are counted as if they were the class": _masked(
+            lambda m, k: np.where(m < 255, m, k)
         ),
-        Slip(picked((0, 2, 1, 4, 3)), "right and wrong are exchanged"),
-        Slip(picked((0, 2, 1, 3, 4)), "a recovered pixel is right where the mask is not the class"),
-        Slip(lambda b, a, m, k: _changes(a, b, m, k), "the two cues are exchanged"),
-        Slip(
-            masked(lambda m, k: np.where(m == 255, 0, m)),
-            "pixels masked 255 are counted as if they were background",
+        "the label is one too low: classes count from 1 in a mask": lambda b, a, m, k: _changes(
+            b, a, m, k - 1
         ),
-        Slip(
-            masked(lambda m, k: np.where(m == 255, k, m)),
-            "pixels masked 255 are counted as if they were the class",
-        ),
-        Slip(
-            lambda b, a, m, k: _changes(b, a, m, k - 1),
-            "the label is one too low: classes count from 1 in a mask",
-        ),
-        Slip(lambda b, a, m, k: _changes(b, a, m, k + 1), "the label is one too high"),
-        Slip(
-            masked(lambda m, k: np.where((m > 0) & (m < 255), k, m)),
-            "an object of any class counts as the class",
-        ),
-        Slip(
-            lambda b, a, m, k: [int(((b | a) & (m != 255)).sum()), *_changes(b, a, m, k)[1:]],
-            "what is in either cue counts as kept",
-        ),
-        Slip(
-            lambda b, a, m, k: [int((b & a & (m == k)).sum()), *_changes(b, a, m, k)[1:]],
-            "only right pixels count as kept",
-        ),
-        Slip(
-            lambda b, a, m, k: [int(((b == a) & (m != 255)).sum()), *_changes(b, a, m, k)[1:]],
-            "what is in neither cue counts as kept, too",
-        ),
-        Slip(
-            lambda b, a, m, k: [part / (m == k).sum() for part in _changes(b, a, m, k)],
-            "counts are divided by the pixels of the class",
-        ),
-    )
-    task = Task(("before", "after", "mask", "label"), _changes, tuple(cases), slips,
-                read=some_numbers(*_CHANGES), result=f"the list ({'; '.join(_CHANGES)})")  # fmt: skip
-    compare(answer, task)
+        "the label is one too high": lambda b, a, m, k: _changes(b, a, m, k + 1),
+        "an object of any class counts as the class": _masked(lambda m, k: np.where(m % 255, k, m)),
+        "what is in either cue counts as kept": _kept(lambda b, a, m, k: (b | a) & (m < 255)),
+        "only right pixels count as kept": _kept(lambda b, a, m, k: b & a & (m == k)),
+        "what is in neither cue counts as kept, too": _kept(lambda b, a, m, k: (b == a) & (m < 255)),
+        "counts are divided by the pixels of the class": lambda b, a, m, k: [
+            part / (m == k).sum() for part in _changes(b, a, m, k)
+        ],
+    }
+    five = {"read": some_numbers(*_CHANGES), "result": f"the list ({'; '.join(_CHANGES)})"}
+    compare(answer, _changes, cases, slips, **five)
 
 
-def _largest(maps):
-    largest, index = maps.max(0, keepdim=True)
-    return torch.zeros_like(maps).scatter_(0, index, largest)
+def _kept_where(keep):
+    return lambda maps: maps * keep(maps)
+
+
+def _highest(*dims):
+    """Whether a value is the highest over some dimensions."""
+    return _kept_where(lambda maps: maps == maps.amax(dims, keepdim=True))
 
 
 @check("05", "A", "a function f(maps), maps (C, H, W): tensor like maps")
@@ -454,54 +388,40 @@ def keep_largest(answer):
     maps[2] = 0.0
     maps[:, 0, :4] = 0.0
     single = torch.tensor([[[0.2, 0.9, 0.0], [0.5, 0.1, 0.3]], [[0.7, 0.4, 0.0], [0.6, 0.0, 0.2]]])
-    double = torch.rand(3, 7, 4, generator=generator(31), dtype=torch.float64)
-    cases = (Case((single,)), Case((maps,)), Case((double,)))
-
-    def masked(by):
-        return lambda maps: maps * (maps == by(maps))
-
-    slips = (
-        Slip(
-            lambda m: (m == m.amax(0, keepdim=True)).to(m),
-            "the largest class becomes 1 instead of keeping its value",
+    cases = ((single,), (maps,), (torch.rand(3, 7, 4, generator=generator(31), dtype=torch.float64),))
+    slips = {
+        "the largest class becomes 1 instead of keeping its value": (
+            lambda maps: (maps == maps.amax(0)).to(maps),
+            lambda maps: ((maps == maps.amax(0)) & (maps > 0)).to(maps),
         ),
-        Slip(
-            lambda m: ((m == m.amax(0, keepdim=True)) & (m > 0)).to(m),
-            "the largest class becomes 1 instead of keeping its value",
+        "each class keeps only its own highest pixel": _highest(1, 2),
+        "the largest is looked for along the height, not the classes": _highest(1),
+        "the largest is looked for along the width, not the classes": _highest(2),
+        "the smallest class is kept": _kept_where(lambda maps: maps == maps.amin(0)),
+        "the largest class is removed and the others kept": _kept_where(lambda maps: maps != maps.amax(0)),
+        "all classes get the largest value": lambda maps: maps.amax(0).expand_as(maps),
+        "one class is kept for the whole image": (
+            _kept_where(lambda maps: maps.sum((1, 2), keepdim=True) == maps.sum((1, 2)).max()),
+            _kept_where(lambda maps: maps.amax((1, 2), keepdim=True) == maps.max()),
         ),
-        Slip(masked(lambda m: m.amax((1, 2), keepdim=True)), "each class keeps only its own highest pixel"),
-        Slip(
-            masked(lambda m: m.amax(1, keepdim=True)),
-            "the largest is looked for along the height, not the classes",
-        ),
-        Slip(
-            masked(lambda m: m.amax(2, keepdim=True)),
-            "the largest is looked for along the width, not the classes",
-        ),
-        Slip(masked(lambda m: m.amin(0, keepdim=True)), "the smallest class is kept"),
-        Slip(
-            lambda m: m * (m != m.amax(0, keepdim=True)), "the largest class is removed and the others kept"
-        ),
-        Slip(lambda m: m.amax(0, keepdim=True).expand_as(m), "all classes get the largest value"),
-        Slip(
-            lambda m: m * (m.sum((1, 2), keepdim=True) == m.sum((1, 2)).max()),
-            "one class is kept for the whole image",
-        ),
-        Slip(
-            lambda m: m * (m.amax((1, 2), keepdim=True) == m.amax((1, 2)).max()),
-            "one class is kept for the whole image",
-        ),
-        Slip(lambda m: torch.softmax(m, 0), "softmax over the classes is taken"),
-        Slip(lambda m: m / m.sum(0, keepdim=True).clamp(min=1e-5), "classes are divided by their sum"),
-        Slip(masked(lambda m: m.max()), "only the highest value of all is kept"),
-        Slip(lambda m: m, "nothing is changed"),
-    )
-    compare(answer, Task(("maps",), _largest, cases, slips))
+        "softmax over the classes is taken": lambda maps: maps.softmax(0),
+        "classes are divided by their sum": lambda maps: maps / maps.sum(0).clamp(min=1e-5),
+        "only the highest value of all is kept": _highest(0, 1, 2),
+        "nothing is changed": _same,
+    }
+    compare(answer, lambda maps: _highest(0)(maps), cases, slips)
 
 
-def _masked_error(N, M, labels):
-    error = (N - M).square().mean((2, 3))
-    return (error * labels).sum() / labels.sum()
+def _loss(
+    error=torch.square, pool=torch.mean, total=lambda e, y: (e * y).sum() / y.sum(), N=_same, **options
+):
+    """The loss with parts of one's own: total(pool(error(N - M)), labels); options resize the target."""
+
+    def loss(weight, images, target, labels):
+        found = N(conv2d(images, weight, stride=8))
+        return total(pool(error(found - _enlarge(target, found.shape[-2:], **options)), (2, 3)), labels)
+
+    return loss
 
 
 @check("05", "3", "a function f(network, images, target, labels): the loss, a tensor of one number")
@@ -516,6 +436,7 @@ def mse_of_labels(answer):
 
     through which the network's weights must receive their gradient.
     """
+    called(answer, "the function f(network, images, target, labels), not called")
     cases = []
     for seed, classes, dtype in ((40, 4, torch.float32), (41, 3, torch.float64), (42, 6, torch.float32)):
         images = randn(3, 3, 24, 40, seed=seed, dtype=dtype)
@@ -524,86 +445,38 @@ def mse_of_labels(answer):
         labels = torch.zeros(3, classes, dtype=dtype)
         labels[0, 0] = labels[1, 1] = labels[1, 2] = labels[2, 2] = 1
         labels[2, : classes - 2] = 1  # images with different numbers of classes
-        about = (
-            f"images (3, 3, 24, 40), a network with output (3, {classes}, 3, 5), labels "
-            f"{labels.int().tolist()}"
-        )
+        network = f"a network with output (3, {classes}, 3, 5)"
+        about = f"images (3, 3, 24, 40), {network}, labels {labels.int().tolist()}"
         cases.append(Case((weight, images, target, labels), about))
 
-    def with_network(loss):
-        return lambda weight, *rest: loss(lambda images: conv2d(images, weight, stride=8), *rest)
-
-    def of(compute, **options):
-        def loss(network, images, target, labels):
-            N = network(images)
-            resize = {"mode": "bilinear", "align_corners": True} | options
-            if resize["mode"] == "nearest":
-                resize.pop("align_corners")
-            return compute(N, interpolate(target, N.shape[-2:], **resize), labels)
-
-        return with_network(loss)
-
-    def upsampled(network, images, target, labels):
-        return _masked_error(_upsampled(network(images), target.shape[-2:]), target, labels)
-
-    def per_image(N, M, labels):
-        error = (N - M).square().mean((2, 3)) * labels
-        return (error.sum(1) / labels.sum(1)).mean()
-
-    def masked(N, M, labels):
-        return labels[:, :, None, None] * N, labels[:, :, None, None] * M
-
-    slips = (
-        Slip(
-            of(lambda N, M, y: (N - M).square().mean()), "labels are not used: absent classes enter the mean"
+    slips = {
+        "labels are not used: absent classes enter the mean": _loss(total=lambda e, y: e.mean()),
+        "the sum is divided by all classes, not by the number of labels": _loss(
+            total=lambda e, y: (e * y).mean()
         ),
-        Slip(
-            of(lambda N, M, y: ((N - M).square().mean((2, 3)) * y).mean()),
-            "the sum is divided by all classes, not by the number of labels",
+        "each image is averaged by itself first: images with few classes then count more": _loss(
+            total=lambda e, y: ((e * y).sum(1) / y.sum(1)).mean()
         ),
-        Slip(
-            of(per_image), "each image is averaged by itself first: images with few classes then count more"
+        "positions are added up, not averaged": _loss(pool=torch.sum),
+        "the error is not squared": _loss(torch.abs),
+        "the mean over positions is taken before squaring": _loss(
+            _same, lambda e, dims: e.mean(dims).square()
         ),
-        Slip(
-            of(lambda N, M, y: (N - M).square().sum((2, 3)).mul(y).sum() / y.sum()),
-            "positions are added up, not averaged",
+        "absent classes are averaged instead of present ones": (
+            _loss(total=lambda e, y: (e * (1 - y)).sum() / y.sum()),
+            _loss(total=lambda e, y: (e * (1 - y)).sum() / (1 - y).sum()),
         ),
-        Slip(
-            of(lambda N, M, y: (N - M).abs().mean((2, 3)).mul(y).sum() / y.sum()), "the error is not squared"
-        ),
-        Slip(
-            of(lambda N, M, y: (N - M).mean((2, 3)).square().mul(y).sum() / y.sum()),
-            "the mean over positions is taken before squaring",
-        ),
-        Slip(
-            of(lambda N, M, y: (N - M).square().mean((2, 3)).mul(1 - y).sum() / y.sum()),
-            "absent classes are averaged instead of present ones",
-        ),
-        Slip(
-            of(lambda N, M, y: (N - M).square().mean((2, 3)).mul(1 - y).sum() / (1 - y).sum()),
-            "absent classes are averaged instead of present ones",
-        ),
-        Slip(
-            of(lambda N, M, y: (N - M).square().mean((2, 3)).mul(y).sum() / len(N)),
-            "the sum is divided by the number of images",
-        ),
-        Slip(
-            of(lambda N, M, y: (N - M).square().mean((2, 3)).mul(y).sum()),
-            "the sum is not divided by that of labels",
-        ),
-        Slip(of(_masked_error, align_corners=False), "align_corners=True is left out"),
-        Slip(of(_masked_error, mode="nearest"), "the target is sampled by 'nearest'"),
-        Slip(with_network(upsampled), "N is enlarged instead of the target being made smaller"),
-        Slip(of(lambda N, M, y: _masked_error(N.clamp(0, 1), M, y)), "N is clipped to [0, 1]"),
-        Slip(of(lambda N, M, y: _masked_error(N, masked(N, M, y)[1], y).sqrt()), "the square root is taken"),
-    )
-    if not callable(answer):
-        raise Wrong(
-            f"the answer is {found(answer)}; hand in the function f(network, images, target, "
-            "labels), not called"
-        )
+        "the sum is divided by the number of images": _loss(total=lambda e, y: (e * y).sum() / len(e)),
+        "the sum is not divided by that of labels": _loss(total=lambda e, y: (e * y).sum()),
+        "align_corners=True is left out": _loss(mode="bilinear", align_corners=False),
+        "the target is sampled by 'nearest'": _loss(mode="nearest"),
+        "N is enlarged instead of the target being made smaller": _loss(N=lambda N: _enlarge(N, (24, 40))),
+        "N is clipped to [0, 1]": _loss(N=lambda N: N.clamp(0, 1)),
+        "the square root is taken": _loss(total=lambda e, y: ((e * y).sum() / y.sum()).sqrt()),
+    }
     names = ("the network's weight", "images", "target", "labels")
-    compare(
-        with_network(answer),
-        Task(names, of(_masked_error), tuple(cases), slips, wrt=names[:1], result="the loss"),
-    )
+
+    def with_weight(weight, *rest):
+        return answer(lambda images: conv2d(images, weight, stride=8), *rest)
+
+    compare(with_weight, _loss(), cases, slips, names, wrt=names[:1], result="the loss")

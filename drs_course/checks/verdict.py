@@ -114,87 +114,108 @@ def as_number(value, what="the answer"):
 def as_list(value, names, what="the answer"):
     """A sequence, array, tensor or mapping as a list in the order of `names`."""
     if isinstance(value, Mapping):
-        missing = [name for name in names if name not in value]
-        if missing or len(value) != len(names):
+        if len(value) != len(names) or any(name not in value for name in names):
             raise Wrong(f"{what} has the keys {list(value)}; expected {list(names)}")
         return [value[name] for name in names]
-    if (
-        isinstance(value, (str, bytes))
-        or not isinstance(value, Iterable)
-        or isinstance(value, (set, frozenset))
-    ):
+    if isinstance(value, (str, bytes, set, frozenset)) or not isinstance(value, Iterable):
         raise Wrong(f"{what} is {found(value)}; expected {len(names)} things: {', '.join(map(str, names))}")
     values = list(value)
     if len(values) != len(names):
-        raise Wrong(f"{what} has {_entries(values)}; expected {len(names)}: {', '.join(map(str, names))}")
+        entries = f"{len(values)} {'entry' if len(values) == 1 else 'entries'}"
+        raise Wrong(f"{what} has {entries}; expected {len(names)}: {', '.join(map(str, names))}")
     return values
 
 
-def _entries(values):
-    return f"{len(values)} {'entry' if len(values) == 1 else 'entries'}"
+def as_numbers(value, names, what="the answer"):
+    """A number for each of `names`, a list."""
+    return [as_number(*pair) for pair in zip(as_list(value, names, what), names, strict=True)]
 
 
 def close(one, other, tolerance):
     return math.isclose(one, other, rel_tol=tolerance, abs_tol=1e-9)
 
 
-def same_numbers(answer, right, causes=(), tolerance=0.01):
+def alike(given, wanted, tolerance=0.01):
+    """Whether a number, or each of several, is within `tolerance` of the wanted one."""
+    given, wanted = (one if isinstance(one, (tuple, list)) else [one] for one in (given, wanted))
+    return all(close(*pair, tolerance) for pair in zip(given, wanted, strict=True))
+
+
+def cause(given, causes, otherwise=""):
+    """ ". " and how one gets what was given. causes: from wrong numbers (one, or a tuple) to the sentence."""
+    why = next((why for wrong, why in causes.items() if alike(given, wrong)), otherwise)
+    return f". {why}" if why else ""
+
+
+def same_numbers(answer, right, causes, tolerance=0.01):
     """Compares numbers worked out by hand, within `tolerance` of the right ones.
 
-    right: a dictionary from names to numbers. causes: pairs of wrong numbers, in the same order, and the
-    sentence that tells how one gets them. The message names the numbers that are wrong, not the right ones.
+    right: a dictionary from names to numbers. causes: see `cause`, in the same order. The message names the
+    numbers that are wrong, not the right ones.
     """
-    if len(right) == 1:
-        [name] = right
-        given = [as_number(answer, name)]
-    else:
-        given = [as_number(*pair) for pair in zip(as_list(answer, right), right, strict=True)]
-    expected = list(right.values())
+    given = as_numbers(answer, right) if len(right) > 1 else [as_number(answer, *right)]
     wrong = [
         f"{name} is not {value:g}"
-        for name, value, wanted in zip(right, given, expected, strict=True)
+        for (name, wanted), value in zip(right.items(), given, strict=True)
         if not close(value, wanted, tolerance)
     ]
     if not wrong:
         return
-    for values, sentence in causes:
-        if all(close(a, b, tolerance) for a, b in zip(given, values, strict=True)):
-            raise Wrong(f"{', '.join(wrong)}. {sentence}")
-    hundredfold = [100 * value for value in expected]
-    if all(close(a, b, tolerance) for a, b in zip(given, hundredfold, strict=True)):
-        raise Wrong(f"{', '.join(wrong)}. Those would be percent; give shares between 0 and 1")
-    rest = (
-        ""
-        if len(wrong) == len(right)
-        else f". The other {'is' if len(right) - len(wrong) == 1 else 'ones are'} right"
-    )
-    raise Wrong(", ".join(wrong) + rest)
+    rest = ""
+    if alike(given, [100 * value for value in right.values()], tolerance):
+        rest = "Those would be percent; give shares between 0 and 1"
+    elif len(wrong) < len(right):
+        rest = f"The other {'is' if len(right) - len(wrong) == 1 else 'ones are'} right"
+    raise Wrong(", ".join(wrong) + cause(given, causes, rest))
 
 
-def chosen(answer, options, right, why):
-    """Compares one word with the right one. why: for each wrong option a sentence that helps."""
+def word(notebook, number, right):
+    """Makes a check of one word from a function that returns, for each wrong one, a sentence that helps."""
+
+    def decorate(function):
+        why = function()
+        options = (right, *why)
+        compare = functools.partial(_chosen, options=options, right=right, why=why)
+        return _of_words(notebook, number, function, options, compare)
+
+    return decorate
+
+
+def words(notebook, number, options, right):
+    """Makes a check of a word for each of several questions; the function returns what helps with each."""
+    asked = ", ".join(f'"{question}": ...' for question in right)
+
+    def decorate(function):
+        why = function()
+
+        def compare(answer):
+            for question, one in zip(right, as_list(answer, right), strict=True):
+                try:
+                    _chosen(one, options, right[question], dict.fromkeys(options, why[question]))
+                except Wrong as wrong:
+                    raise Wrong(f"{question}: {wrong}") from None
+
+        return _of_words(notebook, number, function, options, compare, f"{{{asked}}}, each ")
+
+    return decorate
+
+
+def _of_words(notebook, number, function, options, compare, asked=""):
+    quoted = [f'"{option}"' for option in options]
+    made = check(notebook, number, f"{asked}{', '.join(quoted[:-1])} or {quoted[-1]}")
+    return made(functools.wraps(function)(compare))
+
+
+def _chosen(answer, options, right, why):
+    choices = ", ".join(map(repr, options[:-1])) + f" and {options[-1]!r}"
     if not isinstance(answer, str):
-        raise Wrong(f"the answer is {found(answer)}; choose one of the words {_or(options)}")
-    word = " ".join(answer.lower().split())
+        raise Wrong(f"the answer is {found(answer)}; choose one of the words {choices}")
     by_name = {option.lower(): option for option in options}
-    if word not in by_name:
-        raise Wrong(f"{answer!r} is none of the choices {_or(options)}")
-    if by_name[word] != right:
-        raise Wrong(f"{by_name[word]!r} is not it. {why[by_name[word]]}")
-
-
-def chosen_each(answer, options, right, why):
-    """`chosen` for several questions: right and why are dictionaries by question; so may the answer be."""
-    for question, word in zip(right, as_list(answer, right), strict=True):
-        hints = dict.fromkeys(options, why[question])
-        try:
-            chosen(word, options, right[question], hints)
-        except Wrong as wrong:
-            raise Wrong(f"{question}: {wrong}") from None
-
-
-def _or(options):
-    return ", ".join(map(repr, options[:-1])) + f" and {options[-1]!r}"
+    given = by_name.get(" ".join(answer.lower().split()))
+    if given is None:
+        raise Wrong(f"{answer!r} is none of the choices {choices}")
+    if given != right:
+        raise Wrong(f"{given!r} is not it. {why[given]}")
 
 
 def as_pairs(answer, what):
