@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import pytest
 
-REQUIRED = ("test_notebook", "test_widgets", "test_browser", "test_site", "test_slides")
+REQUIRED = ("test_notebook", "test_labs", "test_browser", "test_site", "test_slides")
 
 
 _STORE = pytest.StashKey()

@@ -42,7 +42,7 @@ from drs_lib.train import (
 from drs_lib.weights import SHIPPED
 
 # Raised when the code of a stage changes what it produces: entries of an older version are then made again.
-# What each version produces is in tests/test_stage_values.py.
+# What each version produces is in tests/course/test_stage_values.py.
 STAGE_VERSIONS = {
     "classify": 1,
     "accuracy": 1,

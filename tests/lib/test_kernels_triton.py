@@ -18,7 +18,7 @@ from drs_lib.drs import DRS, LearnableController, suppress, suppress_plain
 pytest.importorskip("triton", reason="Triton comes with PyTorch for Linux")
 cuda = pytest.importorskip("drs_lib.kernels.cuda")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-REGISTERS = Path(__file__).resolve().parents[1] / "benchmarks" / "registers.py"
+REGISTERS = Path(__file__).resolve().parents[2] / "benchmarks" / "registers.py"
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 SHAPES = [(1, 1, 1, 1), (3, 5, 7, 3), (2, 17, 1, 70), (1, 33, 13, 11)]
 # What a result may be off by, relative to the largest: rounding to the type, once for y and once for gx.

@@ -2,7 +2,7 @@
 
 `test_checks.py` tries them all. As a program, it prints how many of the wrong ones each check rejects:
 
-    python tests/mutants.py
+    python tests/course/mutants.py
 """
 
 import inspect

@@ -16,7 +16,7 @@ from browser import serving
 
 import drs_lib
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NEEDED = ("sphinx", "myst_nb", "sphinx_book_theme", "latex2mathml")
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]

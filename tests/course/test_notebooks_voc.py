@@ -24,7 +24,7 @@ from drs_lib.data import VOC2012
 
 # The longest first, so that the two that run at a time end together.
 NOTEBOOKS = sorted(
-    (Path(__file__).parents[1] / "notebooks").glob("*.ipynb"),
+    (Path(__file__).parents[2] / "notebooks").glob("*.ipynb"),
     key=lambda path: (path.name[:2] not in ("03", "04", "06", "07"), path.name),
 )
 PARAMETERS = 'DATA = "voc"\nBUDGET = "ci"\nVOC_ROOT = {!r}'

@@ -14,7 +14,7 @@ from conftest import write_voc_tree
 from drs_course import doctor, store
 from drs_course.download import FILES, TREE
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def without(monkeypatch, *modules):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NEEDED = {"torch", "torchvision", "numpy", "PIL", "safetensors", "tqdm"}
 # `import drs_lib` and one map, where an import that drs_lib itself makes finds only what is needed.
 PROGRAM = f"""

@@ -16,7 +16,7 @@ from drs_course.__main__ import main
 from drs_course.paper import NETWORKS
 from drs_course.tables import reference_table
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

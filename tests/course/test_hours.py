@@ -12,7 +12,7 @@ from drs_lib.recipes import get_budget
 
 
 def load():
-    path = Path(__file__).resolve().parents[1] / "benchmarks" / "hours.py"
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "hours.py"
     spec = importlib.util.spec_from_file_location("hours_benchmark", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

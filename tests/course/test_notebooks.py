@@ -17,7 +17,7 @@ import nbformat
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LESSONS = [path for path in FILES if re.match(r"\d\d_", path.name)]
 NAMES = (

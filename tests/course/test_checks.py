@@ -31,7 +31,7 @@ from drs_lib.metrics import SegmentationScore, map_quality
 
 NAMES = sorted(checks.__all__)
 BY_NAME = pytest.mark.parametrize("name", NAMES)
-NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
 
 def functions():

@@ -331,7 +331,7 @@ def start(store, log, pause, locks=True):
         [sys.executable, "-W", "error", "-c", PROGRAM, *arguments],
         stdout=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
     )
 
 

@@ -38,7 +38,7 @@ from drs_lib.metrics import SegmentationScore, map_quality
 from drs_lib.networks import classifier
 from drs_lib.recipes import get_budget
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PLAIN, LEARNABLE, REFINED = Configuration(drs_layers=()), Configuration(), Configuration(refine=True)
 LABS = [DeltaLab, FeatureMapLab, LayerLab, CueLab, ImageLab]
 

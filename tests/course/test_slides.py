@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from browser import serving
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DECK = (ROOT / "docs" / "slides.md").read_text(encoding="utf-8")
 pytest.importorskip("sphinx_revealjs", reason="sphinx-revealjs is not installed")
 

@@ -43,7 +43,7 @@ from drs_lib.archives import LabelArchive, MapArchive
 from drs_lib.recipes import Budget, get_budget
 from drs_lib.train import TrainingDiverged
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 REFINED, CAM = Configuration(refine=True), Configuration(drs_layers=())
 
 
@@ -469,8 +469,8 @@ def test_how_many_processes(monkeypatch):
 PROGRAM = textwrap.dedent(
     """
     import sys
-    sys.path.insert(0, "tests")
-    import test_experiments as t
+    sys.path[:0] = ["tests/course", "tests"]
+    import test_tables as t
     t.run_table(3, t.tiny_splits(), t.tiny_budget(), store=sys.argv[1], jobs=1, progress=False)
     """
 )

@@ -486,7 +486,7 @@ def test_network(budget, network):
         return
     layers = dict(model.layers.named_children())
     assert [len(layers[f"layer{i}"]) for i in (1, 2, 3, 4)] == [3, 4, 23, 3]
-    # How the first blocks of layers 3 and 4 are dilated follows the weights: see tests/test_weights.py.
+    # How the first blocks of layers 3 and 4 are dilated follows the weights: see tests/lib/test_weights.py.
     for layer, dilation in (("layer1", 1), ("layer2", 1), ("layer3", 2), ("layer4", 4)):
         assert {block.conv2.dilation for block in layers[layer][1:]} == {(dilation, dilation)}
         assert layers[layer][0].conv2.dilation == (max(dilation // 2, 1),) * 2
@@ -621,7 +621,7 @@ def test_initial_weights(budget, network):
     assert "IMAGENET" in downloads[recipe.backbone, "pretrained"].name
     if network != "largefov":
         assert "COCO" in downloads[recipe.backbone, "coco"].name
-    # A file's path will do as well; deeplabv1_resnet101-coco.pth is read in tests/test_weights.py.
+    # A file's path will do as well; deeplabv1_resnet101-coco.pth is read in tests/lib/test_weights.py.
     with pytest.raises(FileNotFoundError, match="no weights file elsewhere.pth"):
         networks.deeplab(recipe.kind, "mini", 21, weights="elsewhere.pth")
 

@@ -24,7 +24,7 @@ if sys.version_info >= (3, 11):
 else:
     tomllib = pytest.importorskip("tomli", reason="Python 3.10 has no TOML reader of its own")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PACKAGES = ("drs_lib", "drs_course")
 CONDA_NAMES = {"pytorch": "torch", "playwright-python": "playwright", "dask-core": "dask"}
