@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_weights import release_state, thin_vgg16  # noqa: F401
+from released import release_state
 from torch.nn.functional import interpolate
 
 from drs_course.download import FILES, Remote
@@ -417,7 +417,7 @@ def test_a_voc_classifier_of_the_store_is_used_and_one_that_is_damaged_is_said(l
 
 
 @pytest.fixture
-def released(hub, thin_vgg16):  # noqa: F811
+def released(hub, thin_vgg16):
     """DRS_learnable.pth, thin, with random weights."""
     path = hub / FILES["drs"].name
     torch.save({"model": release_state(True, classes=20), "miou": np.float64(0.5)}, path)
@@ -488,7 +488,7 @@ def test_without_the_authors_network_one_sentence_says_how_to_get_it(line, lab):
     assert "97 MB" not in lab.shown.note
 
 
-def test_of_an_imagenet_network_the_features_are_shown(line, hub, thin_vgg16, monkeypatch):  # noqa: F811
+def test_of_an_imagenet_network_the_features_are_shown(line, hub, thin_vgg16, monkeypatch):
     network = classifier("vgg16", 20, ())
     monkeypatch.setitem(FILES, "vgg16", Remote("https://example.org/thin.pth"))  # torchvision's is checked
     torch.save(network.state_dict(), hub / "thin.pth")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_weights import aspp_state, caffe_state, release_state, thin_resnet101, thin_vgg16  # noqa: F401
+from released import aspp_state, caffe_state, release_state
 
 from conftest import write_voc_tree
 from drs_course import verify as module
@@ -26,7 +26,7 @@ ROWS = [row for measure in MEASURES.values() for row in measure.rows]
 
 
 @pytest.fixture
-def root(tmp_path, monkeypatch, thin_vgg16, thin_resnet101):  # noqa: F811
+def root(tmp_path, monkeypatch, thin_vgg16, thin_resnet101):
     """A tree of 5 training and 3 validation images, and the released files, thin, with random weights."""
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
     monkeypatch.setattr(module, "CHUNK", 2)

@@ -54,12 +54,6 @@ def budget(request):
     return get_budget(request.param, "voc")
 
 
-@pytest.fixture
-def thin_vgg16(monkeypatch):
-    """A sixteenth of the channels, for what needs real tensors."""
-    monkeypatch.setattr(networks, "VGG16", ((4, 2), (8, 2), (16, 3), (32, 3), (32, 3), (32, 3)))
-
-
 def noise(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 

@@ -6,6 +6,7 @@ from urllib.error import URLError
 import pytest
 import torch
 import torchvision
+from released import THIN_VGG16
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
@@ -16,7 +17,6 @@ from drs_lib.drs import DRS
 from drs_lib.networks import body_state_dict, classifier, deeplab, pretraining_classifier, refinement_network
 
 # VGG-16 with the same structure and a sixteenth of the channels, for what needs real tensors.
-THIN_VGG16 = ((4, 2), (8, 2), (16, 3), (32, 3), (32, 3), (32, 3))
 SMALL_DEEPLABS = [(kind, backbone) for kind in ("largefov", "aspp") for backbone in ("mini", "mini_resnet")]
 
 
@@ -50,11 +50,6 @@ def shuffle_norms(network):
                 if name.endswith("bn3"):
                     module.weight.mul_(0.1)  # or the signal of 33 random blocks in a row explodes
     return network.eval()
-
-
-@pytest.fixture
-def thin_vgg16(monkeypatch):
-    monkeypatch.setattr(networks, "VGG16", THIN_VGG16)
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from released import THIN_VGG16, aspp_state, caffe_shapes, caffe_state, release_state
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
-from torchvision.models.resnet import Bottleneck
 
 from conftest import TinyDataset
 from drs_course.checkpoint import Checkpoint
@@ -26,8 +26,6 @@ from drs_lib.train import train_segmentation
 MARKER = "layers.caffe_style"
 # RGB on the 0..255 scale; the networks themselves take BGR.
 CAFFE_MEAN = torch.tensor([122.675, 116.669, 104.008])
-THIN_BLOCKS = (2, 2, 2, 2)
-THIN_VGG16 = ((4, 2), (8, 2), (16, 3), (32, 3), (32, 3), (32, 3))
 
 
 def seeded(build, *args, seed=0, **kwargs):
@@ -35,60 +33,7 @@ def seeded(build, *args, seed=0, **kwargs):
     return build(*args, **kwargs)
 
 
-@pytest.fixture
-def thin_resnet101(monkeypatch):
-    """ResNet-101 with two blocks in each layer and an eighth of the width inside of them."""
-
-    def build(**options):
-        return torchvision.models.ResNet(Bottleneck, list(THIN_BLOCKS), width_per_group=8, **options)
-
-    monkeypatch.setattr(torchvision.models, "resnet101", build)
-
-
-@pytest.fixture
-def thin_vgg16(monkeypatch):
-    monkeypatch.setattr(networks, "VGG16", THIN_VGG16)
-
-
 # The Caffe-style ResNet-101. What follows redoes it from the file's names.
-
-
-def caffe_shapes(blocks=THIN_BLOCKS, width=8):
-    """{name in the file: shape} of the body."""
-    shapes = {"layer1.conv1.conv.weight": (64, 3, 7, 7), "layer1.conv1.bn": 64}
-    inputs = 64
-    for number, depth in enumerate(blocks, 2):
-        inner, outputs = width * 2 ** (number - 2), 256 * 2 ** (number - 2)
-        for block in range(1, depth + 1):
-            name = f"layer{number}.block{block}"
-            shapes[f"{name}.reduce.conv.weight"] = (inner, inputs, 1, 1)
-            shapes[f"{name}.conv3x3.conv.weight"] = (inner, inner, 3, 3)
-            shapes[f"{name}.increase.conv.weight"] = (outputs, inner, 1, 1)
-            shapes |= {
-                f"{name}.reduce.bn": inner,
-                f"{name}.conv3x3.bn": inner,
-                f"{name}.increase.bn": outputs,
-            }
-            if block == 1:
-                shapes[f"{name}.shortcut.conv.weight"] = (outputs, inputs, 1, 1)
-                shapes[f"{name}.shortcut.bn"] = outputs
-            inputs = outputs
-    entries = ("weight", "bias", "running_mean", "running_var")
-    norms = {f"{k}.{e}": (v,) for k, v in shapes.items() if k.endswith("bn") for e in entries}
-    return {k: v for k, v in shapes.items() if not k.endswith("bn")} | norms
-
-
-def caffe_state(seed=0, **options):
-    generator = torch.Generator().manual_seed(seed)
-    state = {}
-    for name, shape in caffe_shapes(**options).items():
-        values = torch.randn(shape, generator=generator)
-        if len(shape) == 4:
-            values *= (2 / values[0].numel()) ** 0.5 / (60 if shape[1] == 3 else 1)
-        elif name.endswith(("bn.weight", "running_var")):
-            values = 1 + 0.3 * values.tanh()
-        state[name] = values
-    return state
 
 
 def caffe_image(rgb):
@@ -297,17 +242,6 @@ def test_prefixes_wrappers_heads_and_number_types(prefix, zipped, coco, thin_res
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def aspp_state(classes, seed=5):
-    """The head of a DeepLab-v2, by the names of deeplab-pytorch."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {
-        f"aspp.c{i}.{e}": s
-        for i in range(4)
-        for e, s in (("weight", (classes, 2048, 3, 3)), ("bias", (classes,)))
-    }
-    return {name: 0.01 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-
-
 def test_a_deeplab_v2_computes_what_its_file_s_network_does(thin_resnet101, tmp_path):
     state = caffe_state() | aspp_state(classes=4)
     path, images = tmp_path / "Deeplabv2_pseudo_segmentation_labels.pth", photos(65, 49)
@@ -378,27 +312,6 @@ def test_a_caffe_file_in_the_wrong_place_is_refused(coco, thin_resnet101, thin_v
 
 
 # The release's own checkpoints.
-
-
-def release_state(controllers, classes=3):
-    """A checkpoint's model by the names of the release; controllers: DRS_learnable.pth's, or none."""
-    generator = torch.Generator().manual_seed(0)
-    state, inputs, number = {}, 3, 0
-    for layer, (channels, depth) in enumerate(THIN_VGG16, 1):
-        block = "extra" if layer == 6 else f"layer{layer}"
-        for j in range(1, depth + 1):
-            weight = torch.randn(channels, inputs, 3, 3, generator=generator) * (2 / (9 * inputs)) ** 0.5
-            names = [f"{block}_conv{j}"] + [f"features.{number}"] * (layer < 6)
-            for name in names:
-                state |= {f"{name}.weight": weight, f"{name}.bias": torch.full((channels,), 0.01)}
-            if controllers:
-                state[f"{block}_relu{j}.fc.0.weight"] = torch.randn(channels, channels, generator=generator)
-            inputs, number = channels, number + 2
-        number += 1
-    assert "features.28.weight" in state and "features.30.weight" not in state
-    state["extra_conv4.weight"] = torch.randn(classes, inputs, 1, 1, generator=generator)
-    state["extra_conv4.bias"] = torch.randn(classes, generator=generator)
-    return state
 
 
 def release_output(state, x):
