@@ -18,7 +18,7 @@ from torchvision.models import VGG16_Weights
 from conftest import TinyDataset
 from drs_course.paper import table_rows
 from drs_course.stages import open_data
-from drs_lib import networks, train
+from drs_lib import networks, train, weights
 from drs_lib.crf import CRFConfig, dense_crf
 from drs_lib.data import VOC2012, normalize, training_transform
 from drs_lib.data.voc import VOC_LIST_SIZES
@@ -212,7 +212,7 @@ def test_parameters(budget):
 @row(DRS_ROWS, "init")
 def test_init(budget, thin_vgg16):
     assert budget.classify.weights == "pretrained"
-    downloads = networks.weights._DOWNLOADS
+    downloads = weights._DOWNLOADS
     assert downloads[budget.classify.backbone, "pretrained"] is VGG16_Weights.IMAGENET1K_V1
     torch.manual_seed(0)
     network = classifier_of(budget, device="cpu")
@@ -611,7 +611,7 @@ def test_initial_weights(budget, network):
     recipe = budget.segment(network)
     coco = budget.name == "release" and network == "aspp"
     assert recipe.weights == ("coco" if coco else "pretrained")
-    downloads = networks.weights._DOWNLOADS
+    downloads = weights._DOWNLOADS
     assert "IMAGENET" in downloads[recipe.backbone, "pretrained"].name
     if network != "largefov":
         assert "COCO" in downloads[recipe.backbone, "coco"].name

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from drs_lib import networks
+from drs_lib import networks, weights
 from drs_lib.drs import DRS
 from drs_lib.networks import body_state_dict, classifier, deeplab, pretraining_classifier, refinement_network
 
@@ -312,7 +312,7 @@ def test_resnet101_body_is_torchvisions_with_frozen_norms(resnet101, monkeypatch
         "resnet101-63fe2227.pth": state,
         "deeplabv3_resnet101_coco-586e9e4e.pth": {**backbone, "classifier.4.weight": torch.zeros(1)},
     }
-    monkeypatch.setattr(networks.weights, "_download", lambda weights: files[weights.url.rpartition("/")[2]])
+    monkeypatch.setattr(weights, "_download", lambda weights: files[weights.url.rpartition("/")[2]])
     network = networks.load_weights(copy.deepcopy(resnet101), "pretrained").eval()
     getter = torchvision.models._utils.IntermediateLayerGetter(reference, {"layer4": "out"})
     with torch.no_grad():
@@ -507,7 +507,7 @@ def test_a_pretrained_body_reaches_every_network_on_its_backbone(backbone, tmp_p
 
 
 def test_pretrained_means_the_shipped_file_for_mini(tmp_path, monkeypatch):
-    monkeypatch.setattr(networks.weights, "_SHIPPED", tmp_path)
+    monkeypatch.setattr(weights, "SHIPPED", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"mini.safetensors.*drs_course.pretrain"):
         classifier("mini", 6, weights="pretrained")
     source = seeded(pretraining_classifier, "mini", 12)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from conftest import TinyDataset
 from drs_course.checkpoint import Checkpoint
-from drs_lib import networks
+from drs_lib import networks, weights
 from drs_lib.data import IMAGENET_MEAN, normalize
 from drs_lib.networks import body_state_dict, classifier, deeplab, load_body_state_dict, refinement_network
 from drs_lib.recipes import SegmentRecipe
@@ -273,7 +273,7 @@ def test_the_real_file_s_names_and_shapes_fit_the_real_network(monkeypatch):
     shapes = caffe_shapes(blocks=(3, 4, 23, 3), width=64) | {"fc.weight": (91, 2048, 1, 1), "fc.bias": (91,)}
     assert len(shapes) == 5 * 104 + 2
     state = {name: torch.zeros(1).expand(shape) for name, shape in shapes.items()}
-    monkeypatch.setattr(networks.weights, "_read", lambda path: state)
+    monkeypatch.setattr(weights, "_read", lambda path: state)
     layers = deeplab("largefov", "resnet101", 21, weights="deeplabv1_resnet101-coco.pth").layers
     windows = {n: m for n, m in layers.named_modules() if isinstance(m, (nn.Conv2d, nn.MaxPool2d))}
     halving = {name for name, module in windows.items() if module.stride in (2, (2, 2))}
@@ -433,7 +433,7 @@ def hub(thin_vgg16, tmp_path, monkeypatch):
     """A VGG-16 by torchvision's names; a function that writes it to torch hub's cache under a name that fits
     its hash."""
     published = types.SimpleNamespace(url="https://example.org/models/vgg16-0.pth")
-    monkeypatch.setitem(networks.weights._DOWNLOADS, ("vgg16", "pretrained"), published)
+    monkeypatch.setitem(weights._DOWNLOADS, ("vgg16", "pretrained"), published)
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
     cfg = [width for channels, depth in THIN_VGG16[:5] for width in [channels] * depth + ["M"]]
@@ -453,8 +453,8 @@ def hub(thin_vgg16, tmp_path, monkeypatch):
 def test_a_file_of_torchvision_s_is_read_when_it_has_the_hash_of_its_name(hub, zipped, tmp_path):
     state, publish = hub
     path = publish(_use_new_zipfile_serialization=zipped)
-    for weights in ("pretrained", path):
-        network = classifier("vgg16", 3, weights=weights)
+    for source in ("pretrained", path):
+        network = classifier("vgg16", 3, weights=source)
         assert torch.equal(network.layers[4].conv2.weight, state["features.26.weight"])
 
 
@@ -471,9 +471,9 @@ def test_another_file_of_torchvision_s_name_is_named_and_not_unpickled(hub, dama
         path.write_bytes(
             {"page": b"<html>moved</html>", "empty": b"", "cut": whole[: len(whole) // 2]}[damage]
         )
-    for weights in ("pretrained", path):
+    for source in ("pretrained", path):
         with pytest.raises(ValueError, match=f"{re.escape(str(path))} is damaged or not .*Delete it"):
-            classifier("vgg16", 3, weights=weights)
+            classifier("vgg16", 3, weights=source)
     assert not trace.exists()
 
 
@@ -487,7 +487,7 @@ def test_code_does_not_run_even_where_the_hash_fits(hub, tmp_path):
 
 def test_a_download_with_another_hash_is_not_kept_and_the_error_says_where_the_file_goes(hub, tmp_path):
     _, publish = hub
-    published = networks.weights._DOWNLOADS["vgg16", "pretrained"]
+    published = weights._DOWNLOADS["vgg16", "pretrained"]
     page = tmp_path / "vgg16-0123abcd.pth"
     page.write_text("<html>sign in</html>")
     published.url = page.as_uri()
