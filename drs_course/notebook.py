@@ -1,8 +1,8 @@
 """What a notebook needs around the library: the run at hand, batches of its images, the price of a training
 that no table needs, and a loss curve that grows.
 
-    line = open_course(DATA, BUDGET, VOC_ROOT)           the pipeline; one sentence says what it runs on
-    model = line.classifier(Configuration())             from the store, or trained under a live loss curve
+    pipeline = open_course(DATA, BUDGET, VOC_ROOT)       the pipeline; one sentence says what it runs on
+    model = pipeline.classifier(Configuration())             from the store, or trained under a live loss curve
 
 The arguments of `open_course` are what a notebook's first cell, tagged ``parameters``, sets.
 """
@@ -45,8 +45,8 @@ def open_course(data="critters", budget=None, voc_root=None, seed=0, store=None,
         progress=LiveLoss(),
     )
     print(
-        f"{line.data.name}: {len(line.data.train)} training and {len(line.data.val)} validation images; "
-        f"budget {line.budget.name!r}, seed {seed}."
+        f"{pipeline.data.name}: {len(pipeline.data.train)} training and {len(pipeline.data.val)} validation images; "
+        f"budget {pipeline.budget.name!r}, seed {seed}."
     )
     return line
 
@@ -72,9 +72,9 @@ def may_train(line, recipe, trainings=1, anyway=False):
         trainings: how many there are.
         anyway: a notebook's switch TRAIN_MORE.
     """
-    if line.budget.name in ("ci", "laptop"):
+    if pipeline.budget.name in ("ci", "laptop"):
         return True
-    steps, images = recipe.steps(len(line.data.train))[1], recipe.batch * recipe.accumulate
+    steps, images = recipe.steps(len(pipeline.data.train))[1], recipe.batch * recipe.accumulate
     cost = f"{trainings} x {steps:,} steps of {recipe.backbone}, {images} images each"
     print(f"Training {cost}." if anyway else f"Left out: {cost}. TRAIN_MORE = True, above, trains it.")
     return anyway
