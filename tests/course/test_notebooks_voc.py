@@ -28,18 +28,18 @@ NOTEBOOKS = sorted(
     key=lambda path: (path.name[:2] not in ("03", "04", "06", "07"), path.name),
 )
 PARAMETERS = 'DATA = "voc"\nBUDGET = "ci"\nVOC_ROOT = {!r}'
-OPENING = re.compile(r"^line = open_course\(DATA, BUDGET, VOC_ROOT\)$", re.M)
-AS_PAPER = r"\g<0>\nline.budget = line.budget.replace(name='paper')"
+OPENING = re.compile(r"^pipeline = open_course\(DATA, BUDGET, VOC_ROOT\)$", re.M)
+AS_PAPER = r"\g<0>\npipeline.budget = pipeline.budget.replace(name='paper')"
 
 # What a notebook's variables must hold at its end: 255 is no label, and sizes are each image's own.
 AT_THE_END = {
     "03": """
-masks = [line.data.val.mask(i) for i in range(len(shares))]
+masks = [pipeline.data.val.mask(i) for i in range(len(shares))]
 assert np.allclose(shares, [np.isin(mask, range(1, 21)).mean() for mask in masks])""",
     "04": """
 assert cases
 for (index, c), found in zip(cases, heads, strict=True):
-    places, (h, w) = np.nonzero(regions(index, c)["discriminative"]), line.data.val.mask(index).shape
+    places, (h, w) = np.nonzero(regions(index, c)["discriminative"]), pipeline.data.val.mask(index).shape
     assert np.isclose(found, max((np.ptp(places[0]) + 1) * 64 / h, (np.ptp(places[1]) + 1) * 64 / w))""",
     "06": """
 scored = sum(int((train.mask(i) != 255).sum()) for i in counted)
