@@ -7,6 +7,11 @@ import os
 from unittest.mock import patch
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton's kernels then run in its interpreter. It reads this when something imports it.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 REQUIRED = ("test_notebook", "test_labs", "test_browser", "test_site", "test_slides")
 # What takes longest begins first, where tests run side by side.

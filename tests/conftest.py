@@ -1,7 +1,5 @@
 """What the tests share: a tiny data set in memory, and a tiny tree in VOC's layout."""
 
-import os
-
 import numpy as np
 import pytest
 import released
@@ -11,9 +9,6 @@ from PIL import Image
 from drs_lib.data.voc import VOC_CLASSES, save_indexed_png
 
 torch.set_num_threads(1)
-if not torch.cuda.is_available():
-    # Triton's kernels then run in its interpreter. It reads this when it is imported, which torch may do.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 class TinyDataset:
