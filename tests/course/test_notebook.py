@@ -21,7 +21,7 @@ def test_open_course_says_what_it_runs_on(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == "critters: 36 training and 12 validation images; budget 'ci', seed 2.\n"
     assert (line.seed, line.store.root, line.budget.name) == (2, tmp_path, "ci")
     assert isinstance(line.progress, LiveLoss)
-    with pytest.raises(ValueError, match="drs_lib download"):
+    with pytest.raises(ValueError, match="drs_course download"):
         open_course("voc", store=tmp_path)
 
 
