@@ -4,8 +4,7 @@
     python benchmarks/first_map.py --parts imports
     python benchmarks/first_map.py --python python3.12 --json first_map.json
 
-imports: seconds for torch, the baseline, then for drs_lib, and then for all of its public names; in a fresh
-process each time, without a display, and as if pydensecrf, numba and ipywidgets were not installed.
+imports: seconds for torch, the baseline, and then for drs_lib; in a fresh process each time.
 first map: clone this checkout into an empty folder, make the environment, and run the notebook 02 from its
 top, with an empty run store, until a map of a network that was trained with DRS stands below a cell. Its
 download depends on the network, and the part for the environment with it.
@@ -27,16 +26,12 @@ from machine import processor
 from drs_lib.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
-ABSENT = ("pydensecrf", "numba", "ipywidgets")
-IMPORTS = f"""
-import sys, time
-sys.modules.update(dict.fromkeys({ABSENT!r}))
+IMPORTS = """
+import time
 times = [time.perf_counter()]
 import torch
 times.append(time.perf_counter())
 import drs_lib
-times.append(time.perf_counter())
-names = [getattr(drs_lib, name) for name in drs_lib.__all__]
 times.append(time.perf_counter())
 print(*[after - before for before, after in zip(times, times[1:])])
 """
@@ -85,22 +80,18 @@ def main():
 
 def imports(repeats):
     """Median seconds over fresh processes."""
-    environment = {
-        k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND")
-    }
     rows = []
     for _ in range(repeats + 1):  # the first fills the file cache
         run = subprocess.run(
             [sys.executable, "-c", IMPORTS],
-            env=environment,
             cwd=ROOT,
             capture_output=True,
             text=True,
             check=True,
         )
         rows.append([float(value) for value in run.stdout.split()])
-    torch, library, names = map(statistics.median, zip(*rows[1:], strict=True))
-    return {"torch": torch, "drs_lib": library, "all public names": names}
+    torch, library = map(statistics.median, zip(*rows[1:], strict=True))
+    return {"torch": torch, "drs_lib": library}
 
 
 def first_map(python):

@@ -33,6 +33,7 @@ import drs_lib  # noqa: E402
 # ---- the project
 
 GITHUB = "https://github.com/"
+PACKAGES = ("drs_lib", "drs_course")
 
 
 def repository_of(root):
@@ -296,7 +297,7 @@ def skip_fields(app, what, name, obj, skip, options):
 
 
 def resolve_alias(app, env, node, contnode):
-    """A name of the library under which a docstring or a page refers to something that is documented
+    """A name of the two packages under which a docstring or a page refers to something that is documented
     elsewhere: ``drs_lib.suppress`` is ``drs_lib.drs.suppress``, `VOC2012` in `drs_lib.data` is of its module
     `voc`."""
     if node.get("refdomain") != "py":
@@ -305,7 +306,7 @@ def resolve_alias(app, env, node, contnode):
     for name in (target, f"{module}.{target}"):
         found = _find(name)
         home = getattr(found, "__module__", None), getattr(found, "__qualname__", None)
-        if all(home) and str(home[0]).startswith("drs_lib") and ".".join(home) != name:
+        if all(home) and str(home[0]).startswith(PACKAGES) and ".".join(home) != name:
             domain = env.get_domain("py")
             to, kind = ".".join(home), node["reftype"]
             return domain.resolve_xref(env, node["refdoc"], app.builder, kind, to, node, contnode)
@@ -313,9 +314,9 @@ def resolve_alias(app, env, node, contnode):
 
 
 def _find(name):
-    """The object of a dotted name of the library, or None."""
+    """The object of a dotted name of the two packages, or None."""
     parts = name.split(".")
-    if parts[0] != "drs_lib":
+    if parts[0] not in PACKAGES:
         return None
     for split in range(len(parts), 0, -1):
         try:

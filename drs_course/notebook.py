@@ -1,8 +1,8 @@
 """What a notebook needs around the library: the run at hand, batches of its images, the price of a training
 that no table needs, and a loss curve that grows.
 
-    line = open_course(DATA, BUDGET, VOC_ROOT)           the pipeline; one sentence says what it runs on
-    model = line.classifier(Configuration())             from the store, or trained under a live loss curve
+    pipeline = open_course(DATA, BUDGET, VOC_ROOT)   one sentence says what it runs on
+    model = pipeline.classifier(Configuration())     from the store, or trained under a live loss curve
 
 The arguments of `open_course` are what a notebook's first cell, tagged ``parameters``, sets.
 """
@@ -35,7 +35,7 @@ def open_course(data="critters", budget=None, voc_root=None, seed=0, store=None,
     Raises ValueError and FileNotFoundError as `Pipeline` does; for VOC that is not there the message names
     the command that downloads it.
     """
-    line = Pipeline(
+    pipeline = Pipeline(
         data,
         budget,
         seed=seed,
@@ -44,11 +44,12 @@ def open_course(data="critters", budget=None, voc_root=None, seed=0, store=None,
         device=device,
         progress=LiveLoss(),
     )
+    train, val = len(pipeline.data.train), len(pipeline.data.val)
     print(
-        f"{line.data.name}: {len(line.data.train)} training and {len(line.data.val)} validation images; "
-        f"budget {line.budget.name!r}, seed {seed}."
+        f"{pipeline.data.name}: {train} training and {val} validation images; "
+        f"budget {pipeline.budget.name!r}, seed {seed}."
     )
-    return line
+    return pipeline
 
 
 def image_batch(dataset, indices, side=None):
@@ -60,21 +61,21 @@ def image_batch(dataset, indices, side=None):
     return torch.stack([resize_square(dataset[i][0], side) for i in indices])
 
 
-def may_train(line, recipe, trainings=1, anyway=False):
+def may_train(pipeline, recipe, trainings=1, anyway=False):
     """Whether a notebook trains something that no table needs.
 
     At the budgets "ci" and "laptop" it does: that is a matter of seconds, or of a minute or two. At the
     others ``anyway`` decides, and what is trained or left out is printed, with its number of steps.
 
     Args:
-        line: the `Pipeline`.
+        pipeline: the `Pipeline`.
         recipe: of the trainings, on the pipeline's training images.
         trainings: how many there are.
         anyway: a notebook's switch TRAIN_MORE.
     """
-    if line.budget.name in ("ci", "laptop"):
+    if pipeline.budget.name in ("ci", "laptop"):
         return True
-    steps, images = recipe.steps(len(line.data.train))[1], recipe.batch * recipe.accumulate
+    steps, images = recipe.steps(len(pipeline.data.train))[1], recipe.batch * recipe.accumulate
     cost = f"{trainings} x {steps:,} steps of {recipe.backbone}, {images} images each"
     print(f"Training {cost}." if anyway else f"Left out: {cost}. TRAIN_MORE = True, above, trains it.")
     return anyway

@@ -29,7 +29,7 @@ def weakly_supervised(train, val, budget, folder, segmenter="largefov", seed=0, 
         train: a data set (`drs_lib.data`), of which images, labels and saliency are read, and no mask.
         val: a data set with masks, for the score alone; None: no score.
         budget: a `drs_lib.recipes.Budget`: the recipes, and how maps are read.
-        folder: for ``maps.zip`` and ``labels.zip``, what one step hands to the next.
+        folder: for ``maps.zip`` and ``labels.zip``, what one step hands to the next; made if it is not there.
         segmenter: "largefov", "largefov_resnet" or "aspp", the networks of Table 4.
         seed, device, progress: of the three trainings, see `drs_lib.train.train_classifier`.
 
@@ -37,6 +37,7 @@ def weakly_supervised(train, val, budget, folder, segmenter="largefov", seed=0, 
         (the DeepLab in evaluation mode, its mean IoU as a fraction or None).
     """
     train, folder = without_masks(train), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     options = dict(seed=seed, device=device, progress=progress)
     classifier, _ = train_classifier(budget.classify, train, **options)
     maps = localization_maps_of(classifier, train, budget, folder / "maps.zip")

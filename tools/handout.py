@@ -107,7 +107,7 @@ FILES = (
 STUDENTS_README = "tools/handout_readme.md"  # becomes README.md
 STUDENTS_TARGETS = ("help", "course", "lab", "lab-page", "env", "crf", "clean-env")
 TARGET = re.compile(r"([a-z-]+):.*## ")  # of the Makefile
-FOLDERS = ("drs_lib/", "figures/", "tools/jupyter/")
+FOLDERS = ("drs_course/", "drs_lib/", "figures/", "tools/jupyter/")
 # Never the student's, even where a notebook links to it.
 KEPT = ("tests/", "tools/handout.py", "docs/teaching")
 LONGEST = 100  # characters of a blank's line
@@ -487,7 +487,7 @@ def _checks_modules(notebook):
         except SyntaxError:
             continue  # reported in its turn
         for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and node.module == "drs_lib":
+            if isinstance(node, ast.ImportFrom) and node.module == "drs_course":
                 names |= {a.asname or a.name for a in node.names if a.name == "checks"}
             elif isinstance(node, ast.ImportFrom) and node.module == "drs_course.checks":
                 names |= {a.asname or a.name for a in node.names}

@@ -195,7 +195,7 @@ def first_few(names, count=3):
     return ", ".join(names[:count]) + (f", ... ({len(names)} in all)" if len(names) > count else "")
 
 
-def _lines(path):
+def text_lines(path):
     """The lines of a text file that are not empty. Windows' programs write UTF-16 too, which begins with a
     mark."""
     content = Path(path).read_bytes()
@@ -213,7 +213,7 @@ def read_list(path):
     """The ids of an image list: the first word of every line. Lists that go on with labels
     (``2007_000032 0 14``) and lists of paths (``/JPEGImages/2007_000032.jpg ...``) are understood, in UTF-8
     or, marked as such, UTF-16. Raises ValueError for what is no text."""
-    firsts = [PurePosixPath(line.split()[0]) for line in _lines(path)]
+    firsts = [PurePosixPath(line.split()[0]) for line in text_lines(path)]
     return [first.stem if first.suffix in (".jpg", ".png") else first.name for first in firsts]
 
 
@@ -275,7 +275,7 @@ def _require(root, split, names, folder, suffix, what):
 def _classes(path):
     if not path.is_file():
         return VOC_CLASSES
-    classes = tuple(_lines(path))
+    classes = tuple(text_lines(path))
     if not 0 < len(classes) < IGNORED or len(set(classes)) < len(classes):
         raise ValueError(f"{path}: expected 1 to 254 different class names, one a line")
     return classes

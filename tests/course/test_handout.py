@@ -54,7 +54,7 @@ Because the maximum bounds every position of the map.
 (Two sentences.)"""
 OPENING = """\
 %matplotlib inline
-import types, drs_lib
+import types, drs_course
 drs_course.checks = types.SimpleNamespace(square=lambda f: "correct" if f(3) == 9 else "wrong")
 print("opened")"""
 
@@ -319,9 +319,10 @@ def course(tmp_path, tool):
         "docs/teaching.md": "answers\n",
         "figures/x.png": "picture",
         "figures/y.png": "another",
+        "drs_course/__init__.py": "",
         "drs_lib/__init__.py": "",
         "drs_lib/shipped/mini.safetensors": "weights",
-        "tests/test_solutions.py": "secret_result_of_square = 1",
+        "tests/course/test_solutions.py": "secret_result_of_square = 1",
         "tools/handout.py": "",
         tool.STUDENTS_README: "for students\n",
         ".gitignore": "/handout/\n/runs/\n",
@@ -375,6 +376,7 @@ def test_the_folder_and_the_zip(tool, course):
         *linked,
         *(f"notebooks/{name}" for name in both),
         "figures/y.png",
+        "drs_course/__init__.py",
         "drs_lib/__init__.py",
         "drs_lib/shipped/mini.safetensors",
     }
@@ -602,6 +604,9 @@ def test_make_lab_has_all_its_files_in_the_students_folder(real):
         assert (student / name).is_file(), name
 
 
+PACKAGES = ("drs_course/", "drs_lib/")
+
+
 def test_the_students_library_is_whole(real):
-    listed = subprocess.check_output(["git", "ls-files", "drs_lib"], cwd=ROOT, text=True).split()
-    assert {name for name in everything(real[0]) if name.startswith("drs_lib/")} == set(listed)
+    listed = subprocess.check_output(["git", "ls-files", *PACKAGES], cwd=ROOT, text=True).split()
+    assert {name for name in everything(real[0]) if name.startswith(PACKAGES)} == set(listed)
