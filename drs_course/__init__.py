@@ -1,6 +1,11 @@
-"""The course: Tables 1 to 4 as stored runs (`drs_course.tables`), exercises that tell what is wrong
-(`drs_course.checks`), labs with sliders (`drs_course.labs`), figures (`drs_course.plots`).
+"""The course: Tables 1 to 4 as stored runs, checks of exercises, labs with sliders, figures.
 
-It stands on `drs_lib`, which is the paper and knows nothing of it. Nothing is imported here, because the
-doctor has to run where torch or another package is missing.
+    from drs_course import checks, labs, plots, reference_table, run_row, run_table
+
+It stands on `drs_lib`, which is the paper and knows nothing of it.
 """
+
+from drs_course import checks, labs, plots
+from drs_course.tables import reference_table, run_row, run_table
+
+__all__ = ["checks", "labs", "plots", "reference_table", "run_row", "run_table"]

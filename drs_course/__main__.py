@@ -30,7 +30,7 @@ def _parser():
     parser = argparse.ArgumentParser(
         prog="python -m drs_course",
         description=__doc__,
-        epilog="'python -m drs_course.doctor' says what is missing here and how to mend it.",
+        epilog="'python -m drs_doctor' says what is missing here and how to mend it.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
 

@@ -100,6 +100,7 @@ FILES = (
     "LICENSE-docs",
     "Makefile",
     "README.md",
+    "drs_doctor.py",
     "environment.yml",
     "pyproject.toml",
     "tools/make_env.py",

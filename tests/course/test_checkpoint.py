@@ -17,7 +17,6 @@ from drs_course.checkpoint import Checkpoint
 from drs_course.paper import Configuration
 from drs_course.stages import Pipeline
 from drs_course.store import writer_tag
-from drs_lib import checkpoint as checkpoints
 from drs_lib.recipes import ClassifyRecipe, RefineRecipe, SegmentRecipe, get_budget
 from drs_lib.train import train_classifier, train_refinement, train_segmentation
 
@@ -256,25 +255,3 @@ def test_two_machines_save_the_same_checkpoint(tmp_path, caplog):
         torch.save = save
     assert one.restore() == {"step": 1} and "could be written" not in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
-
-
-def test_a_training_moves_to_a_machine_with_another_number_of_gpus(tmp_path, monkeypatch):
-    """On invented GPUs: the fourth of eight, then the only one."""
-    states = [torch.full((4,), index, dtype=torch.uint8) for index in range(8)]
-    model, set_states = torch.nn.Linear(2, 2), []
-    here = checkpoints.random_states()
-
-    def on(device, gpus):
-        monkeypatch.setattr(checkpoints, "_device", lambda parts: torch.device(device))
-        monkeypatch.setattr(checkpoints, "random_states", lambda: here | {"cuda": gpus})
-
-    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *call: set_states.append(call))
-    on("cuda:3", states)
-    checkpoint = Checkpoint(tmp_path / "state.pt")
-    checkpoint.save({"step": 1}, model=model)
-    on("cuda:0", states[7:])
-    assert checkpoint.restore(model=model) == {"step": 1}
-    [(state, device)] = set_states
-    assert torch.equal(state, states[3]) and device == torch.device("cuda:0")
-    on("cpu", None)
-    assert checkpoint.restore(model=model) is None and checkpoint.path.with_suffix(".unusable").exists()

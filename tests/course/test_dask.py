@@ -11,12 +11,12 @@ import joblib
 import pandas as pd
 import pytest
 
+from drs_course import stages
 from drs_course import tables as experiments
 from drs_course.paper import Configuration, table_rows
 from drs_course.stages import Pipeline
 from drs_course.store import RunStore, StoreError
 from drs_course.tables import RowsFailed, run_table
-from drs_lib import train
 from drs_lib.recipes import get_budget
 
 distributed = pytest.importorskip("distributed")
@@ -34,7 +34,7 @@ class Noting(distributed.WorkerPlugin):
         self.log, self.deadly = folder / "log", folder / "deadly"
 
     def setup(self, worker):
-        make, refine = RunStore._make, train.train_refinement
+        make, refine = RunStore._make, stages.train_refinement
 
         def noting(store, folder, meta, *rest):
             entry = make(store, folder, meta, *rest)
@@ -47,7 +47,7 @@ class Noting(distributed.WorkerPlugin):
                 os.kill(os.getpid(), signal.SIGKILL)
             return refine(*arguments, **options)
 
-        RunStore._make, train.train_refinement = noting, deadly
+        RunStore._make, stages.train_refinement = noting, deadly
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import drs_doctor as doctor
 from conftest import write_voc_tree
-from drs_course import doctor, store
+from drs_course import store
 from drs_course.download import FILES, TREE
 
 ROOT = Path(__file__).parents[2]
@@ -67,7 +68,7 @@ def test_the_cluster_s_packages_are_optional(monkeypatch):
 
 def run(*options, code=None):
     """The command in a process of its own, without the packages that are installed here."""
-    command = [*options, "-c", code] if code else [*options, "-m", "drs_course.doctor"]
+    command = [*options, "-c", code] if code else [*options, "-m", "drs_doctor"]
     return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
 
 
@@ -84,7 +85,7 @@ def test_where_one_package_is_missing_the_rest_is_looked_at(absent):
     code = f"""if True:
         import sys
         sys.modules[{absent!r}] = None
-        from drs_course.doctor import main
+        from drs_doctor import main
         sys.exit(main([]))
     """
     done = run(code=code)
@@ -159,5 +160,5 @@ def test_downloaded_weights_that_are_missing_are_optional_and_named(tmp_path, vo
 
 
 def test_it_runs_without_loading_the_library_s_heavy_parts():
-    code = "import sys, drs_course.doctor; print(sorted({'torch', 'numba', 'pandas'} & set(sys.modules)))"
+    code = "import sys, drs_doctor; print(sorted({'torch', 'numba', 'pandas'} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

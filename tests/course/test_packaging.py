@@ -91,7 +91,7 @@ def distributions(tmp_path_factory):
     """A wheel and an sdist of a copy of the project that has a weights file and a reference file."""
     copy = tmp_path_factory.mktemp("dist") / "project"
     copy.mkdir()
-    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "LICENSE-docs"):
+    for name in ("pyproject.toml", "drs_doctor.py", "MANIFEST.in", "README.md", "LICENSE", "LICENSE-docs"):
         shutil.copy(ROOT / name, copy)
     for package in PACKAGES:
         shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -119,15 +119,13 @@ def test_wheel_and_sdist_have_every_file_of_the_library(distributions):
     assert {"drs_lib/shipped/probe.safetensors", "drs_course/reference/probe.json", "drs_lib/drs.py"} <= files
     assert not files - in_wheel
     assert not files - in_sdist
-    assert {"LICENSE", "LICENSE-docs", "README.md", "pyproject.toml"} <= in_sdist
+    assert {"LICENSE", "LICENSE-docs", "README.md", "drs_doctor.py", "pyproject.toml"} <= in_sdist
 
 
 def test_wheel_has_nothing_beside_the_library(distributions):
     _, in_wheel, _ = distributions
-    assert {name.split("/")[0] for name in in_wheel} == {
-        *PACKAGES,
-        f"drs_course-{drs_lib.__version__}.dist-info",
-    }
+    info = f"drs_course-{drs_lib.__version__}.dist-info"
+    assert {name.split("/")[0] for name in in_wheel} == {*PACKAGES, "drs_doctor.py", info}
 
 
 def test_citation_names_the_course_and_the_paper():
@@ -156,7 +154,8 @@ def test_readme_names_only_commands_that_exist():
     for module in set(re.findall(r"python -m (drs_\w+[\w.]*)", readme)):
         assert importlib.util.find_spec(module), module
     for path in re.findall(r"`([\w./-]+/|LICENSE[\w-]*|[\w-]+\.(?:cff|yml))`", readme):
-        assert path in ("runs/", "results/", "figures/", "notebooks/") or (ROOT / path).exists(), path
+        places = [ROOT / folder / path for folder in (".", "tests", *PACKAGES)]
+        assert path in ("runs/", "results/") or any(place.exists() for place in places), path
 
 
 @needs_make

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from mutants import ANSWERS
 
-from drs_course import doctor
+import drs_doctor as doctor
 from drs_course.__main__ import main
 from drs_course.paper import NETWORKS
 from drs_course.tables import reference_table
@@ -108,7 +108,7 @@ COMMANDS = {
     "drs_course tables": lambda arguments: main(["tables", *arguments]),
     "drs_course download": lambda arguments: main(["download", *arguments]),
     "drs_course verify": lambda arguments: main(["verify", *arguments]),
-    "drs_course.doctor": doctor.main,
+    "drs_doctor": doctor.main,
 }
 
 

@@ -133,7 +133,7 @@ def test_budgets():
 def test_a_weights_file_that_does_not_fit_is_noticed_before_anything_is_trained(tmp_path, capsys):
     bad = tmp_path / "bad.pth"
     bad.write_text("rubbish")
-    command = ["course", "--budget", "ci", "--quiet", "--store", str(tmp_path / "store"), "--aspp-weights"]
+    command = ["tables", "--budget", "ci", "--quiet", "--store", str(tmp_path / "store"), "--aspp-weights"]
     for path, word in ((bad, "bad.pth"), (tmp_path / "nosuch.pth", "no weights file")):
         assert main([*command, str(path)]) == 1
         assert word in capsys.readouterr().err
@@ -803,7 +803,7 @@ def test_figures_are_drawn_again_when_their_stages_were_made_again(finished, tmp
         "drs_course.__main__.Pipeline",
         lambda seed, store, **k: Pipeline(splits, budget, seed=seed, store=store),
     )
-    arguments = ["course", "--store", str(store.root), "--out", str(tmp_path), "--budget", "ci"]
+    arguments = ["tables", "--store", str(store.root), "--out", str(tmp_path), "--budget", "ci"]
     for expected in (1, 1):
         assert main(arguments) == 0 and len(drawn) == expected
     assert drawn[0]["budget"].name == "ci" and drawn[0]["seeds"] == [0]
@@ -834,7 +834,7 @@ def test_a_budget_is_a_value():
 def test_the_course_on_critters(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DRS_STORE", raising=False)
-    arguments = ["course", "--budget", "ci", "--tables", "3", "--jobs", "1", "--quiet", "--no-figures"]
+    arguments = ["tables", "--budget", "ci", "--tables", "3", "--jobs", "1", "--quiet", "--no-figures"]
     assert main(arguments) == 0
     cold = capsys.readouterr().out
     made = stored(RunStore(tmp_path / "runs"))

@@ -415,7 +415,7 @@ def test_what_numba_stored_is_damaged(tmp_path):
         index.parent.mkdir(parents=True, exist_ok=True)
         index.write_bytes(b"")
         print(DRS(2)(torch.ones(1, 2, 3, 3)).shape)
-        from drs_course import doctor
+        import drs_doctor as doctor
         [found] = [found for found in doctor.examine() if found.what == "compiled DRS"]
         print(found.status, found.remedy)
     """

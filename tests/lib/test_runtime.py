@@ -154,12 +154,3 @@ def test_only_a_cuda_device_is_not_waited_for():
     for device in ("cuda", torch.device("cuda", 1), "mps", "cpu"):
         runtime.move(tensor, device)
     assert asked == [True, True, False, False]
-
-
-def test_a_cpu_asked_for_among_processes_on_gpus_is_refused(monkeypatch):
-    monkeypatch.setattr(runtime.distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(runtime.distributed, "device", lambda: torch.device("cuda", 1))
-    monkeypatch.delenv("DRS_DEVICE", raising=False)
-    assert runtime.pick_device() == torch.device("cuda", 1)
-    with pytest.raises(RuntimeError, match="device asks for the CPU.*DRS_DEVICE=cpu"):
-        runtime.pick_device("cpu")

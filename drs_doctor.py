@@ -1,7 +1,7 @@
-"""``python -m drs_course.doctor``: what is there, what is missing, and the command that mends it.
+"""``python -m drs_doctor``: what is there, what is missing, and the command that mends it.
 
-`examine` looks at the Python that runs it, which in a notebook is the kernel's. It imports at function level,
-and is no command of `drs_course.__main__`, because all that others import may be what is missing.
+`examine` looks at the Python that runs it, which in a notebook is the kernel's. It stands beside the two
+packages, and imports from them at function level, because all that they import may be what is missing.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-SHIPPED = Path(__file__).parents[1] / "drs_lib" / "shipped"
+SHIPPED = Path(__file__).parent / "drs_lib" / "shipped"
 # Import name of what is not called like its package, and what works without the package.
 _IMPORT_NAMES = {
     "dask-jobqueue": "dask_jobqueue",
@@ -186,7 +186,7 @@ def _downloaded(root):
 
 def main(arguments=None):
     """The command line; returns the exit status: 1 if something is missing without which the course fails."""
-    parser = argparse.ArgumentParser(prog="python -m drs_course.doctor", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m drs_doctor", description=__doc__.splitlines()[0])
     parser.add_argument("--voc-root", metavar="DIR", help="also look at VOC 2012 in this folder")
     findings = examine(parser.parse_args(arguments).voc_root)
     print(report(findings))
