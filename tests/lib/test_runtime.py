@@ -116,13 +116,6 @@ def test_memory_format():
     assert runtime.memory_format("mps") is torch.contiguous_format
 
 
-def test_deterministic_is_undone():
-    assert not torch.are_deterministic_algorithms_enabled()
-    with runtime.deterministic():
-        assert torch.are_deterministic_algorithms_enabled()
-    assert not torch.are_deterministic_algorithms_enabled()
-
-
 def test_evaluating_restores_every_modules_own_mode():
     model = torch.nn.Sequential(torch.nn.BatchNorm2d(1), torch.nn.Dropout())
     model[0].eval()
@@ -154,12 +147,3 @@ def test_only_a_cuda_device_is_not_waited_for():
     for device in ("cuda", torch.device("cuda", 1), "mps", "cpu"):
         runtime.move(tensor, device)
     assert asked == [True, True, False, False]
-
-
-def test_a_cpu_asked_for_among_processes_on_gpus_is_refused(monkeypatch):
-    monkeypatch.setattr(runtime.distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(runtime.distributed, "device", lambda: torch.device("cuda", 1))
-    monkeypatch.delenv("DRS_DEVICE", raising=False)
-    assert runtime.pick_device() == torch.device("cuda", 1)
-    with pytest.raises(RuntimeError, match="device asks for the CPU.*DRS_DEVICE=cpu"):
-        runtime.pick_device("cpu")
