@@ -43,23 +43,17 @@ from drs_lib.weights import CAFFE_STYLE, load_weights
 # Table 2 shows something only if the receptive field outgrows an animal's head in the highest layers alone,
 # as in VGG-16 on VOC: hence the late second pooling, and two convolutions in each of the last two layers.
 MINI = (
-    (16, 1, 2, False),
-    (16, 1, 1, True),
-    (32, 1, 1, False),
-    (48, 1, 1, True),
+    (16, 1, 2, False), (16, 1, 1, True), (32, 1, 1, False), (48, 1, 1, True), (64, 2, 1, False),
     (64, 2, 1, False),
-    (64, 2, 1, False),
-)
+)  # fmt: skip
 # The stem's channels (stride 2), then (channels, stride, dilation) of each residual block.
 MINI_RESNET = (16, ((32, 2, 1), (48, 2, 1), (48, 1, 1), (96, 1, 2)))
 # (channels, convolutions), layer 1 to 6: VGG's configuration D, then the paper's three extra convolutions.
 VGG16 = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3), (512, 3))
 
 LARGEFOV = {
-    "mini": {"width": 96, "dilation": 6, "dropout": 0.1},
-    "mini_resnet": {"width": 96, "dilation": 6, "dropout": 0.1},
-    "vgg16": {"width": 1024, "dilation": 12, "dropout": 0.5},
-    "resnet101": {"width": 1024, "dilation": 12, "dropout": 0.5},
+    **dict.fromkeys(("mini", "mini_resnet"), {"width": 96, "dilation": 6, "dropout": 0.1}),
+    **dict.fromkeys(("vgg16", "resnet101"), {"width": 1024, "dilation": 12, "dropout": 0.5}),
 }
 ASPP_RATES = {"mini": (1, 2, 4, 6), "mini_resnet": (1, 2, 4, 6), "resnet101": (6, 12, 18, 24)}
 ASPP_SCALES = (1.0, 0.75, 0.5)
@@ -167,9 +161,8 @@ class ResidualBlock(nn.Module):
             _conv3x3(channels, channels, dilation=dilation, bias=False),
             nn.BatchNorm2d(channels),
         )
-        if stride == 1 and in_channels == channels:
-            self.shortcut = nn.Identity()
-        else:
+        self.shortcut = nn.Identity()
+        if stride > 1 or in_channels != channels:
             projection = nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False)
             self.shortcut = nn.Sequential(_he(projection), nn.BatchNorm2d(channels))
 
@@ -402,17 +395,17 @@ def _large_fov(backbone, in_channels, num_classes):
     width, dilation, dropout = (LARGEFOV[backbone][k] for k in ("width", "dilation", "dropout"))
     # A standard deviation of 0.01 suits 4,608 inputs; mini's 576 would hardly pass a signal on.
     init = _he if backbone.startswith("mini") else _gaussian
-    head = OrderedDict()
-    if backbone == "vgg16":
-        head["pool"] = nn.Sequential(nn.MaxPool2d(3, 1, padding=1), nn.AvgPool2d(3, 1, padding=1))
-    head["fc6"] = init(_conv3x3(in_channels, width, dilation=dilation))
-    head["relu6"] = nn.ReLU(inplace=True)
-    head["drop6"] = nn.Dropout2d(dropout)
-    head["fc7"] = init(nn.Conv2d(width, width, 1))
-    head["relu7"] = nn.ReLU(inplace=True)
-    head["drop7"] = nn.Dropout2d(dropout)
-    head["score"] = _gaussian(nn.Conv2d(width, num_classes, 1))
-    return nn.Sequential(head)
+    pool = nn.Sequential(nn.MaxPool2d(3, 1, padding=1), nn.AvgPool2d(3, 1, padding=1))
+    head = OrderedDict(
+        fc6=init(_conv3x3(in_channels, width, dilation=dilation)),
+        relu6=nn.ReLU(inplace=True),
+        drop6=nn.Dropout2d(dropout),
+        fc7=init(nn.Conv2d(width, width, 1)),
+        relu7=nn.ReLU(inplace=True),
+        drop7=nn.Dropout2d(dropout),
+        score=_gaussian(nn.Conv2d(width, num_classes, 1)),
+    )
+    return nn.Sequential(OrderedDict(pool=pool) | head if backbone == "vgg16" else head)
 
 
 def _halve():

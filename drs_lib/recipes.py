@@ -1,11 +1,9 @@
-"""Recipes: how each of the three networks is trained, as frozen dataclasses.
+"""Recipes: how each of the three networks is trained; a `Budget` is a set of them with sizes and thresholds.
 
 The defaults are what the paper states in "Implementation details". Where the paper is silent and the authors'
 release does something of its own, the field exists and its default is the plain choice (no Nesterov, no
 per-group learning rates, no resize); the comment beside it says so. A row of a table is a difference from a
 recipe: ``recipe.replace(delta=0.55)``.
-
-A `Budget` is a set of recipes for the whole pipeline, with sizes and thresholds.
 """
 
 import dataclasses
@@ -79,10 +77,8 @@ def _converted(what, kind, value, least):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What the three stages have in common; use ClassifyRecipe, RefineRecipe or SegmentRecipe.
-
-    Raises ValueError when a value makes no sense, naming the field, what it was and what it may be.
-    """
+    """What the three stages have in common. A value that makes no sense raises ValueError, naming the field,
+    what it was and what it may be."""
 
     checks: ClassVar[dict] = CHECKS
 
@@ -185,12 +181,8 @@ class Recipe:
         return self.replace(iterations=min(epochs * self.steps(images)[0], self.iterations))
 
     def lr_factor(self, step, per_epoch, total):
-        """The factor on the learning rate at iteration `step`, counted from 0, of `total`.
-
-        step: gamma to the number of milestones reached. poly: (1 - step / total) ** power, changed every
-        `update_every` iterations. onecycle: a linear rise over the fraction `warmup`, then half a cosine to
-        0.
-        """
+        """The factor on the learning rate at iteration `step`, counted from 0, of `total`. onecycle: a linear
+        rise over the fraction `warmup`, then half a cosine to 0."""
         if self.schedule == "step":
             reached = step if self.iterations is not None else step // per_epoch + 1
             return self.gamma ** sum(milestone <= reached for milestone in self.milestones)
@@ -265,9 +257,8 @@ class RefineRecipe(Recipe):
 class SegmentRecipe(Recipe):
     """A DeepLab on pseudo labels (Figure 3 (c)). The defaults are Tables 1 to 3's: LargeFOV on VGG-16.
 
-    The paper sends the reader to the two implementations it used; these are their values. The first one's
-    other schedule, 6,000 iterations of batch 30, is
-    ``SegmentRecipe(iterations=6000, batch=30, schedule="step", milestones=(4000, 5000))``.
+    The paper sends the reader to the two implementations it used; these are their values. The first one has
+    another schedule too: ``iterations=6000, batch=30, schedule="step", milestones=(4000, 5000)``.
     """
 
     checks: ClassVar[dict] = CHECKS | {
@@ -289,11 +280,9 @@ class SegmentRecipe(Recipe):
 
     @classmethod
     def largefov_resnet101(cls, **changes):
-        """Table 4, second block: DeepLab-LargeFOV with ResNet-101.
-
-        The rate is the lower end of those in use, 2.5e-4 to 1e-3. The body has no biases to train (its batch
-        norm is frozen), so their multiplier is 1.
-        """
+        """Table 4, second block: DeepLab-LargeFOV with ResNet-101."""
+        # The rate is the lower end of those in use, 2.5e-4 to 1e-3. The body has no biases to train (its
+        # batch norm is frozen), so their multiplier is 1.
         own = dict(backbone="resnet101", lr=2.5e-4, bias_decay=True, lr_multipliers=(1, 1, 10, 20))
         return cls(**own | changes)
 

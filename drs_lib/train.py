@@ -1,4 +1,4 @@
-"""Training and scoring the three networks of Figure 3: one loop, three losses.
+"""Training and scoring the three networks of Figure 3: one loop, three losses (`drs_lib.losses`).
 
     recipe + images and labels                    -> train_classifier    -> classifier with DRS
     recipe + images and localization maps         -> train_refinement    -> refinement network
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from drs_lib import networks
+from drs_lib import networks, runtime
 from drs_lib.batches import Batch, LabelMaps, TargetMaps, make_batches
 from drs_lib.crf import iterate_crf
 from drs_lib.data import normalize, resize_square, without_masks
@@ -31,18 +31,6 @@ from drs_lib.drs import LearnableController
 from drs_lib.losses import classification_loss, refinement_loss, resize_logits, segmentation_loss
 from drs_lib.metrics import SegmentationScore, exact_match_accuracy, known_labels
 from drs_lib.recipes import PARAMETER_GROUPS, ClassifyRecipe, RefineRecipe, SegmentRecipe
-from drs_lib.runtime import (
-    autocast,
-    evaluating,
-    memory_format,
-    move,
-    pick_device,
-    preserved_rng,
-    require_finite,
-    seeded,
-    threads,
-    tuned,
-)
 
 # Iterations after which a GPU is asked for the losses; asking after each would make it wait every time.
 LOSSES_FETCHED_EVERY = 20
@@ -83,7 +71,9 @@ def fit(model, batches, loss, optimizer, scheduler, *, on_epoch=None, checkpoint
     found = None if checkpoint is None else checkpoint.restore(streams, **kept)
     if found is not None:
         run.history, run.step, run.seen = found["history"], found["step"], found["seen"]
-    with run.bar(), closing(run):
+    hidden = callable(run.progress) or not run.progress
+    options = dict(initial=run.step, total=run.steps, disable=hidden, dynamic_ncols=True)
+    with tqdm(desc=run.title, unit="step", **options) as run.bar, closing(run):
         while run.step < run.steps:
             run.epoch(batches)
             if run.step == run.steps:
@@ -91,7 +81,7 @@ def fit(model, batches, loss, optimizer, scheduler, *, on_epoch=None, checkpoint
             elif checkpoint is not None:
                 checkpoint.save(dict(history=run.history, step=run.step, seen=run.seen), streams, **kept)
             if on_epoch is not None:
-                with preserved_rng():
+                with runtime.preserved_rng():
                     on_epoch(run.history)
     return run.history
 
@@ -151,8 +141,8 @@ class Training:
         self.history.append(dict(epoch=losses.epoch, loss=mean, lr=rate, seconds=seconds))
 
     def on_device(self, batch):
-        batch = Batch(*(None if part is None else move(part, self.device) for part in batch))
-        images = normalize(batch.images).contiguous(memory_format=memory_format(self.device))
+        batch = Batch(*(None if part is None else runtime.move(part, self.device) for part in batch))
+        images = normalize(batch.images).contiguous(memory_format=runtime.memory_format(self.device))
         return batch._replace(images=images)
 
     def gradients(self, batch):
@@ -164,7 +154,7 @@ class Training:
             raise OutOfMemory(self.memory_advice(batch)) from error
 
     def backward(self, loss, batch):
-        with autocast(self.device, self.precision):
+        with runtime.autocast(self.device, self.precision):
             value = loss(self.model, batch)
         (value / self.accumulate).backward()
         return value.detach()
@@ -199,19 +189,13 @@ class Training:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def bar(self):
-        hidden = callable(self.progress) or not self.progress
-        options = dict(initial=self.step, total=self.steps, disable=hidden, dynamic_ncols=True)
-        self.shown = tqdm(desc=self.title, unit="step", **options)
-        return self.shown
-
     def report(self, losses):
         loss = losses.known[-1] if losses.known else math.nan
         if callable(self.progress):
             self.progress(self.title, self.step, self.steps, losses.epoch, loss)
-        self.shown.update()
+        self.bar.update()
         known = {} if math.isnan(loss) else {"loss": f"{loss:.4f}"}
-        self.shown.set_postfix(epoch=losses.epoch, **known, refresh=False)
+        self.bar.set_postfix(epoch=losses.epoch, **known, refresh=False)
 
     def close(self):
         if self.summing:
@@ -232,27 +216,27 @@ class _Losses:
     """The losses of an epoch of a `Training`; `known` are those that were fetched so far."""
 
     def __init__(self, run):
-        self.run, self.epoch = run, len(run.history) + 1
+        self.run, self.epoch, self.known, self.waiting = run, len(run.history) + 1, [], []
         self.every = 1 if run.device.type == "cpu" else LOSSES_FETCHED_EVERY
-        self.known, self.waiting = [], []
 
     def add(self, loss, indices, labels):
         rates = sorted({group["lr"] for group in self.run.optimizer.param_groups})
-        self.waiting.append((loss, self.run.step + 1, rates, indices, labels))
+        when = f"in epoch {self.epoch}, iteration {self.run.step + 1} of {self.run.steps}"
+        when += f", at learning rate {', '.join(f'{rate:.3g}' for rate in rates)}"
+        self.waiting.append((loss, when, indices, labels))
         if len(self.waiting) == self.every:
             self.fetch()
 
     def fetch(self):
         """Raises TrainingDiverged at the first that is not finite, ValueError if its labels are unknown."""
         values = torch.stack([loss for loss, *_ in self.waiting]).tolist() if self.waiting else []
-        for value, (_, step, rates, indices, labels) in zip(values, self.waiting, strict=True):
+        for value, (_, when, indices, labels) in zip(values, self.waiting, strict=True):
             if not math.isfinite(value):
                 known_labels(labels)
-                rates = ", ".join(f"{rate:.3g}" for rate in rates)
+                ids = [str(i if self.run.names is None else self.run.names[i]) for i in indices.tolist()]
+                images = ", ".join(ids[:10]) + (f" and {len(ids) - 10} more" if len(ids) > 10 else "")
                 raise TrainingDiverged(
-                    f"{self.run.title}: the loss is {value} in epoch {self.epoch}, iteration {step} of "
-                    f"{self.run.steps}, at learning rate {rates}, on the images "
-                    f"{_ids(indices, self.run.names)}. {_REMEDY}"
+                    f"{self.run.title}: the loss is {value} {when}, on the images {images}. {_REMEDY}"
                 )
         self.known += values
         self.waiting = []
@@ -270,11 +254,6 @@ def _check_weights(model, when):
             raise TrainingDiverged(f"{when}, {name} is no longer finite. {_REMEDY}")
 
 
-def _ids(indices, names):
-    ids = [str(i) if names is None else str(names[i]) for i in indices.tolist()]
-    return ", ".join(ids[:10]) + (f" and {len(ids) - 10} more" if len(ids) > 10 else "")
-
-
 def parameter_groups(model, recipe):
     """The model's trainable parameters as groups for an optimiser, in the order of PARAMETER_GROUPS.
 
@@ -283,52 +262,45 @@ def parameter_groups(model, recipe):
     norm's scales and shifts are among them, and `bias_decay=False` spares them from decay too. Empty groups
     are left out.
 
-    Raises ValueError when new_modules() lists a module twice or one that isn't in the model, or leaves out a
-    DRS controller or the head; when weights of either kind are missing altogether, or any group whose
-    learning rate the recipe multiplies.
+    Raises:
+        ValueError: new_modules() is wrong; weights of either kind are missing altogether, or a group whose
+            learning rate the recipe multiplies.
     """
     _check_new_modules(model)
     fresh = {id(p) for listed in model.new_modules() for p in listed.parameters()}
-    groups = {name: [] for name in PARAMETER_GROUPS}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            age = "new" if id(parameter) in fresh else "pretrained"
-            groups[f"{age} {'biases' if parameter.ndim == 1 else 'weights'}"].append(parameter)
-    multipliers = dict(zip(PARAMETER_GROUPS, recipe.lr_multipliers, strict=True))
-    for name, parameters in groups.items():
-        if not parameters and (name.endswith("weights") or multipliers[name] != 1):
+    members, groups = {name: [] for name in PARAMETER_GROUPS}, []
+    for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+        age = "new" if id(parameter) in fresh else "pretrained"
+        members[f"{age} {'biases' if parameter.ndim == 1 else 'weights'}"].append(parameter)
+    for (name, parameters), multiplier in zip(members.items(), recipe.lr_multipliers, strict=True):
+        weights = name.endswith("weights")
+        if parameters:
+            decay = recipe.weight_decay if recipe.bias_decay or weights else 0.0
+            groups.append(dict(params=parameters, name=name, lr=recipe.lr * multiplier, weight_decay=decay))
+        elif weights or multiplier != 1:
             raise ValueError(
                 f"{_kind(model)} has no trainable {name}, for which the recipe has the learning rate "
-                f"{recipe.lr:g} x {multipliers[name]:g}: its new_modules() is wrong, or the recipe is for "
-                "another network (then set that multiplier to 1)"
+                f"{recipe.lr:g} x {multiplier:g}: its new_modules() is wrong, or the recipe is for another "
+                "network (then set that multiplier to 1)"
             )
-    return [
-        dict(
-            params=parameters,
-            name=name,
-            lr=recipe.lr * multipliers[name],
-            weight_decay=recipe.weight_decay if recipe.bias_decay or name.endswith("weights") else 0.0,
-        )
-        for name, parameters in groups.items()
-        if parameters
-    ]
+    return groups
 
 
 def _check_new_modules(model):
-    new = [id(module) for listed in model.new_modules() for module in listed.modules()]
-    modules = {id(module): module for module in model.modules()}
-    problem = None
-    if len(set(new)) < len(new):
-        twice = next(modules.get(i) for i in new if new.count(i) > 1)
-        problem = f"lists a {_kind(twice)} twice: list it once"
-    elif not modules.keys() >= set(new):
+    new = [module for listed in model.new_modules() for module in listed.modules()]
+    modules = list(model.modules())
+    always = [m for m in modules if isinstance(m, LearnableController) or m is getattr(model, "head", None)]
+    twice = [module for module in new if new.count(module) > 1]
+    left_out = [module for module in always if module not in new]
+    if twice:
+        problem = f"lists a {_kind(twice[0])} twice: list it once"
+    elif not set(modules) >= set(new):
         problem = "lists a module that is not part of the model"
-    for module in modules.values():
-        always_new = isinstance(module, LearnableController) or module is getattr(model, "head", None)
-        if problem is None and always_new and id(module) not in new:
-            problem = f"leaves out its {_kind(module)}, which is new"
-    if problem is not None:
-        raise ValueError(f"new_modules() of {_kind(model)} {problem}")
+    elif left_out:
+        problem = f"leaves out its {_kind(left_out[0])}, which is new"
+    else:
+        return
+    raise ValueError(f"new_modules() of {_kind(model)} {problem}")
 
 
 def _kind(module):
@@ -343,22 +315,17 @@ def make_optimizer(model, recipe):
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer](groups, lr=recipe.lr)
 
 
-def train_classifier(recipe, dataset, seed=0, device=None, progress=True, **options):
+def train_classifier(recipe, dataset, seed=0, **options):
     """Train a classifier with DRS on image-level labels; Figure 3 (a).
 
     Args:
         recipe: ClassifyRecipe.
         dataset: see `drs_lib.data`; its masks can't be reached from here.
-        device: None for the best there is.
-        progress: see `fit`.
-        options: further ones of `train_network`.
+        options: device, progress and more, see `train_network`.
 
     Returns:
         (model in eval mode, history), see `fit` for the history. The last epoch's weights are kept: choosing
         an epoch by its masks' score would be supervision the method claims to do without.
-
-    Raises:
-        TrainingDiverged, OutOfMemory: see `fit`.
     """
 
     def build(data):
@@ -366,41 +333,37 @@ def train_classifier(recipe, dataset, seed=0, device=None, progress=True, **opti
             recipe.backbone, data.num_classes, recipe.drs_layers, recipe.delta, weights=recipe.weights
         )
 
-    options |= dict(seed=seed, device=device, progress=progress)
-    return _train(ClassifyRecipe, recipe, dataset, build, classification_loss, **options)
+    return _train(ClassifyRecipe, recipe, dataset, build, classification_loss, seed=seed, **options)
 
 
-def train_refinement(recipe, dataset, targets, seed=0, device=None, progress=True, **options):
+def train_refinement(recipe, dataset, targets, seed=0, **options):
     """Train the refinement network on localization maps; Figure 3 (b).
 
     recipe: RefineRecipe. targets: a sequence with one float array (C, H, W) in [0, 1] for each image, read
     when it is needed; of another size than the image, it is upsampled. The rest as in `train_classifier`.
-    Raises ValueError for another number of targets than images, other shapes, or values outside [0, 1].
     """
 
     def build(data):
         return networks.refinement_network(recipe.backbone, data.num_classes, weights=recipe.weights)
 
     loss = functools.partial(refinement_loss, size=recipe.loss_size, label_mask=recipe.label_mask)
-    options |= dict(seed=seed, device=device, progress=progress, extra=TargetMaps(targets, dataset))
+    options |= dict(seed=seed, extra=TargetMaps(targets, dataset))
     return _train(RefineRecipe, recipe, dataset, build, loss, **options)
 
 
-def train_segmentation(recipe, dataset, labels, seed=0, device=None, progress=True, **options):
+def train_segmentation(recipe, dataset, labels, seed=0, **options):
     """Train a DeepLab on segmentation labels; Figure 3 (c).
 
     recipe: SegmentRecipe. labels: a sequence with one uint8 array (H, W) for each image: 0 background, 1..C
     the classes, 255 ignored. Pseudo labels give the weakly supervised network; a caller who hands over the
-    true masks gets the fully supervised one. The rest as in `train_classifier`. Raises ValueError for another
-    number of labels than images, another size than the image's, or a value that is none of these.
+    true masks gets the fully supervised one. The rest as in `train_classifier`.
     """
 
     def build(data):
         return networks.deeplab(recipe.kind, recipe.backbone, data.num_classes + 1, weights=recipe.weights)
 
     loss = functools.partial(segmentation_loss, size=recipe.loss_size)
-    options |= dict(seed=seed, device=device, progress=progress, labels=labels)
-    return _train(SegmentRecipe, recipe, dataset, build, loss, **options)
+    return _train(SegmentRecipe, recipe, dataset, build, loss, seed=seed, labels=labels, **options)
 
 
 def _train(kind, recipe, dataset, build, loss, **options):
@@ -418,18 +381,17 @@ def train_network(
     Args:
         loss: ``loss(model, batch)``, a scalar.
         labels: what becomes ``batch.extra``, a sequence with one uint8 array (H, W) for each image.
+        device: None for the best there is.
         image_cache: a folder for decoded images, where the recipe keeps them in memory (``recipe.images``).
-        options: title, progress, on_epoch and checkpoint, see `fit`.
-
-    The rest as in `train_classifier`.
+        options: title, progress, on_epoch and checkpoint, see `fit` and `Training`.
     """
     dataset = without_masks(dataset)
     if labels is not None:
         extra = LabelMaps(labels, dataset)
-    device = pick_device(device)
+    device = runtime.pick_device(device)
     per_epoch, steps = recipe.steps(len(dataset))
-    with seeded(seed), threads(recipe.threads), tuned(device):
-        model = build(dataset).to(device=device, memory_format=memory_format(device))
+    with runtime.seeded(seed), runtime.threads(recipe.threads), runtime.tuned(device):
+        model = build(dataset).to(device=device, memory_format=runtime.memory_format(device))
         optimizer = make_optimizer(model, recipe)
         factor = functools.partial(recipe.lr_factor, per_epoch=per_epoch, total=steps)
         batches, streams = make_batches(dataset, recipe, extra, seed, device, image_cache)
@@ -455,8 +417,9 @@ def predict_segmentation(model, dataset, *, batch_size=16, output="labels", prog
 
     Images of one size are passed through the network together. Runs where the model is; its mode is restored.
 
-    Yields (index, result) in order; the result is a NumPy array: for output "labels" uint8 (H, W), for
-    "probabilities" float32 (C + 1, H, W), the softmax. Raises ValueError for another output.
+    Yields:
+        (index, result) in order, a NumPy array: for output "labels" uint8 (H, W), for "probabilities" float32
+        (C + 1, H, W), the softmax.
     """
     if output not in ("labels", "probabilities"):
         raise ValueError(f"output is {output!r}: expected 'labels' or 'probabilities'")
@@ -477,20 +440,17 @@ def evaluate_segmentation(
 
     crf: a CRFConfig to score the network's output after the dense CRF as well. engine: see `drs_lib.crf`;
     "lattice" works on `jobs` processes, "attention" on the model's device. Returns dict(miou, iou), see
-    drs_lib.metrics.SegmentationScore; with crf also miou_crf and iou_crf. Raises RuntimeError when "lattice"
-    is asked for and pydensecrf is missing.
+    `drs_lib.metrics.SegmentationScore`; with crf also miou_crf and iou_crf.
     """
     plain, refined = (SegmentationScore(dataset.num_classes + 1) for _ in range(2))
-    predict = functools.partial(
-        predict_segmentation, model, dataset, batch_size=batch_size, progress=progress
-    )
+    options = dict(batch_size=batch_size, progress=progress)
     if crf is None:
-        for i, labels in predict():
+        for i, labels in predict_segmentation(model, dataset, **options):
             plain.update(labels, dataset.mask(i))
         return plain.compute()
 
     def items():
-        for i, probabilities in predict(output="probabilities"):
+        for i, probabilities in predict_segmentation(model, dataset, output="probabilities", **options):
             plain.update(probabilities.argmax(0), dataset.mask(i))
             yield probabilities, dataset[i][0].permute(1, 2, 0).numpy()
 
@@ -502,8 +462,7 @@ def evaluate_segmentation(
 
 
 def evaluate_classifier(model, dataset, *, batch_size=32, resize=None, progress=False):
-    """Exact-match accuracy of a classifier: the fraction of images with every label right at a sigmoid of
-    0.5.
+    """The fraction of images with every label right at a sigmoid of 0.5.
 
     resize: side of the square that images are resized to; None: as they are.
     """
@@ -535,6 +494,6 @@ def _stack(items):
 
 def _infer(model, images):
     device = next(model.parameters()).device
-    with evaluating(model):
-        images = normalize(images.to(device)).contiguous(memory_format=memory_format(device))
-        return require_finite(model(images).float())
+    with runtime.evaluating(model):
+        images = normalize(images.to(device)).contiguous(memory_format=runtime.memory_format(device))
+        return runtime.require_finite(model(images).float())
