@@ -420,7 +420,7 @@ def test_checkpoint_kept(monkeypatch):
         return built[-1]
 
     monkeypatch.setattr(networks, "classifier", keep)
-    recipe = ClassifyRecipe.ci().replace(weights=None, epochs=3, batch=4)
+    recipe = ClassifyRecipe.laptop().replace(weights=None, epochs=3, batch=4)
     dataset = TinyDataset(length=8, size=32, forbid_masks=True)
     model, history = train.train_classifier(
         recipe,
