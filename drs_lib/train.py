@@ -550,15 +550,12 @@ def _predict(model, dataset, batch_size, output, progress):
         yield from zip(indices, results.cpu().numpy(), strict=True)
 
 
-def evaluate_segmentation(
-    model, dataset, crf=None, jobs=None, *, engine="lattice", batch_size=16, progress=False
-):
+def evaluate_segmentation(model, dataset, crf=None, jobs=None, *, batch_size=16, progress=False):
     """Mean IoU of a segmentation network against the data set's masks.
 
-    crf: a CRFConfig to score the network's output after the dense CRF as well. engine: see `drs_lib.crf`;
-    "lattice" works on `jobs` processes, "attention" on the model's device. Returns dict(miou, iou), see
-    drs_lib.metrics.SegmentationScore; with crf also miou_crf and iou_crf. Raises RuntimeError when "lattice"
-    is asked for and pydensecrf is missing.
+    crf: a CRFConfig to score the network's output after the dense CRF as well, on `jobs` processes. Returns
+    dict(miou, iou), see drs_lib.metrics.SegmentationScore; with crf also miou_crf and iou_crf. Raises
+    RuntimeError when crf is given and pydensecrf is missing.
     """
     plain = SegmentationScore(dataset.num_classes + 1)
     if crf is None:
@@ -575,9 +572,7 @@ def evaluate_segmentation(
             yield probabilities, dataset[i][0].permute(1, 2, 0).numpy()
 
     refined = SegmentationScore(dataset.num_classes + 1)
-    device = next(model.parameters()).device
-    results = iterate_crf(items(), crf, jobs, progress=False, engine=engine, device=device)
-    for i, labels in enumerate(results):
+    for i, labels in enumerate(iterate_crf(items(), crf, jobs, progress=False)):
         refined.update(labels, dataset.mask(i))
     return {**plain.compute(), **{f"{key}_crf": value for key, value in refined.compute().items()}}
 
