@@ -5,18 +5,20 @@ import os
 import numpy as np
 import pytest
 import torch
-import torchvision
-from PIL import Image
-from released import THIN_BLOCKS, THIN_VGG16
-from torchvision.models.resnet import Bottleneck
 
-from drs_lib import networks
-from drs_lib.data.voc import VOC_CLASSES, save_indexed_png
+if not torch.cuda.is_available():
+    # Triton's kernels then run in its interpreter. It reads this when it is imported, which torchvision does.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import torchvision  # noqa: E402
+from PIL import Image  # noqa: E402
+from released import THIN_BLOCKS, THIN_VGG16  # noqa: E402
+from torchvision.models.resnet import Bottleneck  # noqa: E402
+
+from drs_lib import networks  # noqa: E402
+from drs_lib.data.voc import VOC_CLASSES, save_indexed_png  # noqa: E402
 
 torch.set_num_threads(1)
-if not torch.cuda.is_available():
-    # Triton's kernels then run in its interpreter. It reads this when it is imported, which torch may do.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 class TinyDataset:
