@@ -139,7 +139,7 @@ def run_tables(
         run=run_name(overwrite),
     )
     pipelines = {seed: Pipeline(seed=seed, **common) for seed in seeds}
-    measures = _measures(numbers, budget)
+    measures = _measures(numbers)
     work = _jobs_of(measures, seeds)
     results = {}
     for job in work:
@@ -167,7 +167,7 @@ def run_row(
     """
     if configuration not in [row.configuration for row in table_rows(number) if row.configuration]:
         raise ValueError(f"Table {number} has no row for {configuration}.")
-    jobs = _jobs_of(_measures((number,), pipeline.budget), [pipeline.seed])
+    jobs = _jobs_of(_measures((number,)), [pipeline.seed])
     [job] = [job for job in jobs if job.configuration == configuration]
     making = copy.copy(pipeline)
     if overwrite:
@@ -182,7 +182,7 @@ def run_row(
 def stored_table(number: int, pipeline: Pipeline) -> "pd.DataFrame":
     """A table with what the pipeline's store has of it, for the pipeline's seed; rows that are not measured
     yet are empty. Makes nothing; columns as for `run_tables`."""
-    measures, seeds = _measures((number,), pipeline.budget), [pipeline.seed]
+    measures, seeds = _measures((number,)), [pipeline.seed]
     scores = {}
     for job in _jobs_of(measures, seeds):
         found = pipeline.stored_scores(job.configuration, job.measures)
@@ -191,9 +191,9 @@ def stored_table(number: int, pipeline: Pipeline) -> "pd.DataFrame":
     return _table(number, measures[number], scores, seeds, _conditions(pipeline, seeds))
 
 
-def _measures(numbers, budget):
+def _measures(numbers):
     measures = {number: ("miou", *_MEASURES[number]) for number in numbers}
-    if budget.crf_engine == "lattice" and not crf.available():
+    if not crf.available():
         measures = {number: tuple(m for m in names if m != "crf") for number, names in measures.items()}
     return measures
 
@@ -612,8 +612,6 @@ def _conditions(pipeline, seeds):
         "refinement": (f"{refine.epochs} epochs" if refine.epochs else f"{refine.iterations} iterations")
         + f" on {budget.target}",
         "CRF": "off",
-        # Only where it isn't the one that all other numbers are from.
-        **({} if budget.crf_engine == "lattice" else {"CRF engine": budget.crf_engine}),
     }
 
 
@@ -712,7 +710,7 @@ def _notes(table):
     """The conditions in a few lines, for below a table."""
     groups = (
         ("data", "budget", "precision", "split", "seeds", "unit"),
-        ("scales", "resize", "alpha", "beta", "rule", "CRF", "CRF engine"),
+        ("scales", "resize", "alpha", "beta", "rule", "CRF"),
         ("refinement", "refined alpha", "renormalize") if table.attrs.get("table") in (3, 4) else (),
         ("accuracy",) if table.attrs.get("table") == 1 else (),
         ("pseudo labels",),

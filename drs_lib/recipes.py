@@ -15,7 +15,7 @@ from types import UnionType
 from typing import Any, ClassVar, get_args, get_origin
 
 from drs_lib.arguments import whole
-from drs_lib.crf import ENGINES, CRFConfig
+from drs_lib.crf import CRFConfig
 
 PRECISIONS = ("float32", "bfloat16")
 COMPILE = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -307,8 +307,7 @@ class Budget:
     """Sizes, recipes and thresholds of a run. Budgets differ in these values, never in code paths.
 
     train_images, val_images, image_size: for Critters, which is drawn to order; VOC is what it is.
-    largefov, largefov_resnet, aspp: recipes of Table 4's three networks; crf_...: the CRF of each, and
-    crf_engine what computes it, see `drs_lib.crf`.
+    largefov, largefov_resnet, aspp: recipes of Table 4's three networks; crf_...: the CRF of each.
     scales, resize: of the images from which localization maps are made, see `iterate_maps`; the classifier's
     accuracy is measured at ``resize`` too.
     alpha, beta, rule, conflict: see `pseudo_labels`.
@@ -337,13 +336,10 @@ class Budget:
     crf_largefov: CRFConfig = CRFConfig.LARGEFOV_VGG16
     crf_largefov_resnet: CRFConfig = CRFConfig.LARGEFOV_RESNET101
     crf_aspp: CRFConfig = CRFConfig.ASPP_RESNET101
-    crf_engine: str = "lattice"
 
     def __post_init__(self):
         if self.target not in ("maps", "largest"):
             raise ValueError(f"Budget: target is {self.target!r}; expected 'maps' or 'largest'.")
-        if self.crf_engine not in ENGINES:
-            raise ValueError(f"Budget: crf_engine is {self.crf_engine!r}; expected one of {ENGINES}.")
 
     def segment(self, network: str) -> SegmentRecipe:
         return {"largefov": self.largefov, "largefov_resnet": self.largefov_resnet, "aspp": self.aspp}[

@@ -433,14 +433,12 @@ def predict_segmentation(model, dataset, *, batch_size=16, output="labels", prog
     return (one for indices, images, _ in batches for one in zip(indices, results(images), strict=True))
 
 
-def evaluate_segmentation(
-    model, dataset, crf=None, jobs=None, *, engine="lattice", batch_size=16, progress=False
-):
+def evaluate_segmentation(model, dataset, crf=None, jobs=None, *, batch_size=16, progress=False):
     """Mean IoU of a segmentation network against the data set's masks.
 
-    crf: a CRFConfig to score the network's output after the dense CRF as well. engine: see `drs_lib.crf`;
-    "lattice" works on `jobs` processes, "attention" on the model's device. Returns dict(miou, iou), see
-    `drs_lib.metrics.SegmentationScore`; with crf also miou_crf and iou_crf.
+    crf: a CRFConfig to score the network's output after the dense CRF as well, on `jobs` processes. Returns
+    dict(miou, iou), see drs_lib.metrics.SegmentationScore; with crf also miou_crf and iou_crf. Raises
+    RuntimeError when crf is given and pydensecrf is missing.
     """
     plain, refined = (SegmentationScore(dataset.num_classes + 1) for _ in range(2))
     options = dict(batch_size=batch_size, progress=progress)
@@ -454,9 +452,7 @@ def evaluate_segmentation(
             plain.update(probabilities.argmax(0), dataset.mask(i))
             yield probabilities, dataset[i][0].permute(1, 2, 0).numpy()
 
-    device = next(model.parameters()).device
-    results = iterate_crf(items(), crf, jobs, progress=False, engine=engine, device=device)
-    for i, labels in enumerate(results):
+    for i, labels in enumerate(iterate_crf(items(), crf, jobs, progress=False)):
         refined.update(labels, dataset.mask(i))
     return {**plain.compute(), **{f"{key}_crf": value for key, value in refined.compute().items()}}
 
