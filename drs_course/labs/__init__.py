@@ -11,7 +11,7 @@ last line::
 
     from drs_course.labs import DeltaLab
 
-    DeltaLab(line, image=3)
+    DeltaLab(pipeline, image=3)
 
 ``lab.set(delta=0.4)`` moves a control from code, ``lab.state`` reads them all, ``lab.close()`` removes it.
 """

@@ -1,9 +1,13 @@
 """Images to look at in a lab, with everything that is shown or scored beside them."""
 
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
+from drs_course.labs import pictures
+from drs_course.labs.lab import View
 from drs_lib.data import IGNORED
 from drs_lib.metrics import map_quality
 
@@ -17,9 +21,9 @@ class Scene(NamedTuple):
     (H, W); classes: [(name, index)] of the classes that the image shows.
     """
 
-    image: object
+    image: torch.Tensor
     picture: np.ndarray
-    labels: object
+    labels: torch.Tensor
     mask: np.ndarray
     classes: list
 
@@ -41,10 +45,20 @@ def scene(dataset, index):
     return Scene(image, picture, labels, np.asarray(dataset.mask(index)), classes)
 
 
+def scenes(dataset):
+    """`scene` of a data set by index; the last few are kept."""
+    return lru_cache(8)(partial(scene, dataset))
+
+
 def offer_classes(control, scene):
     """Lets a list of classes follow the image: the same classes leave the choice as it is."""
     if tuple(control.options) != tuple(scene.classes):
         control.options = scene.classes
+
+
+def without_classes(scene, note=""):
+    """The `View` of an image of which there is no map to show."""
+    return View(pictures.sheet({"image: it shows none of the classes": scene.picture}), [], note)
 
 
 def cue_scores(values, scene, label, alpha):
@@ -57,7 +71,8 @@ def cue_scores(values, scene, label, alpha):
     return {name: float(scores[key][label]) for key, name in SCORES.items()}
 
 
-def score_table(columns):
-    """Rows for a lab's numbers; columns: from a heading to the scores of one cue."""
-    rows = [["in % of this image", *columns]]
-    return rows + [[name, *(scores[name] for scores in columns.values())] for name in SCORES.values()]
+def score_table(maps, scene, label, alpha):
+    """Rows for a lab's numbers: `cue_scores` of maps, a dict from a heading to a map (H, W)."""
+    scores = [cue_scores(values, scene, label, alpha) for values in maps.values()]
+    rows = [[name, *(column[name] for column in scores)] for name in SCORES.values()]
+    return [["in % of this image", *maps], *rows]
