@@ -8,7 +8,6 @@ import numpy as np
 
 from drs_course.labs import networks, pictures
 from drs_course.labs.lab import Lab, View, picker, show, slider, switch
-from drs_course.labs.scenes import scenes
 from drs_course.paper import Configuration
 from drs_course.plots import overlay, overlay_labels
 from drs_course.plots.colors import painted, rgb
@@ -54,8 +53,8 @@ class CueLab(Lab):
     )
 
     def __init__(self, pipeline, image=0, images=100):
-        super().__init__(pipeline)
         train, budget = pipeline.data.train, pipeline.budget
+        super().__init__(pipeline, train)
         self._weak = without_masks(train)
         refined = Configuration(refine=True)
         self._networks = {"DRS": pipeline.classifier(networks.LEARNABLE)}
@@ -63,7 +62,6 @@ class CueLab(Lab):
             self._networks["CAM"] = pipeline.classifier(networks.PLAIN)
         if pipeline.has("refine", refined):
             self._networks["DRS†, refined"] = pipeline.refinement_network(refined)
-        self._scene = scenes(train)
         self._maps = lru_cache(8)(self._make_maps)
         self._crf = budget.crf("largefov")
         count = min(max(images, image + 1), len(train))

@@ -6,7 +6,7 @@ import ipywidgets
 
 from drs_course.labs import networks, pictures
 from drs_course.labs.lab import LABEL, Lab, View, picker, show, slider, switch
-from drs_course.labs.scenes import offer_classes, scenes, score_table, without_classes
+from drs_course.labs.scenes import score_table
 from drs_course.paper import ALL_LAYERS, Configuration
 from drs_course.plots import overlay
 from drs_course.plots.colors import outlined
@@ -38,13 +38,12 @@ class DeltaLab(Lab):
     )
 
     def __init__(self, pipeline, image=0, delta=0.55):
-        super().__init__(pipeline)
         budget, val = pipeline.budget, pipeline.data.val
+        super().__init__(pipeline, val)
         self._dial = networks.Dial(pipeline.classifier(networks.PLAIN))
         self._learnable = pipeline.has("classify", networks.LEARNABLE)
         kept = 12 if budget.classify.backbone == "mini" else 1
         self._trained = lru_cache(kept)(lambda configuration: networks.stored(pipeline, configuration))
-        self._scene = scenes(val)
         self._map = lru_cache(16)(self._make_map)
         deltas = networks.trained_deltas(pipeline)
         trained = [(f"{stored:.2f}", stored) for stored in deltas] or [("none", 0.0)]
@@ -81,8 +80,6 @@ class DeltaLab(Lab):
 
     def adjust(self, name):
         at = self.controls
-        if name == "image":
-            offer_classes(at["label"], self._scene(at["image"].value))
         if name == "per_layer":
             at["preset"].value = next(row for row, layers in networks.PRESETS.items() if layers == ALL_LAYERS)
         if name in ("preset", "per_layer", "delta") and at["preset"].value != BY_HAND:
@@ -126,7 +123,7 @@ class DeltaLab(Lab):
         what, (source, _, short) = self._scene(index), self._right(state)
         note = self._note(state, source)
         if label is None:
-            return without_classes(what, note)
+            return View(pictures.sheet({pictures.NO_CLASS: what.picture}), [], note)
         cam, drs = (self._map(one, index, label) for one in (CAM_CONTROLS, source))
         on_object = what.on_object(label)
         cues = [

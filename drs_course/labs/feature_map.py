@@ -6,7 +6,6 @@ import numpy as np
 
 from drs_course.labs import networks, pictures
 from drs_course.labs.lab import Lab, View, picker, slider
-from drs_course.labs.scenes import scenes
 from drs_lib.runtime import threads
 
 
@@ -27,10 +26,9 @@ class FeatureMapLab(Lab):
     )
 
     def __init__(self, pipeline, image=0, delta=0.55):
-        super().__init__(pipeline)
         val = pipeline.data.val
+        super().__init__(pipeline, val)
         self._model = pipeline.classifier(networks.PLAIN)
-        self._scene = scenes(val)
         self._features = lru_cache(8)(self._make_features)
         features = self._features(image)
         *_, (place, last) = features.items()
@@ -45,8 +43,7 @@ class FeatureMapLab(Lab):
     def _make_features(self, index):
         budget = self.pipeline.budget
         with threads(budget.classify.threads):
-            found = networks.before_activations(self._model, self._scene(index).image, budget.resize)
-        return {place: features.clip(0) for place, features in found.items()}
+            return networks.relu_outputs(self._model, self._scene(index).image, budget.resize)
 
     def adjust(self, name):
         if name == "place":

@@ -15,7 +15,6 @@ from torch.nn.functional import interpolate
 from drs_course.download import COMMAND, weights_file
 from drs_course.labs import networks, pictures
 from drs_course.labs.lab import Lab, View, picker, show, slider, switch
-from drs_course.labs.scenes import scenes
 from drs_course.labs.upload import FORMATS, MOST_BYTES, ImageRefused, read_image
 from drs_course.paper import ALL_LAYERS
 from drs_course.plots import layer_mean, overlay
@@ -56,8 +55,8 @@ class ImageLab(Lab):
     )
 
     def __init__(self, pipeline, image=0, photo=None):
-        super().__init__(pipeline)
         val, self._on_voc = pipeline.data.val, pipeline.data.name == "voc"
+        super().__init__(pipeline, val)
         downloaded, own = _downloaded(), _of_pipeline(pipeline)
         if self._on_voc:
             if AUTHORS in downloaded and not pipeline.has("classify", networks.PLAIN):
@@ -66,7 +65,6 @@ class ImageLab(Lab):
         self._photo = own if self._on_voc else _voc_classifiers(pipeline) | downloaded
         # By where the image is from.
         self._models = {DRAWN: own, OWN: self._photo or own}
-        self._scene = scenes(val)
         self._seen = lru_cache(8)(self._look)
         self._uploaded, self._uploads, self._refused = None, 0, ""
         self.upload = ipywidgets.FileUpload(

@@ -1,14 +1,9 @@
 """What every lab is built on: controls, one picture that is replaced, numbers beside it, and when to redraw.
 
-A lab is a function from a state to a `View`; this module does the rest:
-
-* a burst of changes is drawn once, with its last values: a drawing waits until no change has come for a few
-  milliseconds, though never long;
-* where a drawing takes longer than a moment (VGG-16 on a processor), it waits until the hand rests, and the
-  lab says that it is computing;
-* an error is shown in the place of the picture, which would be the wrong one;
-* when the kernel is gone, the page says that the lab has to be run again;
-* readers without a kernel find a picture of the lab in the notebook.
+A lab is a function from a state to a `View`; this module does the rest. A burst of changes is drawn once,
+with its last values; where a drawing takes longer than a moment (VGG-16 on a processor), it waits until the
+hand rests. An error is shown in the place of the picture, which would be the wrong one. When the kernel is
+gone, the page says so, and readers without a kernel find a picture of the lab in the notebook.
 """
 
 import asyncio
@@ -19,8 +14,8 @@ import threading
 import time
 from collections import deque
 from contextlib import nullcontext, suppress
-from functools import partial
-from typing import Any, NamedTuple
+from functools import lru_cache, partial
+from typing import NamedTuple
 
 import ipywidgets
 import numpy as np
@@ -28,6 +23,7 @@ from IPython.display import display
 from traitlets import TraitError
 
 from drs_course.labs import pictures
+from drs_course.labs.scenes import scene
 
 _log = logging.getLogger(__name__)
 
@@ -86,31 +82,22 @@ class View(NamedTuple):
 class Lab:
     """The base of the labs. A subclass fills ``self.controls`` (name: widget) before it calls `_build`.
 
-    ``title``, ``about``: what it is, in a line and in a sentence. ``view(state)`` draws, where a state is a
-    dict of the controls' values; ``describe(state)`` puts it into a line of text.
+    It has ``title`` and ``about``: what it is, in a line and in a sentence. ``view(state)`` gives the `View`
+    of a state, a dict of the controls' values, and ``describe(state)`` puts it into a line of text.
     """
 
-    title = ""
-    about = ""
-
-    def __init__(self, pipeline):
+    def __init__(self, pipeline, images=None):
+        """images: the data set whose images are looked at; a control "label" follows the control "image"."""
         self.pipeline = pipeline
-        self.controls: dict[str, Any] = {}
-        self.drawn: dict | None = None  # the state of the picture
-        self.shown: View | None = None
-        self.drawings = 0
+        self._scene = lru_cache(8)(partial(scene, images))
+        self.controls, self.shown, self.drawings = {}, None, 0
+        self.drawn = None  # the state of the picture
         self._took = deque(maxlen=2)
         self._adjusting = self._holding = False
         # Jupyter hands a page's changes to a thread of their own while cells run in the main one.
         self._lock = threading.RLock()
         # Of a drawing that waits (None: none does): its loop, its timer, when the first change came.
         self._loop, self._timer, self._since = None, None, 0.0
-
-    def view(self, state: dict) -> View:
-        raise NotImplementedError
-
-    def describe(self, state: dict) -> str:
-        raise NotImplementedError
 
     def adjust(self, name: str) -> None:
         """Brings the other controls in line: called at the start with "", and with the name of a control that
@@ -172,6 +159,8 @@ class Lab:
                 return
             self._adjusting = True
             try:
+                if name == "image" and "label" in self.controls:
+                    self._offer_classes()
                 self.adjust(name)
             except Exception:
                 # Of an image that can't be read, for example: drawing it fails in the same way, and shows it.
@@ -180,6 +169,11 @@ class Lab:
                 self._adjusting = False
             if not self._holding:
                 self.request()
+
+    def _offer_classes(self):
+        classes, label = self._scene(self.controls["image"].value).classes, self.controls["label"]
+        if tuple(label.options) != tuple(classes):  # the same classes leave the choice as it is
+            label.options = classes
 
     def request(self) -> None:
         """Draws soon, once for all that is asked for until then; at once where no event loop runs."""
@@ -219,8 +213,7 @@ class Lab:
             try:
                 self.shown = self.view(state)
             except Exception as error:
-                # Nobody sees an exception of a callback; the old picture, under the new values, would be a
-                # lie.
+                # Nobody sees a callback's exception; the old picture, under the new values, would be a lie.
                 _log.exception("%s: drawing %s failed", self.title, state)
                 blank = pictures.blank(pictures.SIDE, 2 * pictures.SIDE)
                 self.shown, state = View(blank, [], alert=f"{type(error).__name__}: {error}"), None
@@ -246,10 +239,10 @@ class Lab:
         with self._lock:
             if self._timer is not None:
                 self.draw()
-            numbers = [[_cell(cell) for cell in row] for row in self.shown.numbers]
-            note = self.shown.alert or self.shown.note
-            texts = (self.title, self._described(), self.about)
-            return pictures.snapshot(*texts, self.shown.picture, numbers, note)
+            picture, numbers, note, alert = self.shown
+            numbers = [[_cell(cell) for cell in row] for row in numbers]
+            texts = self.title, self._described(), self.about
+        return pictures.snapshot(*texts, picture, numbers, alert or note)
 
     def _described(self):
         try:

@@ -6,7 +6,7 @@ import numpy as np
 
 from drs_course.labs import networks, pictures
 from drs_course.labs.lab import Lab, View, picker, slider, switch
-from drs_course.labs.scenes import offer_classes, scenes, score_table, without_classes
+from drs_course.labs.scenes import score_table
 from drs_course.paper import ALL_LAYERS
 from drs_course.plots import layer_mean, overlay
 from drs_course.plots.colors import outlined
@@ -35,14 +35,13 @@ class LayerLab(Lab):
     )
 
     def __init__(self, pipeline, image=0, layers=(5, 6), delta=0.55):
-        super().__init__(pipeline)
         val = pipeline.data.val
+        super().__init__(pipeline, val)
         self._dials = {PLAIN: networks.Dial(pipeline.classifier(networks.PLAIN))}
         on_offer = [("plain, DRS at inference", PLAIN)]
         if pipeline.has("classify", networks.LEARNABLE):
             self._dials[LEARNED] = networks.Dial(pipeline.classifier(networks.LEARNABLE))
             on_offer.append(("trained with learnable DRS", LEARNED))
-        self._scene = scenes(val)
         self._without = lru_cache(8)(lambda *key: self._look(*key, (1.0,) * 6))
         boxes = {f"layer{n}": switch(f"layer {n}", n in layers) for n in ALL_LAYERS}
         self.controls = {
@@ -64,8 +63,6 @@ class LayerLab(Lab):
 
     def adjust(self, name):
         at = self.controls
-        if name == "image":
-            offer_classes(at["label"], self._scene(at["image"].value))
         if name == "preset" and at["preset"].value in networks.PRESETS:
             for n in ALL_LAYERS:
                 at[f"layer{n}"].value = n in networks.PRESETS[at["preset"].value]
@@ -85,7 +82,7 @@ class LayerLab(Lab):
         network, index, label, ticked = state["network"], state["image"], state["label"], _ticked(state)
         what, budget = self._scene(index), self.pipeline.budget
         if label is None:
-            return without_classes(what)
+            return View(pictures.sheet({pictures.NO_CLASS: what.picture}), [])
         control = state["delta"] if network == PLAIN else None
         controls = [control if n in ticked else 1.0 for n in ALL_LAYERS]
         with threads(budget.classify.threads):

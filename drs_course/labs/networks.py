@@ -77,30 +77,29 @@ def layer_features(model, image, resize=None):
     return [features[0].cpu().numpy() for features in outputs]
 
 
-def before_activations(model, image, resize=None):
-    """What reaches every activation of a plain classifier: {"layer 5, second": float32 (K, h, w)}.
+def relu_outputs(model, image, resize=None):
+    """What every ReLU of a plain classifier gives: {"layer 5, second": float32 (K, h, w)}.
 
-    Their ReLU is the X of Algorithm 1, at each place where a DRS module can stand.
+    It is the X of Algorithm 1, at each place where a DRS module can stand.
     """
     found = {}
 
-    def keep(name, module, inputs):
-        found[name] = inputs[0][0].cpu().numpy().copy()  # the activation may work in place
+    def keep(name, module, inputs, output):
+        found[name] = output[0].cpu().numpy().copy()
 
     with ExitStack() as hooks:
         for number, layer in enumerate(model.layers, 1):
-            activations = [module for module in layer.modules() if isinstance(module, (nn.ReLU, DRS))]
-            for place, module in zip(("first", "second", "third"), activations, strict=False):
-                name = f"layer {number}, {place}" if len(activations) > 1 else f"layer {number}"
-                hook = module.register_forward_pre_hook(partial(keep, name))
-                hooks.callback(hook.remove)
+            relus = [module for module in layer.modules() if isinstance(module, nn.ReLU)]
+            for place, relu in zip(("first", "second", "third"), relus, strict=False):
+                name = f"layer {number}, {place}" if len(relus) > 1 else f"layer {number}"
+                hooks.callback(relu.register_forward_hook(partial(keep, name)).remove)
         layer_features(model, image, resize)
     return found
 
 
 def stored_classifier(store, config, inputs, num_classes, device):
-    """A trained classifier of a run store, by its stage's configuration and inputs. Raises FileNotFoundError:
-    it is damaged or gone; a callback must not train for minutes."""
+    """A trained classifier of a run store, by its stage's configuration and inputs. Raises FileNotFoundError
+    where it is damaged or gone: a callback must not train for minutes."""
     version = STAGE_VERSIONS["classify"]
     entry = store.get("classify", config, inputs, version)
     if entry is None:
@@ -121,4 +120,4 @@ def stored(pipeline, configuration):
 def trained_deltas(pipeline):
     """Table 1's constant controllers whose classifiers are in the store: their deltas, ascending."""
     configurations = [row.configuration for row in table_rows(1)]
-    return sorted(c.delta for c in configurations if c.delta is not None and pipeline.has("classify", c))
+    return sorted(c.delta for c in configurations if c.delta and pipeline.has("classify", c))

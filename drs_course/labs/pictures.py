@@ -22,6 +22,7 @@ INK, PAPER = (40, 40, 40), (255, 255, 255)
 RIGHT, WRONG, MISSED = "#0072B2", "#D55E00", "#F0C000"
 SUPPRESSED, KEPT = "#E69F00", "#CCCCCC"
 PEAK, TAU = "#B0528A", "#0072B2"
+NO_CLASS = "image: it shows none of the classes"
 DIFFERENCES = "PuOr_r"  # lower is violet, higher is orange; the colour-blind tell them apart
 
 

@@ -5,7 +5,7 @@ import pytest
 from browser.pages import MAIN, eventually
 from drs_course.labs import CueLab, DeltaLab, FeatureMapLab, ImageLab, LayerLab
 from drs_course.labs.networks import PLAIN, PRESETS, Dial, class_maps
-from drs_course.labs.scenes import cue_scores, scene
+from drs_course.labs.scenes import scene, score_table
 from drs_lib.crf import available
 
 FOCUSABLE = 'select, input, button, [tabindex="0"], [contenteditable="true"]'
@@ -124,7 +124,7 @@ def test_the_numbers_are_the_librarys(subject, pipeline):
         lab.reaches_kernel("delta")
         network.set([lab.readout("delta")] * 6)
         (values,) = class_maps(network.model, what.image, [label], pipeline.budget.resize)
-        scores = cue_scores(values, what, label, pipeline.budget.alpha).values()
+        scores = [row[1] for row in score_table({"": values}, what, label, pipeline.budget.alpha)[1:]]
         wanted = ["–" if score != score else f"{100 * score:.1f}" for score in scores]
         eventually(lambda w=wanted: [row[-1] for row in lab.on_page.numbers()] == w, f"the scores {wanted}")
         found.append(wanted)
