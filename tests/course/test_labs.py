@@ -9,7 +9,6 @@ import logging
 import os
 import time
 import tracemalloc
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,7 +64,8 @@ def seen(pipeline):
     models = pipeline.classifier(PLAIN), with_plain_weights(pipeline, ALL_LAYERS, 0.6)
 
     def found(index, label):
-        return min(scores_of(model, pipeline, index, label, 0.2)[2] for model in models)
+        maps = (maps_of(model, pipeline, index) for model in models)
+        return min(quality(one, pipeline, index, label, 0.2)[2] for one in maps)
 
     pairs = [(i, c) for i in range(12) for c in pipeline.data.val[i][1].nonzero().flatten().tolist()]
     best = max(pairs, key=lambda pair: found(*pair))
@@ -104,6 +104,11 @@ def images_with_classes(dataset, count):
     return [i for i in range(len(dataset)) if dataset[i][1].sum() >= count]
 
 
+def maps_of(model, pipeline, index):
+    image, labels = pipeline.data.val[index]
+    return localization_maps(model, normalize(image[None]), labels[None])[0]
+
+
 def quality(maps, pipeline, index, label, alpha):
     """[recall, precision, IoU] of a class, from maps (C, H, W)."""
     labels = pipeline.data.val[index][1]
@@ -111,13 +116,12 @@ def quality(maps, pipeline, index, label, alpha):
     return [float(scores[key][label]) for key in ("recall", "precision", "iou")]
 
 
-def maps_of(model, pipeline, index):
-    image, labels = pipeline.data.val[index]
-    return localization_maps(model, normalize(image[None]), labels[None])[0]
-
-
-def scores_of(model, pipeline, index, label, alpha):
-    return quality(maps_of(model, pipeline, index), pipeline, index, label, alpha)
+def agrees(lab, model, name="DRS", maps=None, atol=1e-3):
+    """A column of a lab's numbers is what the library says of a network's map in the lab's state."""
+    pipeline, index, label = lab.pipeline, lab.state["image"], lab.state["label"]
+    maps = maps_of(model, pipeline, index) if maps is None else maps
+    expected = quality(maps, pipeline, index, label, lab.state.get("alpha", pipeline.budget.alpha))
+    np.testing.assert_allclose(column(lab, name), expected, atol=atol)
 
 
 def with_plain_weights(pipeline, layers, delta):
@@ -260,8 +264,7 @@ def test_delta_lab_agrees_with_the_library(make, pipeline, seen, delta):
         for alpha in (0.0, 0.2, 0.9):
             lab.set(image=index, label=label, alpha=alpha)
             for name, model in models.items():
-                expected = scores_of(model, pipeline, index, label, alpha)
-                np.testing.assert_allclose(column(lab, name), expected, atol=1e-3)
+                agrees(lab, model, name)
             for value in column(lab, "DRS"):
                 assert f">{100 * value:.1f}<" in lab.numbers.value or np.isnan(value)
     lab.set(**seen, alpha=0.2)
@@ -269,14 +272,20 @@ def test_delta_lab_agrees_with_the_library(make, pipeline, seen, delta):
     assert (column(lab, "CAM") == column(lab, "DRS")) == (delta == 1.0)
 
 
-def test_delta_lab_draws_the_maps_it_scores(make, pipeline, seen, monkeypatch):
-    drawn, overlay = [], delta_module.overlay
+@pytest.fixture
+def recorded(monkeypatch):
+    """``recorded(module, name)``: the second arguments that a drawing function was given, or the only one."""
 
-    def record(image, values):
-        drawn.append(values)
-        return overlay(image, values)
+    def record(module, name):
+        drawn, draw = [], getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: drawn.append(args[name != "heat"]) or draw(*args))
+        return drawn
 
-    monkeypatch.setattr(delta_module, "overlay", record)
+    return record
+
+
+def test_delta_lab_draws_the_maps_it_scores(make, pipeline, seen, recorded):
+    drawn = recorded(delta_module, "overlay")
     lab = make(DeltaLab, delta=0.6)
     drawn.clear()
     lab.set(**seen)
@@ -292,12 +301,10 @@ def test_presets_are_the_rows_of_table_2(make, pipeline, seen, row):
     lab = make(DeltaLab, delta=0.7).set(**seen, per_layer=True, preset=row.label)
     assert [lab.state[f"layer{n}"] for n in range(1, 7)] == [0.7 if n in layers else 1 for n in range(1, 7)]
     model = with_plain_weights(pipeline, layers, 0.7 if layers else None)
-    label = seen["label"]
-    expected = scores_of(model, pipeline, seen["image"], label, lab.state["alpha"])
-    np.testing.assert_allclose(column(lab, "DRS"), expected, atol=1e-3)
+    agrees(lab, model)
     plugged = make(LayerLab, delta=0.7).set(**seen).set(preset=row.label)
     assert [n for n in range(1, 7) if plugged.state[f"layer{n}"]] == list(layers)
-    np.testing.assert_allclose(column(plugged, "DRS"), expected, atol=1e-3)
+    agrees(plugged, model)
 
 
 def test_one_delta_for_each_layer(make, pipeline, seen):
@@ -309,8 +316,7 @@ def test_one_delta_for_each_layer(make, pipeline, seen):
     for layer, delta in zip(model.layers, deltas, strict=True):
         for module in activations(layer):
             module.register_forward_pre_hook(lambda _, inputs, delta=delta: suppress_plain(*inputs, delta))
-    expected = scores_of(model, pipeline, seen["image"], seen["label"], lab.state["alpha"])
-    np.testing.assert_allclose(column(lab, "DRS"), expected, atol=1e-3)
+    agrees(lab, model)
     assert column(lab, "DRS") != column(lab, "CAM")
     assert lab.state["preset"] == "by hand" and "0.90 0.70 0.80 1.00 0.60 0.95" in lab.describe(lab.state)
 
@@ -329,9 +335,7 @@ def test_trained_mode_shows_the_trained_classifier(make, pipeline, seen, configu
     learnable = configuration.delta is None
     state = {"learnable": True} if learnable else {"trained": configuration.delta}
     lab = make(DeltaLab).set(**seen, mode="trained", **state)
-    maps = maps_of(pipeline.classifier(configuration), pipeline, seen["image"])
-    expected = quality(maps, pipeline, seen["image"], seen["label"], lab.state["alpha"])
-    np.testing.assert_allclose(column(lab, "DRS"), expected, atol=1e-3)
+    agrees(lab, pipeline.classifier(configuration))
     said = "learnable" if learnable else f"{configuration.delta:.2f}"
     assert said in lab.describe(lab.state)
 
@@ -359,7 +363,7 @@ def test_each_mode_shows_its_own_controls(make):
     assert lab.note.value == inference and "learnable" not in visible()
 
 
-def test_disabled_controls_are_those_without_effect(make):
+def test_disabled_controls_are_those_without_effect(make, pipeline):
     layers = make(LayerLab)
     assert not layers.controls["delta"].disabled
     first = layers.set(network="learnable").picture.value
@@ -371,13 +375,9 @@ def test_disabled_controls_are_those_without_effect(make):
     assert cues.set(beta=0.9, conflict="object").picture.value == first
     cues.set(rule="paper")
     assert not cues.controls["beta"].disabled and not cues.controls["conflict"].disabled
-
-
-def test_a_budget_with_the_release_s_rule_begins_with_it(pipeline):
-    budget = pipeline.budget.replace(rule="release")
-    lab = CueLab(Pipeline("critters", budget, store=pipeline.store), images=2)
-    assert lab.state["rule"] == "release" and lab.controls["beta"].disabled
-    lab.close()
+    budget = pipeline.budget.replace(rule="release")  # a budget with that rule begins with it
+    cues = make(CueLab, Pipeline("critters", budget, store=pipeline.store), images=2)
+    assert cues.state["rule"] == "release" and cues.controls["beta"].disabled
 
 
 @pytest.mark.parametrize("kind", [DeltaLab, LayerLab])
@@ -428,9 +428,8 @@ def hooked_features(pipeline, index):
 
 
 @pytest.mark.parametrize("delta", [0.05, 0.55, 1.0])
-def test_feature_map_lab_is_algorithm_1(make, pipeline, monkeypatch, delta):
-    drawn, heat = [], pictures.heat
-    monkeypatch.setattr(pictures, "heat", lambda values, *more: drawn.append(values) or heat(values, *more))
+def test_feature_map_lab_is_algorithm_1(make, pipeline, recorded, delta):
+    drawn = recorded(pictures, "heat")
     lab = make(FeatureMapLab, image=1, delta=delta)
     features = hooked_features(pipeline, 1)
     places = list(lab.controls["place"].options)
@@ -462,13 +461,6 @@ def test_a_channel_that_is_zero_everywhere(make, monkeypatch):
     assert lab.set(channel=4).note.value == ""
 
 
-def test_a_smaller_place_keeps_the_channel_within(make):
-    lab = make(FeatureMapLab).set(channel=60)
-    lab.set(place="layer 1")
-    assert lab.state["channel"] == lab.controls["channel"].max == 15
-    assert lab.set(place="layer 6, second").controls["channel"].max == 63
-
-
 @pytest.mark.parametrize(
     "kind, state",
     [
@@ -481,10 +473,11 @@ def test_a_smaller_place_keeps_the_channel_within(make):
 def test_set_takes_its_values_in_any_order(make, kind, state):
     lab = make(kind)
     if kind is FeatureMapLab:
-        lab.set(place="layer 1")
+        lab.set(channel=60)
+        lab.set(place="layer 1")  # a smaller place keeps the channel within
+        assert lab.state["channel"] == lab.controls["channel"].max == 15
     lab.set(**state)
-    assert {name: lab.state[name] for name in state} == state
-    assert lab.drawn == lab.state
+    assert {name: lab.state[name] for name in state} == state and lab.drawn == lab.state
 
 
 @pytest.mark.parametrize("delta", [0.6, 0.8])
@@ -492,14 +485,7 @@ def test_layer_lab_without_boxes_is_cam_and_with_all_is_drs(make, pipeline, seen
     boxes = {f"layer{n}": n for n in range(1, 7)}
     lab = make(LayerLab, layers=(), delta=delta).set(**seen)
     np.testing.assert_array_equal(column(lab, "DRS"), column(lab, "no DRS"))
-    plain = quality(
-        maps_of(pipeline.classifier(PLAIN), pipeline, seen["image"]),
-        pipeline,
-        seen["image"],
-        seen["label"],
-        pipeline.budget.alpha,
-    )
-    np.testing.assert_allclose(column(lab, "DRS"), plain, atol=1e-3)
+    agrees(lab, pipeline.classifier(PLAIN))
     lab.set(**dict.fromkeys(boxes, True))
     other = make(DeltaLab, delta=delta).set(**seen)
     np.testing.assert_array_equal(column(lab, "DRS"), column(other, "DRS"))
@@ -508,9 +494,8 @@ def test_layer_lab_without_boxes_is_cam_and_with_all_is_drs(make, pipeline, seen
 
 
 @pytest.mark.parametrize("ticked", [(), (5, 6), (1, 2, 3, 4, 5, 6)])
-def test_layer_lab_takes_learned_modules_out(make, pipeline, seen, monkeypatch, ticked):
-    drawn, heat = [], pictures.heat
-    monkeypatch.setattr(pictures, "heat", lambda values, *more: drawn.append(values) or heat(values, *more))
+def test_layer_lab_takes_learned_modules_out(make, pipeline, seen, recorded, ticked):
+    drawn = recorded(pictures, "heat")
     lab = make(LayerLab, layers=ticked).set(**seen)
     drawn.clear()
     lab.set(network="learnable")
@@ -520,9 +505,7 @@ def test_layer_lab_takes_learned_modules_out(make, pipeline, seen, monkeypatch, 
             if number not in ticked:
                 module.register_forward_hook(lambda m, inputs, output: inputs[0].relu())
         layer.register_forward_hook(lambda m, inputs, output: features.append(output[0].numpy()))
-    maps = maps_of(model, pipeline, seen["image"])
-    expected = quality(maps, pipeline, seen["image"], seen["label"], pipeline.budget.alpha)
-    np.testing.assert_allclose(column(lab, "DRS"), expected, atol=1e-3)
+    agrees(lab, model)
     assert len(drawn) == 12
     for values, layer in zip(drawn[6:], features, strict=True):
         np.testing.assert_allclose(values, layer_mean(layer), atol=1e-4)
@@ -538,19 +521,6 @@ def cue_inputs(pipeline, kind, index):
     return maps, train.saliency(index), train.mask(index)
 
 
-@pytest.fixture
-def labels_drawn(monkeypatch):
-    """The label maps that the cue lab draws."""
-    drawn, overlay_labels = [], cue_module.overlay_labels
-
-    def record(image, labels, classes):
-        drawn.append(labels)
-        return overlay_labels(image, labels, classes)
-
-    monkeypatch.setattr(cue_module, "overlay_labels", record)
-    return drawn
-
-
 @pytest.mark.parametrize(
     "state",
     [
@@ -561,7 +531,8 @@ def labels_drawn(monkeypatch):
         {"maps": "CAM", "alpha": 0.0, "rule": "release"},
     ],
 )
-def test_cue_lab_s_label_is_the_library_s(make, pipeline, labels_drawn, state):
+def test_cue_lab_s_label_is_the_library_s(make, pipeline, recorded, state):
+    labels_drawn = recorded(cue_module, "overlay_labels")
     lab = make(CueLab)
     for index in images_with_classes(pipeline.data.train, 2)[:2]:
         labels_drawn.clear()
@@ -624,7 +595,8 @@ def test_the_maps_bring_their_own_threshold(make, pipeline):
 
 
 @pytest.mark.skipif(not available(), reason="pydensecrf is not installed")
-def test_cue_lab_s_crf_is_the_library_s(make, pipeline, labels_drawn):
+def test_cue_lab_s_crf_is_the_library_s(make, pipeline, recorded):
+    labels_drawn = recorded(cue_module, "overlay_labels")
     lab = make(CueLab)
     index = images_with_classes(pipeline.data.train, 2)[0]
     sliders = {"gaussian_sxy": 2.0, "gaussian_weight": 4.0, "bilateral_sxy": 20.0, "bilateral_srgb": 9.0,
@@ -657,64 +629,43 @@ def test_without_the_crf_the_cue_lab_says_how_to_get_it(make, monkeypatch):
     assert any("pydensecrf" in text for text in texts)
 
 
-def test_a_store_without_table_1_says_so(tmp_path):
+def test_a_store_without_table_1_says_so(make, tmp_path):
     pipeline = Pipeline("critters", "ci", store=tmp_path)
     pipeline.classifier(PLAIN)
-    lab = DeltaLab(pipeline, image=1)
-    lab.set(mode="trained")
+    lab = make(DeltaLab, pipeline, image=1).set(mode="trained")
     assert "no classifier" in lab.note.value and "notebook 03" in lab.note.value
     np.testing.assert_array_equal(column(lab, "DRS"), column(lab, "CAM"))
     assert lab.controls["learnable"].disabled
     assert lab.set(learnable=True).describe(lab.state) == lab.set(learnable=False).describe(lab.state)
-    assert [path.name for path in (tmp_path / "classify").iterdir() if path.name != ".locks"] == [
-        pipeline.stage("classify", PLAIN).key
-    ]
-    lab.close()
-    layers, own = LayerLab(pipeline), ImageLab(pipeline)
-    assert [value for _, value in layers.controls["network"].options] == ["plain"]
-    assert len(own.controls["network"].options) == 1
-    layers.close()
-    own.close()
-
-
-def test_with_the_learnable_classifier_alone_cam_is_not_passed_off_as_drs(tmp_path):
-    pipeline = Pipeline("critters", "ci", store=tmp_path)
-    pipeline.classifier(PLAIN)
-    pipeline.classifier(LEARNABLE)
-    lab = DeltaLab(pipeline, image=1).set(mode="trained")
-    if lab.state["learnable"]:  # a lab may tick it by itself
-        assert column(lab, "DRS") != column(lab, "CAM")
-    else:
-        assert "no classifier" in lab.note.value
-    lab.set(learnable=True)
-    expected = scores_of(pipeline.classifier(LEARNABLE), pipeline, 1, lab.state["label"], 0.2)
-    np.testing.assert_allclose(column(lab, "DRS"), expected, atol=1e-3)
+    assert len(pipeline.store.metas("classify")) == 1
+    assert [value for _, value in make(LayerLab, pipeline).controls["network"].options] == ["plain"]
+    assert len(make(ImageLab, pipeline).controls["network"].options) == 1
+    # With the learnable classifier alone, CAM is not passed off as DRS.
+    model = pipeline.classifier(LEARNABLE)
+    lab = make(DeltaLab, pipeline, image=1).set(mode="trained")
+    assert "no classifier" in lab.note.value
+    agrees(lab.set(learnable=True), model)
     assert "no classifier" not in lab.note.value
-    lab.close()
 
 
-def test_a_damaged_classifier_is_said_and_not_trained_in_a_callback(tmp_path, monkeypatch):
+def test_a_damaged_classifier_is_said_and_not_trained_in_a_callback(make, tmp_path, monkeypatch):
     pipeline = Pipeline("critters", "ci", store=tmp_path)
-    pipeline.classifier(PLAIN)
-    for delta in (0.4, 0.6):
-        pipeline.classifier(Configuration(delta=delta))
+    for configuration in (PLAIN, Configuration(delta=0.4), Configuration(delta=0.6)):
+        pipeline.classifier(configuration)
     stage = pipeline.stage("classify", Configuration(delta=0.4))
     path = pipeline.store.folder("classify", stage.key) / "model.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-9])
-    lab = DeltaLab(pipeline, image=1)
+    lab = make(DeltaLab, pipeline, image=1)
     trainings = []
     monkeypatch.setattr("drs_course.stages.train_classifier", lambda *a, **k: trainings.append(1))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        lab.set(mode="trained", trained=0.4)
+    lab.set(mode="trained", trained=0.4)
     assert not trainings and path.read_bytes() == whole[:-9]
     assert "alert" in lab.busy.value and "damaged" in lab.busy.value and lab.numbers.value == ""
     lab.set(trained=0.6)
     assert "alert" not in lab.busy.value and "IoU" in lab.numbers.value
     path.write_bytes(whole)
     assert "IoU" in lab.set(trained=0.4).numbers.value
-    lab.close()
 
 
 class Plate(Lab):
@@ -722,7 +673,7 @@ class Plate(Lab):
 
     title, about = "Plate", "A square."
 
-    def __init__(self, pause=0.0):
+    def __init__(self, pause):
         super().__init__(None)
         self.pause = pause
         self.controls = {"shade": slider("shade", 0, 0, 255, 1), "other": slider("other", 0, 0, 255, 1)}
@@ -748,10 +699,8 @@ class Plate(Lab):
 
 
 @pytest.fixture
-def plate():
-    lab = Plate()
-    yield lab
-    lab.close()
+def plate(make):
+    return make(Plate, 0.0)
 
 
 async def settled(lab, timeout=30):
@@ -808,10 +757,10 @@ def test_a_steady_stream_is_not_put_off(plate, monkeypatch):
     assert len(shown) > 3 and plate.drawn == plate.state
 
 
-def test_a_slow_lab_waits_for_the_hand_and_says_that_it_computes(monkeypatch):
+def test_a_slow_lab_waits_for_the_hand_and_says_that_it_computes(make, monkeypatch):
     monkeypatch.setattr(lab_module, "SLOW", 0.05)
     monkeypatch.setattr(lab_module, "SETTLED", 0.5)
-    lab = Plate(pause=0.1)
+    lab = make(Plate, 0.1)
     assert not lab.slow  # one slow drawing is a cold start
     lab.draw()
 
@@ -828,7 +777,6 @@ def test_a_slow_lab_waits_for_the_hand_and_says_that_it_computes(monkeypatch):
     during, all_in_all = asyncio.run(drag())
     assert during == 0 and all_in_all == 1
     assert lab.drawn["shade"] == 43 and lab.busy.value == ""
-    lab.close()
 
 
 def test_without_a_loop_a_change_is_drawn_at_once(plate):
@@ -992,8 +940,8 @@ def voc_pipeline(voc_tree, tmp_path_factory):
     return Pipeline("voc", "ci", voc_root=voc_tree, store=tmp_path_factory.mktemp("voc-runs"))
 
 
-def test_voc_images_of_other_sizes(voc_pipeline):
-    lab = DeltaLab(voc_pipeline, delta=0.3)
+def test_voc_images_of_other_sizes(make, voc_pipeline):
+    lab = make(DeltaLab, voc_pipeline, delta=0.3)
     drs = with_plain_weights(voc_pipeline, ALL_LAYERS, 0.3)
     val, sizes = voc_pipeline.data.val, set()
     for index in range(len(val)):
@@ -1002,14 +950,12 @@ def test_voc_images_of_other_sizes(voc_pipeline):
         assert picture.shape == lab.shown.picture.shape and picture.shape[1] == 780
         sizes.add(tuple(val[index][0].shape[1:]))
         ((_, _, maps),) = iterate_maps(drs, val, resize=voc_pipeline.budget.resize, indices=[index])
-        expected = quality(maps, voc_pipeline, index, lab.state["label"], lab.state["alpha"])
-        np.testing.assert_allclose(column(lab, "DRS"), expected, atol=5e-3)
+        agrees(lab, drs, maps=maps, atol=5e-3)
     assert len(sizes) == 3 and all(height != width for height, width in sizes)
-    lab.close()
 
 
-def test_vgg16_on_a_processor_debounces_and_says_that_it_is_busy(voc_pipeline, monkeypatch):
-    lab = LayerLab(voc_pipeline)
+def test_vgg16_on_a_processor_debounces_and_says_that_it_is_busy(make, voc_pipeline, monkeypatch):
+    lab = make(LayerLab, voc_pipeline)
     lab.draw()
     monkeypatch.setattr(lab_module, "SLOW", min(lab._took) / 1000)
     said = set()
@@ -1026,15 +972,12 @@ def test_vgg16_on_a_processor_debounces_and_says_that_it_is_busy(voc_pipeline, m
     assert asyncio.run(drag()) == 1
     assert lab.drawn["delta"] == 0.59 and lab.busy.value == ""
     assert len(said) == 1 and "Computing" in said.pop()
-    lab.close()
 
 
-def test_every_lab_opens_on_voc(voc_pipeline):
-    for kind in (FeatureMapLab, CueLab, ImageLab):
-        lab = kind(voc_pipeline)
-        lab.set(image=2)
-        assert "alert" not in lab.busy.value and lab.drawn["image"] == 2, kind
-        lab.close()
+@pytest.mark.parametrize("kind", [FeatureMapLab, CueLab, ImageLab])
+def test_every_lab_opens_on_voc(make, voc_pipeline, kind):
+    lab = make(kind, voc_pipeline).set(image=2)
+    assert "alert" not in lab.busy.value and lab.drawn["image"] == 2
 
 
 def test_in_a_real_kernel_thirty_queued_messages_become_one_drawing(pipeline):
