@@ -20,6 +20,7 @@ from drs_lib.crf import CRFConfig
 PRECISIONS = ("float32", "bfloat16")
 COMPILE = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 BUDGETS = ("ci", "laptop", "paper", "release")
+SEGMENTERS = ("largefov", "largefov_resnet", "aspp")  # Table 4's networks, as fields of a `Budget`
 PARAMETER_GROUPS = ("pretrained weights", "pretrained biases", "new weights", "new biases")
 
 
@@ -342,17 +343,11 @@ class Budget:
             raise ValueError(f"Budget: target is {self.target!r}; expected 'maps' or 'largest'.")
 
     def segment(self, network: str) -> SegmentRecipe:
-        return {"largefov": self.largefov, "largefov_resnet": self.largefov_resnet, "aspp": self.aspp}[
-            network
-        ]
+        return dict(zip(SEGMENTERS, (self.largefov, self.largefov_resnet, self.aspp), strict=True))[network]
 
     def crf(self, network: str) -> CRFConfig:
-        crfs = {
-            "largefov": self.crf_largefov,
-            "largefov_resnet": self.crf_largefov_resnet,
-            "aspp": self.crf_aspp,
-        }
-        return crfs[network]
+        crfs = (self.crf_largefov, self.crf_largefov_resnet, self.crf_aspp)
+        return dict(zip(SEGMENTERS, crfs, strict=True))[network]
 
     def replace(self, **changes: Any) -> "Budget":
         return replace(self, **changes)
