@@ -138,6 +138,8 @@ class _Silent:
     def update(self, content):
         pass
 
+
+def _curve(losses, steps, width=420, height=110):
     """The losses {step: loss} as an SVG line; every value is the mean of its neighbourhood."""
     smooth = smoothed(list(losses.values()))
     low, high = min(smooth), max(smooth)
