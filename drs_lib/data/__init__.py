@@ -7,8 +7,7 @@ Every data set is map-style and answers to the same names::
     ds.mask(i)       uint8 array (H, W), 0 background, 1..C classes, 255 ignored: for scoring only
     ds.names, ds.classes, ds.num_classes, ds.fingerprint, len(ds)
 
-`drs_lib.data.decoded.decoded` gives the same with the images in memory, ``ds.packed``, and the sizes that
-they had, ``ds.sizes``.
+`decoded` keeps the images in memory, as ``ds.packed``; `without_masks` and `decoded` take the masks away.
 """
 
 from drs_lib.data.critters import Critters

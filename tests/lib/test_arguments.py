@@ -62,7 +62,6 @@ DATA = TinyDataset(3, 32)
         (lambda n: training_transform(resize=n, flip=False)(DATA[0][0])[0], 8),
         (lambda n: training_transform(scale=n, flip=False)(DATA[0][0])[0], (2, 2)),
         (lambda n: decoded(DATA, resize=n).packed.flat, 8),
-        (lambda n: decoded(DATA, workers=n).packed.flat, 2),
         (drawn, 3),
         (in_threads, 2),
     ],

@@ -139,10 +139,10 @@ def test_it_can_be_pickled_for_workers():
     [
         (dict(split="test"), "no Critters split 'test'"),
         (dict(split="train", size=100), "multiple of 8"),
-        (dict(split="train", size=16), "at least 32"),
+        (dict(split="train", size=16), "32 or more"),
         (dict(split="train", size=64.5), "whole number"),
-        (dict(split="train", length=0), "at least 1"),
-        (dict(split="train", seed=-1), "0 to"),
+        (dict(split="train", length=0), "1 or more"),
+        (dict(split="train", seed=-1), "from 0 to"),
     ],
 )
 def test_bad_arguments(arguments, message):
