@@ -12,13 +12,7 @@ Every data set is map-style and answers to the same names::
 
 from drs_lib.data.critters import Critters
 from drs_lib.data.decoded import Packed, decoded, pack
-from drs_lib.data.transforms import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    normalize,
-    resize_square,
-    training_transform,
-)
+from drs_lib.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize, resize_square, training_transform
 from drs_lib.data.voc import IGNORED, VOC2012, VOC_CLASSES, save_indexed_png, voc_palette
 from drs_lib.data.weak import MaskAccessError, without_masks
 

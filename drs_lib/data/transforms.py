@@ -87,21 +87,19 @@ class _TrainingTransform:
         return low + number * (high - low)
 
     def batch(self, images, *targets, draws=None):
-        """``images, *targets = transform.batch(images, *targets)``: what calling the transform on one image
-        after the other gives, from the same random numbers.
+        """What calling the transform on one image after the other gives, from the same random numbers.
 
         Args:
-            images: sequence of N uint8 images (3, H, W) of any sizes, all on one device, where the work is
-                done; nothing waits for it.
-            targets: sequences of N targets, on any device.
+            images: sequence of N uint8 images (3, H, W), all on one device; nothing waits for it.
+            targets: sequences of N targets.
             draws: the random numbers of each image, from `draw`; None: drawn now.
 
         Returns:
             The images in one tensor, uint8 (N, 3, h, w), and a list for each of ``targets``.
 
         Raises:
-            ValueError: what a single image raises; no images, fewer or more targets than images, or images
-                that are of different sizes in the end.
+            ValueError: what a single image raises; no images, another number of targets, or images that are
+                of different sizes in the end.
         """
         if not len(images) or any(len(values) != len(images) for values in targets):
             raise ValueError(

@@ -31,22 +31,14 @@ def tree(tmp_path):
     return write_voc_tree(tmp_path)
 
 
-def masks_as_arrays(dataset):
-    return [np.array(Image.open(dataset.root / "SegmentationClassAug" / f"{n}.png")) for n in dataset.names]
-
-
 # What VOC's devkit prints for its first labels, the last one, and the border.
-@pytest.mark.parametrize(
-    ("label", "colour"),
-    [(0, (0, 0, 0)), (1, (128, 0, 0)), (5, (128, 0, 128)), (8, (64, 0, 0)), (15, (192, 128, 128)),
-     (20, (0, 64, 128)), (255, (224, 224, 192))],
-)  # fmt: skip
-def test_palette(label, colour):
-    assert tuple(voc_palette()[label]) == colour
+COLOURS = {0: (0, 0, 0), 1: (128, 0, 0), 5: (128, 0, 128), 8: (64, 0, 0), 15: (192, 128, 128),
+           20: (0, 64, 128), 255: (224, 224, 192)}  # fmt: skip
+
+
+def test_palette_and_classes_are_vocs():
+    assert {label: tuple(voc_palette()[label].tolist()) for label in COLOURS} == COLOURS
     assert len(np.unique(voc_palette(), axis=0)) == 256
-
-
-def test_classes_are_vocs_in_its_order():
     assert len(VOC_CLASSES) == 20 and list(VOC_CLASSES) == sorted(VOC_CLASSES)
     assert VOC_CLASSES[14] == "person"
 
@@ -54,30 +46,20 @@ def test_classes_are_vocs_in_its_order():
 def test_reads_images_labels_masks_and_saliency(voc_tree):
     ds = VOC2012(voc_tree.parent, "train")
     assert len(ds) == 6 and ds.num_classes == 20 and ds.classes == VOC_CLASSES
-    for i, expected in enumerate(masks_as_arrays(ds)):
+    for i, name in enumerate(ds.names):
         image, labels = ds[i]
         mask, saliency = ds.mask(i), ds.saliency(i)
-        assert image.dtype == torch.uint8 and image.shape == (3, *expected.shape) and image.is_contiguous()
+        pixels = Image.open(voc_tree / "JPEGImages" / f"{name}.jpg")
+        assert pixels.mode == ("L" if i == 1 else "RGB")
+        assert image.dtype == torch.uint8 and image.is_contiguous()
+        np.testing.assert_array_equal(image.permute(1, 2, 0), pixels.convert("RGB"))
+        expected = np.array(Image.open(voc_tree / "SegmentationClassAug" / f"{name}.png"))
         np.testing.assert_array_equal(mask, expected)
-        assert 255 in mask
+        assert 255 in mask and labels.dtype == torch.float32
         present = sorted(set(np.unique(expected)) - {0, 255})
-        assert labels.dtype == torch.float32
         assert labels.nonzero().ravel().tolist() == [value - 1 for value in present]
         assert saliency.dtype == np.uint8 and saliency.shape == mask.shape
         assert (saliency[mask > 0] == 220).all() and (saliency[mask == 0] == 12).all()
-
-
-def test_pixels_are_rgb_and_upright(voc_tree):
-    ds = VOC2012(voc_tree, "train")
-    pixels = np.array(Image.open(voc_tree / "JPEGImages" / f"{ds.names[0]}.jpg"))
-    np.testing.assert_array_equal(ds.image(0).numpy(), pixels.transpose(2, 0, 1))
-
-
-def test_greyscale_image_is_repeated(voc_tree):
-    ds = VOC2012(voc_tree, "train")
-    assert Image.open(voc_tree / "JPEGImages" / f"{ds.names[1]}.jpg").mode == "L"
-    image = ds.image(1)
-    assert torch.equal(image[0], image[1]) and torch.equal(image[0], image[2]) and image.float().std() > 1
 
 
 @pytest.mark.parametrize("marker", [True, False])
@@ -120,20 +102,19 @@ def test_root_may_be_the_folder_or_above(voc_tree, tmp_path, below):
     assert len(VOC2012(tmp_path if below else target, "val")) == 3
 
 
-def test_xml_labels(voc_tree):
-    from_masks = VOC2012(voc_tree, "trainval", labels="mask")
-    from_xml = VOC2012(voc_tree, "trainval", labels="xml")
-    for i in range(len(from_masks)):
-        assert torch.equal(from_masks[i][1], from_xml[i][1])
-
-
-def test_unknown_labels_are_nan(tree):
+def test_labels_of_other_sources(tree):
+    from_masks = VOC2012(tree, "trainval").image_labels()
+    assert torch.equal(VOC2012(tree, "trainval", labels="xml").image_labels(), from_masks)
     shutil.rmtree(tree / "SegmentationClassAug")
     shutil.rmtree(tree / "Annotations")
     ds = VOC2012(tree, "val", labels="none")
-    assert ds[0][1].isnan().all() and ds[0][0].dtype == torch.uint8
+    assert ds[0][1].isnan().all() and ds.image_labels().isnan().all() and ds[0][0].dtype == torch.uint8
     with pytest.raises(FileNotFoundError, match="SegmentationClassAug"):
         ds.mask(0)
+    with pytest.raises(ValueError, match="labels is 'mask', 'xml' or 'none'"):
+        VOC2012(tree, "val", labels="masks")
+    with pytest.raises(ValueError, match="masks is one of"):
+        VOC2012(tree, "val", masks="Masks")
 
 
 def test_own_classes(tree):
@@ -145,26 +126,20 @@ def test_own_classes(tree):
         VOC2012(tree, "train")
 
 
-def test_lists_of_a_tree_that_claims_to_be_voc(tmp_path):
+def test_lists_of_a_tree_that_claims_to_be_voc(tmp_path, monkeypatch):
     tree = write_voc_tree(tmp_path, own_classes=False)
+    lists = tree / "ImageSets/Segmentation"
     for split, number in (("train", "1464"), ("val", "1449"), ("trainaug", "10582")):
         with pytest.raises(ValueError, match=number):
             VOC2012(tree, split)
         assert len(VOC2012(tree, split, check_lists=False)) in (3, 6)
-    (tree / "ImageSets/Segmentation/few.txt").write_text("2007_000001\n", encoding="utf-8")
+    (lists / "few.txt").write_text("2007_000001\n", encoding="utf-8")
     assert len(VOC2012(tree, "few")) == 1
-
-
-def test_trainaug_may_not_hold_val_images(tmp_path, monkeypatch):
-    tree = write_voc_tree(tmp_path, own_classes=False)
     monkeypatch.setitem(VOC_LIST_SIZES, "trainaug", 6)
     assert len(VOC2012(tree, "trainaug")) == 6
-    names = read_list(tree / "ImageSets/Segmentation/trainaug.txt")
-    val = read_list(tree / "ImageSets/Segmentation/val.txt")
-    (tree / "ImageSets/Segmentation/trainaug.txt").write_text(
-        "\n".join([*names[1:], val[0]]), encoding="utf-8"
-    )
-    with pytest.raises(ValueError, match=val[0]):
+    names, val = read_list(lists / "trainaug.txt"), read_list(lists / "val.txt")
+    (lists / "trainaug.txt").write_text("\n".join([*names[1:], val[0]]), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"trainaug.txt holds images of VOC's val list: {val[0]}"):
         VOC2012(tree, "trainaug")
 
 
@@ -193,9 +168,7 @@ def test_text_that_cannot_be_read_is_named(tree, name, encoding):
         VOC2012(tree, "train")
 
 
-@pytest.mark.parametrize(
-    ("text", "message"), [("", "empty"), ("2007_000001\n2007_000001\n", "more than once")]
-)
+@pytest.mark.parametrize("text, message", [("", "empty"), ("a\na\n", "more than once")])
 def test_bad_lists(tree, text, message):
     (tree / "ImageSets/Segmentation/mine.txt").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
@@ -235,32 +208,24 @@ def test_missing_saliency_says_what_to_get(tree):
 
 
 @pytest.mark.parametrize("folder", ["JPEGImages", "SegmentationClassAug", "saliency_map"])
-@pytest.mark.parametrize("spoil", ["cut", "text"])
-def test_damaged_files_are_named(tree, folder, spoil):
+@pytest.mark.parametrize("spoil", ["cut", "text", "pixels", "notes"])
+def test_damaged_files_are_named(tree, folder, spoil, monkeypatch):
     ds = VOC2012(tree, "train", labels="xml")
-    (path,) = (tree / folder).glob(f"{ds.names[3]}.*")
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2] if spoil == "cut" else b"<html>not found</html>")
     read = {"JPEGImages": ds.image, "SegmentationClassAug": ds.mask, "saliency_map": ds.saliency}[folder]
-    with pytest.raises(ValueError, match=f"{ds.names[3]}.*can't be read"):
-        read(3)
     read(2)
-
-
-@pytest.mark.parametrize("folder", ["JPEGImages", "SegmentationClassAug", "saliency_map"])
-@pytest.mark.parametrize("spoil", ["pixels", "text"])
-def test_whatever_pillow_says_comes_with_the_path(tree, folder, spoil, monkeypatch):
-    ds = VOC2012(tree, "train", labels="xml")
     (path,) = (tree / folder).glob(f"{ds.names[3]}.*")
-    if spoil == "pixels":  # a DecompressionBombError
+    content, message = path.read_bytes(), "can't be read"
+    if spoil == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif spoil == "text":
+        path.write_bytes(b"<html>not found</html>")
+    elif spoil == "pixels":  # a DecompressionBombError
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
         message = "is too large to be read"
     else:  # a ValueError of Pillow's
         notes = PngInfo()
         notes.add_text("note", "x" * 2_000_000, zip=True)
         Image.new("L", (8, 8)).save(path, "PNG", pnginfo=notes)
-        message = "can't be read"
-    read = {"JPEGImages": ds.image, "SegmentationClassAug": ds.mask, "saliency_map": ds.saliency}[folder]
     with pytest.raises(ValueError, match=rf"{ds.names[3]}\.\w+ {message}"):
         read(3)
 
@@ -539,8 +504,10 @@ def test_without_masks_is_the_same_otherwise(voc_tree):
         weak = without_masks(ds)
         assert (len(weak), weak.names, weak.classes) == (len(ds), ds.names, ds.classes)
         assert (weak.num_classes, weak.fingerprint, weak.split) == (ds.num_classes, ds.fingerprint, "train")
-        for i in range(len(ds)):
-            assert all(torch.equal(a, b) for a, b in zip(ds[i], weak[i], strict=True))
+        worker = DataLoader(weak, batch_size=None, num_workers=1)
+        for i, items in enumerate(zip(ds, weak, worker, strict=True)):
+            for image, labels in items[1:]:
+                assert torch.equal(image, items[0][0]) and torch.equal(labels, items[0][1])
             np.testing.assert_array_equal(ds.saliency(i), weak.saliency(i))
         with pytest.raises(IndexError):
             weak[len(ds)]
@@ -555,13 +522,6 @@ def test_without_masks_opens_no_mask_file_afterwards(tree):
     assert all(torch.equal(a, b) for a, (_, b) in zip(labels, copy, strict=True))
     with pytest.raises(MaskAccessError):
         copy.mask(0)
-
-
-def test_workers_read_the_same(voc_tree):
-    weak = without_masks(VOC2012(voc_tree, "train"))
-    loader = DataLoader(weak, batch_size=None, num_workers=1)
-    for (image, label), (expected_image, expected_label) in zip(loader, weak, strict=True):
-        assert torch.equal(image, expected_image) and torch.equal(label, expected_label)
 
 
 def test_the_data_folder_is_only_read(tree):
