@@ -144,18 +144,10 @@ def opened(path, file=None):
 def _pixels(path):
     """An image as uint8 (H, W, 3), RGB."""
     with opened(path) as image:
-        if image.mode[0] not in "IF":
-            return np.array(image.convert("RGB"))
-        values = np.array(image)
-    # Integers of 16 bits or more, or floats: Pillow would cut off what is above 255. Programs that keep 8-bit
-    # values in wider integers don't scale them.
-    most = 1 if values.dtype.kind == "f" else 255 if values.max() <= 255 else 65535
-    if not (values.min() >= 0 and values.max() <= most):  # also refuses NaN
-        raise ValueError(
-            f"{path} has {values.dtype} values from {values.min():g} to {values.max():g}: expected grey "
-            "levels, integers from 0 to 65535 or floats from 0 to 1. Save it with 8 bits."
-        )
-    return np.rint(values * (255 / most)).astype(np.uint8)[:, :, None].repeat(3, axis=2)
+        pixels = np.array(image.convert("RGB"))
+    if image.mode[0] in "IF":  # Pillow has cut off what is above 255
+        raise ValueError(f"{path} has mode {image.mode}, more than 8 bits a colour. Save it with 8 bits.")
+    return pixels
 
 
 def _aligned(root, folder, name, modes, otherwise):
@@ -232,7 +224,7 @@ def _split_ids(root, split, check):
         raise FileNotFoundError(f"no list {path}; lists there: {there}.{hint if split == 'trainaug' else ''}")
     names, val, size = read_list(path), path.with_name("val.txt"), VOC_LIST_SIZES.get(split)
     twice = [name for name, count in Counter(names).items() if count > 1]
-    of_val = sorted(set(names) & set(read_list(val))) if split == "trainaug" and val.is_file() else []
+    of_val = sorted({*names} & {*read_list(val)}) if check and split == "trainaug" and val.is_file() else []
     how = (
         "Restore VOC's list; for a sample of VOC pass check_lists=False, and give a data set of your own a "
         "classes.txt."
@@ -243,7 +235,7 @@ def _split_ids(root, split, check):
         raise ValueError(f"{path} lists images more than once: {first_few(twice)}")
     if check and size not in (None, len(names)):
         raise ValueError(f"{path} has {len(names)} ids, VOC's {split} list has {size}. {how}")
-    if check and of_val:
+    if of_val:
         raise ValueError(f"{path} holds images of VOC's val list: {first_few(of_val)}. {how}")
     return names
 
@@ -335,9 +327,9 @@ class VOC2012(Dataset):
         cache_dir: a folder for the labels read off the masks and for hashes of the files, so that a second
             run needn't read them all. The data folder itself is never written to.
 
-    ``ds[i]`` is (image uint8 (3, H, W), labels float32 (C,)). Greyscale images become RGB by repetition, of 8
-    bits if they had 16 or were floats from 0 to 1; CMYK ones by Pillow, which knows that CMYK JPEGs are
-    stored inverted. EXIF orientation is ignored, as VOC's masks and boxes ignore it.
+    ``ds[i]`` is (image uint8 (3, H, W), labels float32 (C,)). Greyscale images become RGB by repetition, CMYK
+    ones by Pillow, which knows that CMYK JPEGs are stored inverted. EXIF orientation is ignored, as VOC's
+    masks and boxes ignore it.
 
     Raises:
         FileNotFoundError: no such tree or list, or listed images or masks that are not there.
