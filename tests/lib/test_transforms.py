@@ -102,15 +102,12 @@ def test_resize_keeps_labels_whole_and_where_the_image_has_them():
     assert (maps[0] - new_image[0] / 255).abs().max() < 0.01
 
 
-def test_scale_covers_its_range_or_its_choices():
+def test_scale_takes_a_label_map_along_and_all_of_its_choices():
     torch.manual_seed(2)
     image, mask, _ = coordinates(40, 20)
-    sizes = [training_transform(scale=(0.5, 1.5))(image, mask) for _ in range(60)]
-    heights = [new_image.shape[1] for new_image, _ in sizes]
-    assert all(new_image.shape[1:] == new_mask.shape for new_image, new_mask in sizes)
-    assert min(heights) >= 20 and max(heights) <= 60 and min(heights) < 26 and max(heights) > 54
-    choices = {tuple(training_transform(scale=(0.5, 1, 1.5))(image)[0].shape[1:]) for _ in range(40)}
-    assert choices == {(20, 10), (40, 20), (60, 30)}
+    scaled = [training_transform(scale=(0.5, 1, 1.5))(image, mask) for _ in range(40)]
+    assert {tuple(image.shape[1:]) for image, _ in scaled} == {(20, 10), (40, 20), (60, 30)}
+    assert all(image.shape[1:] == mask.shape for image, mask in scaled)
 
 
 def test_jitter_touches_the_image_only():
@@ -121,16 +118,6 @@ def test_jitter_touches_the_image_only():
     )
     assert new_image.dtype == torch.uint8 and not torch.equal(new_image, image)
     assert torch.equal(new_mask, torch.from_numpy(mask)) and torch.equal(new_maps, maps)
-
-
-def test_the_seed_decides():
-    image, mask, _ = coordinates(50, 50)
-    transform = training_transform(crop=20, resize=40, scale=(0.5, 1.5), jitter=(0.3, 0.3, 0.3, 0.1))
-    torch.manual_seed(4)
-    first = transform(image, mask)
-    torch.manual_seed(4)
-    assert all(torch.equal(a, b) for a, b in zip(first, transform(image, mask), strict=True))
-    assert not torch.equal(first[0], transform(image, mask)[0])
 
 
 @pytest.mark.parametrize(
