@@ -67,7 +67,8 @@ class _TrainingTransform:
         (flip, scale, top, left), jitter = self.draw() if draw is None else draw
         height, width = image.shape[-2:] if self.resize is None else (self.resize, self.resize)
         if self.scale is not None:
-            factor = self._factor(scale)
+            low, *between, high = self.scale
+            factor = self.scale[int(scale * len(self.scale))] if between else low + scale * (high - low)
             height, width = max(1, round(height * factor)), max(1, round(width * factor))
         items = [_resized(item, height, width) for item in items]
         if self.crop is not None:
@@ -79,12 +80,6 @@ class _TrainingTransform:
         if jitter is not None:
             items[0] = self.jitter.transform(items[0], jitter)
         return tuple(items)
-
-    def _factor(self, number):
-        if len(self.scale) > 2:
-            return self.scale[int(number * len(self.scale))]
-        low, high = self.scale
-        return low + number * (high - low)
 
     def batch(self, images, *targets, draws=None):
         """What calling the transform on one image after the other gives, from the same random numbers.
@@ -158,14 +153,15 @@ def _cropped(item, y, x, side):
 
 def training_transform(crop=None, resize=None, scale=None, flip=True, jitter=None):
     """The random augmentation of a training sample: ``image, *targets = transform(image, *targets)``, or of a
-    batch: ``transform.batch(images, *targets)``.
+    batch: ``images, *targets = transform.batch(images, *targets)``.
 
     An image is uint8 (3, H, W) and stays so (`normalize` runs on the batch). A target of shape (H, W), array
     or tensor, is a label map: resized to the nearest pixel, padded with 255. A float target of shape
     (C, H, W) is a set of maps: bilinear, padded with 0. The image is padded with ImageNet's mean colour, 0
-    after normalisation. Random numbers come from torch's global generator.
+    after normalisation. Random numbers come from torch's global generator. The arguments act in this order,
+    each unless it is None or False.
 
-    Args, in the order in which they act, each left out when it is None or False:
+    Args:
         resize: to a square of this side, as the authors' release does.
         scale: by a random factor: two numbers are a range, three or more the factors to choose from.
         crop: a random square of this side; a smaller image is padded at the right and at the bottom.
