@@ -12,18 +12,15 @@ everywhere, and the random stream is the frozen ``RandomState``: the same seed g
 platform.
 """
 
-from __future__ import annotations
-
 import colorsys
 import math
-import operator
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from drs_lib.arguments import whole
 from drs_lib.data.saliency import predict, shipped_identity
 
 # A species is a face and a pair of ears. The six of the course are three faces by two pairs of ears, so that
@@ -84,10 +81,8 @@ def _rgb(hue, saturation, value):
 
 
 class _Canvas:
-    """A float image in [0, 255], the class mask and the salient pixels, painted shape by shape.
-
-    One unit is the image's side.
-    """
+    """A float image in [0, 255], the class mask and the salient pixels, painted shape by shape. One unit is
+    the image's side."""
 
     def __init__(self, size):
         self.size = size
@@ -104,13 +99,16 @@ class _Canvas:
         ys = ((np.arange(lo[1], hi[1], dtype=np.float32) + np.float32(0.5)) / np.float32(self.size))[:, None]
         return rows, cols, xs, ys
 
+    def cover(self, distance):
+        """How much of each pixel is inside of a shape, 0..1, from its signed distance."""
+        return np.clip(0.5 - distance * np.float32(self.size), 0, 1).astype(np.float32)
+
     def paint(self, rows, cols, coverage, colour):
         view = self.image[rows, cols]
         view += coverage[..., None] * (colour - view)
 
 
-@dataclass(frozen=True)
-class _Pose:
+class _Pose(NamedTuple):
     """Where an animal stands: its body's centre and half-length, facing (+1 right, -1 left), tilt."""
 
     cx: float
@@ -120,44 +118,40 @@ class _Pose:
     tilt: float
 
 
+SPOTS = ((-0.5, -0.3), (0.5, -0.3), (0, 0.1), (-0.42, 0.55), (0.42, 0.55))
+# The right ear on a head of radius 1, y down: limbs (x, y, x, y, radius, radius) and ellipses (x, y, rx, ry).
+EARS = {
+    "round": [(0.8, -0.8, 0.5, 0.5)],
+    "long": [(0.4, -0.7, 0.55, -1.9, 0.26, 0.2)],
+    "floppy": [(0.8, -0.5, 1.2, 0.75, 0.22, 0.34)],
+    "horns": [(0.5, -0.75, 1.1, -1.1, 0.2, 0.16), (1.1, -1.1, 0.95, -1.75, 0.16, 0.05)],
+    "antennae": [(0.3, -0.8, 0.6, -1.55, 0.09, 0.09), (0.62, -1.65, 0.25, 0.25)],
+}
+
+
 def _face(kind, u, v):
     """Marked part of a head of radius 1 at local coordinates (u, v), as a signed distance."""
     if kind == "stripes":
         return np.abs(u - np.floor(u / 0.56 + 0.5) * np.float32(0.56)) - 0.15
     if kind == "spots":
-        return np.minimum.reduce(
-            [
-                _ellipse(u, v, a, b, 0.24, 0.24)
-                for a, b in ((-0.5, -0.3), (0.5, -0.3), (0, 0.1), (-0.42, 0.55), (0.42, 0.55))
-            ]
-        )
-    if kind == "mask":
-        return np.abs(v + 0.12) - 0.3
-    raise ValueError(f"unknown face {kind!r}")
+        return np.minimum.reduce([_ellipse(u, v, x, y, 0.24, 0.24) for x, y in SPOTS])
+    return np.abs(v + 0.12) - 0.3  # a mask
 
 
-def _ear_shapes(kind, u, v):
-    """Both ears on a head of radius 1 (v points down): list of signed distances."""
+def _ears(kind, u, v):
+    """Both ears on a head of radius 1, as a signed distance."""
     shapes = []
-    for s in (-1.0, 1.0):
+    for side in (-1.0, 1.0):
         if kind == "pointed":
-            corners = [(s * 0.95, -0.25), (s * 0.2, -0.8), (s * 0.85, -1.6)]
-            shapes.append(_polygon(u, v, corners[::-1] if s > 0 else corners))
-        elif kind == "round":
-            shapes.append(_ellipse(u, v, s * 0.8, -0.8, 0.5, 0.5))
-        elif kind == "long":
-            shapes.append(_capsule(u, v, s * 0.4, -0.7, s * 0.55, -1.9, 0.26, 0.2))
-        elif kind == "floppy":
-            shapes.append(_capsule(u, v, s * 0.8, -0.5, s * 1.2, 0.75, 0.22, 0.34))
-        elif kind == "horns":
-            shapes.append(_capsule(u, v, s * 0.5, -0.75, s * 1.1, -1.1, 0.2, 0.16))
-            shapes.append(_capsule(u, v, s * 1.1, -1.1, s * 0.95, -1.75, 0.16, 0.05))
-        elif kind == "antennae":
-            shapes.append(_capsule(u, v, s * 0.3, -0.8, s * 0.6, -1.55, 0.09, 0.09))
-            shapes.append(_ellipse(u, v, s * 0.62, -1.65, 0.25, 0.25))
-        else:
-            raise ValueError(f"unknown ears {kind!r}")
-    return shapes
+            corners = [(side * 0.95, -0.25), (side * 0.2, -0.8), (side * 0.85, -1.6)]
+            shapes.append(_polygon(u, v, corners[::-1] if side > 0 else corners))
+            continue
+        for x, y, *rest in EARS[kind]:
+            if len(rest) == 2:
+                shapes.append(_ellipse(u, v, side * x, y, *rest))
+            else:
+                shapes.append(_capsule(u, v, side * x, y, side * rest[0], *rest[1:]))
+    return np.minimum.reduce(shapes)
 
 
 def _draw_animal(canvas, rng, parts, hue, label, pose):
@@ -231,7 +225,7 @@ def _draw_texture(paint, cover, rng, x, y, body, length, width, shade):
 def _draw_head(paint, cover, parts, u, v, radius, pale, dark, outline):
     """A head in its local coordinates (u, v), with ears, marks, eyes and nose; its signed distance."""
     face, ears = parts
-    ears = np.minimum.reduce(_ear_shapes(ears, u, v)) * radius
+    ears = _ears(ears, u, v) * radius
     skull = _ellipse(u, v, 0, 0, 1, 1) * radius
     paint(cover(ears, LINE), outline)
     paint(cover(ears), dark)
@@ -276,8 +270,7 @@ def _draw_background(canvas, rng):
             d = _capsule(xs, ys2, cx, cy, cx + lean, cy - 2.5 * r, 0.2 * r, 0.12 * r)
         else:
             d = _ellipse(xs, ys2, cx, cy, r, r * squash)
-        cover = np.clip(0.5 - d * np.float32(size), 0, 1).astype(np.float32)
-        canvas.paint(rows, cols, cover * np.float32(0.85), colour)
+        canvas.paint(rows, cols, canvas.cover(d) * np.float32(0.85), colour)
 
 
 def _draw_props(canvas, rng):
@@ -289,19 +282,16 @@ def _draw_props(canvas, rng):
         rows, cols, xs, ys = canvas.window(cx, cy, 2 * r)
         kind = rng.randint(3)
         if kind == 0:
-            whole = _ellipse(xs, ys, cx, cy, r, r)
+            outer = _ellipse(xs, ys, cx, cy, r, r)
             second = np.abs(xs - np.float32(cx) + 0.4 * (ys - np.float32(cy))) - 0.22 * r
         elif kind == 1:
-            whole = np.maximum(np.abs(xs - np.float32(cx)), np.abs(ys - np.float32(cy))) - 0.85 * r
+            outer = np.maximum(np.abs(xs - np.float32(cx)), np.abs(ys - np.float32(cy))) - 0.85 * r
             second = np.abs(ys - np.float32(cy)) - 0.2 * r
         else:
             cap = np.maximum(_ellipse(xs, ys, cx, cy, r, 0.8 * r), ys - np.float32(cy))
-            whole = np.minimum(cap, _capsule(xs, ys, cx, cy, cx, cy + 0.7 * r, 0.3 * r, 0.4 * r))
+            outer = np.minimum(cap, _capsule(xs, ys, cx, cy, cx, cy + 0.7 * r, 0.3 * r, 0.4 * r))
             second = ys - np.float32(cy)
-        coverage = [
-            np.clip(0.5 - d * np.float32(canvas.size), 0, 1).astype(np.float32)
-            for d in (whole - LINE, whole, np.maximum(whole, second))
-        ]
+        coverage = [canvas.cover(d) for d in (outer - LINE, outer, np.maximum(outer, second))]
         for amount, colour in zip(coverage, (outline, fill, shade), strict=True):
             canvas.paint(rows, cols, amount, colour)
         canvas.salient[rows, cols][coverage[0] > 0.5] = True
@@ -380,32 +370,24 @@ class Critters:
     it comes from a small network trained on the twelve other species, class-agnostic, as PoolNet's comes from
     another data set.
 
-    Raises ValueError for a split that isn't there and for sizes it can't draw.
+    Raises:
+        ValueError: a split that isn't there, or numbers it can't draw.
     """
 
     def __init__(self, split, size=128, seed=0, length=None):
         if split not in SPLITS:
             raise ValueError(f"there is no Critters split {split!r}; expected one of {', '.join(SPLITS)}")
-        length = SPLITS[split][1] if length is None else length
-        for name, value in (("size", size), ("seed", seed), ("length", length)):
-            try:
-                operator.index(value)
-            except TypeError:
-                raise ValueError(f"Critters: {name} is {value!r}: expected a whole number") from None
-        if size < 32 or size % 8:
+        length = SPLITS[split][1] if length is None else whole("Critters: length", length)
+        size, seed = whole("Critters: size", size, 32), whole("Critters: seed", seed, 0, 2**32 - 1)
+        if size % 8:
             raise ValueError(f"Critters: size is {size}: expected a multiple of 8, at least 32")
-        if length < 1:
-            raise ValueError(f"Critters: length is {length}: expected at least 1")
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"Critters: seed is {seed}: expected 0 to 2**32 - 1")
-        self.split, self.size, self.seed = split, int(size), int(seed)
+        self.split, self.size, self.seed = split, size, seed
         self.classes = tuple(species_of(split))
         self.num_classes = len(self.classes)
         self.names = [f"{split}_{i:05d}" for i in range(length)]
         self._images = np.zeros((length, 3, size, size), np.uint8)
-        self._masks = np.zeros((length, size, size), np.uint8)
+        self._masks, self._saliency = (np.zeros((length, size, size), np.uint8) for _ in range(2))
         self._heads = [None] * length
-        self._saliency = np.zeros((length, size, size), np.uint8)
         self._has_saliency = np.zeros(length, bool)
 
     @property
@@ -441,8 +423,7 @@ class Critters:
         i = range(len(self))[i]
         if not self._has_saliency[i]:
             # Always the same 50 images together, so that a map does not depend on which was asked for first.
-            first = i - i % 50
-            block = slice(first, min(first + 50, len(self)))
+            block = slice(i - i % 50, min(i - i % 50 + 50, len(self)))
             for k in range(block.start, block.stop):
                 self._draw(k)
             self._saliency[block] = predict(self._images[block])

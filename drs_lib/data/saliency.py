@@ -5,8 +5,6 @@ images. Here a network of 46 thousand parameters is trained likewise, on the twe
 does not use (``python -m drs_course pretrain``), and shipped as weights/saliency.safetensors.
 """
 
-from __future__ import annotations
-
 import hashlib
 from functools import lru_cache
 from pathlib import Path
@@ -31,11 +29,8 @@ def _like(maps, other):
 
 
 class SaliencyNetwork(nn.Module):
-    """The detector: normalised images (N, 3, H, W) -> logits (N, H, W); height and width from 32 on.
-
-    An encoder to 1/8 of the size with two dilated convolutions at the bottom, and a decoder that joins the
-    encoder's maps at 1/4 and 1/2: the usual U-shape.
-    """
+    """The detector: normalised images (N, 3, H, W) -> logits (N, H, W); height and width from 32 on. A U-shape
+    down to 1/8 of the size, with two dilated convolutions at the bottom."""
 
     def __init__(self):
         super().__init__()
@@ -57,9 +52,7 @@ class SaliencyNetwork(nn.Module):
 @lru_cache(maxsize=1)
 def shipped_identity():
     """Short hash of the shipped weights, which are part of what determines the data set."""
-    if not WEIGHTS.is_file():
-        return "missing"
-    return hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()[:12]
+    return hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()[:12] if WEIGHTS.is_file() else "missing"
 
 
 @lru_cache(maxsize=1)

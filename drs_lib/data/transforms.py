@@ -19,17 +19,12 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 def _colours(device):
     """ImageNet's mean and standard deviation in units of 0..255, and the mean in uint8, kept per device: no
     copy to a GPU at every batch."""
-    mean, std = (
-        torch.tensor(values, dtype=torch.float32).mul(255).view(3, 1, 1)
-        for values in (IMAGENET_MEAN, IMAGENET_STD)
-    )
+    mean, std = (torch.tensor(values).mul(255).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return tuple(values.to(device) for values in (mean, std, mean.round().to(torch.uint8)))
 
 
 def normalize(images):
     """uint8 RGB images (..., 3, H, W) to what the networks take: float32, (x / 255 - mean) / std of ImageNet.
-
-    Works on any device, alone or in batches; data sets and augmentation stay in uint8 until here.
 
     Raises:
         ValueError: the images are not uint8 (floats may already be normalised), or not three channels.
@@ -52,8 +47,7 @@ def resize_square(images, side):
 
 
 def as_tensor(values):
-    """A tensor as it is, an array copied: it may be read-only, a memory map for one, and torch has no
-    read-only tensors."""
+    """A tensor as it is, an array copied: it may be read-only, and torch has no read-only tensors."""
     return values if isinstance(values, torch.Tensor) else torch.from_numpy(np.array(values))
 
 
@@ -61,23 +55,7 @@ class _TrainingTransform:
     """See `training_transform`."""
 
     def __init__(self, crop, resize, scale, flip, jitter):
-        crop, resize = (
-            value if value is None else whole(name, value)
-            for name, value in (("crop", crop), ("resize", resize))
-        )
-        if scale is not None:
-            scale = tuple(float(s) for s in scale)
-            if len(scale) < 2 or min(scale) <= 0 or (len(scale) == 2 and scale[0] > scale[1]):
-                raise ValueError(
-                    "scale is a range (low, high) with 0 < low <= high, or a list of three or more factors "
-                    f"to choose from; got {scale}"
-                )
-        if jitter is not None and len(jitter) != 4:
-            raise ValueError(
-                f"jitter is (brightness, contrast, saturation, hue), four numbers; got {jitter!r}"
-            )
-        self.crop, self.resize, self.scale, self.flip = crop, resize, scale, flip
-        self.jitter = None if jitter is None else ColorJitter(*jitter)
+        self.crop, self.resize, self.scale, self.flip, self.jitter = crop, resize, scale, flip, jitter
 
     def draw(self):
         """All random numbers of one sample: four in [0, 1), and ColorJitter's parameters or None."""
@@ -89,7 +67,8 @@ class _TrainingTransform:
         (flip, scale, top, left), jitter = self.draw() if draw is None else draw
         height, width = image.shape[-2:] if self.resize is None else (self.resize, self.resize)
         if self.scale is not None:
-            factor = self._factor(scale)
+            low, *between, high = self.scale
+            factor = self.scale[int(scale * len(self.scale))] if between else low + scale * (high - low)
             height, width = max(1, round(height * factor)), max(1, round(width * factor))
         items = [_resized(item, height, width) for item in items]
         if self.crop is not None:
@@ -102,40 +81,31 @@ class _TrainingTransform:
             items[0] = self.jitter.transform(items[0], jitter)
         return tuple(items)
 
-    def _factor(self, u):
-        if len(self.scale) == 2:
-            low, high = self.scale
-            return low + u * (high - low)
-        return self.scale[int(u * len(self.scale))]
-
     def batch(self, images, *targets, draws=None):
-        """``images, *targets = transform.batch(images, *targets)``: what calling the transform on one image
-        after the other gives, from the same random numbers.
+        """What calling the transform on one image after the other gives, from the same random numbers.
 
         Args:
-            images: sequence of N uint8 images (3, H, W) of any sizes, all on one device, where the work is
-                done; nothing waits for it.
-            targets: sequences of N targets, on any device.
+            images: sequence of N uint8 images (3, H, W), all on one device; nothing waits for it.
+            targets: sequences of N targets.
             draws: the random numbers of each image, from `draw`; None: drawn now.
 
         Returns:
             The images in one tensor, uint8 (N, 3, h, w), and a list for each of ``targets``.
 
         Raises:
-            ValueError: what a single image raises; no images; not as many targets as images; images that are
+            ValueError: what a single image raises; no images, another number of targets, or images that are
                 of different sizes in the end.
         """
-        for values in (images, *targets):
-            if not len(images) or len(values) != len(images):
-                raise ValueError(
-                    f"a batch is one or more images and as many of each target, got {len(images)} images and "
-                    f"targets for {', '.join(str(len(target)) for target in targets) or 'none'}"
-                )
+        if not len(images) or any(len(values) != len(images) for values in targets):
+            raise ValueError(
+                f"a batch is one or more images and as many of each target, got {len(images)} images and "
+                f"targets for {', '.join(str(len(target)) for target in targets) or 'none'}"
+            )
         draws = [None] * len(images) if draws is None else draws
         samples = [self(*items, draw=draw) for *items, draw in zip(images, *targets, draws, strict=True)]
         images, *targets = (list(items) for items in zip(*samples, strict=True))
-        if any(image.shape != images[0].shape for image in images):
-            sizes = sorted({f"{image.shape[-2]}x{image.shape[-1]}" for image in images})
+        sizes = sorted({f"{image.shape[-2]}x{image.shape[-1]}" for image in images})
+        if len(sizes) > 1:
             raise ValueError(
                 f"the images of one batch have different sizes ({', '.join(sizes)}) after augmentation: set "
                 "the recipe's crop or resize"
@@ -182,27 +152,40 @@ def _cropped(item, y, x, side):
 
 
 def training_transform(crop=None, resize=None, scale=None, flip=True, jitter=None):
-    """The random augmentation of a training sample: ``image, *targets = transform(image, *targets)``.
+    """The random augmentation of a training sample: ``image, *targets = transform(image, *targets)``, or of a
+    batch: ``images, *targets = transform.batch(images, *targets)``.
 
-    In this order, each left out when its argument is off:
-
-    - ``resize``: to a square of this side, as the authors' release does;
-    - ``scale``: by a random factor: two numbers are a range, three or more the factors to choose from;
-    - ``crop``: a random square of this side; an image that is smaller is padded at the right and at the
-      bottom;
-    - ``flip``: left to right, half of the time;
-    - ``jitter``: (brightness, contrast, saturation, hue) as in torchvision's ``ColorJitter``, on the image
-      only. It runs last, on as few pixels as possible.
-
-    The image is uint8 (3, H, W) and stays so (`normalize` runs on the batch). A target of shape (H, W), array
+    An image is uint8 (3, H, W) and stays so (`normalize` runs on the batch). A target of shape (H, W), array
     or tensor, is a label map: resized to the nearest pixel, padded with 255. A float target of shape
     (C, H, W) is a set of maps: bilinear, padded with 0. The image is padded with ImageNet's mean colour, 0
-    after normalisation. Random numbers come from torch's global generator, which `DataLoader` seeds in every
-    worker.
+    after normalisation. Random numbers come from torch's global generator. The arguments act in this order,
+    each unless it is None or False.
 
-    ``transform.batch(images, *targets)`` does the same for a batch, on the images' device.
+    Args:
+        resize: to a square of this side, as the authors' release does.
+        scale: by a random factor: two numbers are a range, three or more the factors to choose from.
+        crop: a random square of this side; a smaller image is padded at the right and at the bottom.
+        flip: left to right, half of the time.
+        jitter: (brightness, contrast, saturation, hue) as in torchvision's ``ColorJitter``, on the image
+            only. It runs last, on as few pixels as possible.
 
     Raises:
         ValueError: for arguments, images or targets that are none of these, or targets of another size.
     """
+    crop, resize = (
+        value if value is None else whole(name, value) for name, value in (("crop", crop), ("resize", resize))
+    )
+    if scale is not None:
+        scale = tuple(float(factor) for factor in scale)
+        if len(scale) < 2 or min(scale) <= 0 or (len(scale) == 2 and scale[0] > scale[1]):
+            raise ValueError(
+                "scale is a range (low, high) with 0 < low <= high, or a list of three or more factors "
+                f"to choose from; got {scale}"
+            )
+    if jitter is not None:
+        if len(jitter) != 4:
+            raise ValueError(
+                f"jitter is (brightness, contrast, saturation, hue), four numbers; got {jitter!r}"
+            )
+        jitter = ColorJitter(*jitter)
     return _TrainingTransform(crop, resize, scale, flip, jitter)

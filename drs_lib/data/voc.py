@@ -35,26 +35,23 @@ VOC_CLASSES = (
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
     "tvmonitor",
 )  # fmt: skip
-
 VOC_LIST_SIZES = {"train": 1464, "val": 1449, "trainval": 2913, "trainaug": 10582}
-
 MASK_FOLDERS = ("SegmentationClassAug", "SegmentationClass")
-
-DOWNLOAD_HINT = "python -m drs_course download --root {root}"
-
+KINDS = {  # folder: what its files are, and how their names end
+    "JPEGImages": ("images", ".jpg"),
+    "Annotations": ("annotations", ".xml"),
+    "saliency_map": ("saliency maps", ".png"),
+    **dict.fromkeys(MASK_FOLDERS, ("masks", ".png")),
+}
+DOWNLOAD = "python -m drs_course download --root {}"
 IGNORED = 255  # what a mask or a label map holds where nothing is known
-_SAMPLE = 16  # saliency maps that are looked at to tell how all are stored
 
 
 def voc_palette():
     """VOC's colours, uint8 (256, 3). Bits 0, 3, 6 of a label go to red, 1, 4, 7 to green, 2, 5 to blue, each
     from the highest bit of the colour down."""
-    labels = np.arange(256)
-    palette = np.zeros((256, 3), np.uint8)
-    for step in range(3):
-        for channel in range(3):
-            palette[:, channel] |= (((labels >> (3 * step + channel)) & 1) << (7 - step)).astype(np.uint8)
-    return palette
+    labels, channels = np.arange(256)[:, None], np.arange(3)
+    return sum(((labels >> (3 * step + channels)) & 1) << (7 - step) for step in range(3)).astype(np.uint8)
 
 
 def labels_from_colours(rgb):
@@ -63,19 +60,24 @@ def labels_from_colours(rgb):
     Raises:
         ValueError: a colour is not one of VOC's palette (an interpolated or JPEG-compressed mask has such).
     """
-
-    code = np.array([1 << 16, 1 << 8, 1])
+    rgb, code = np.asarray(rgb), np.array([1 << 16, 1 << 8, 1])
     known = np.full(1 << 24, -1, np.int16)
     known[voc_palette() @ code] = np.arange(256)
-    labels = known[np.asarray(rgb) @ code]
+    labels = known[rgb @ code]
     strange = labels < 0
     if strange.any():
         raise ValueError(
-            f"{strange.sum()} pixels have colours outside VOC's palette, e.g. "
-            f"{tuple(np.asarray(rgb)[strange][0])}: was the mask resized with interpolation, or saved as "
-            "JPEG?"
+            f"{strange.sum()} pixels have colours outside VOC's palette, e.g. {tuple(rgb[strange][0])}: was "
+            "the mask resized with interpolation, or saved as JPEG?"
         )
     return labels.astype(np.uint8)
+
+
+def indexed_image(labels):
+    """Class values uint8 (H, W) as an image in VOC's colours, in Pillow's mode P."""
+    image = Image.fromarray(np.ascontiguousarray(labels))
+    image.putpalette(voc_palette().tobytes())
+    return image
 
 
 def save_indexed_png(path, labels):
@@ -91,34 +93,28 @@ def save_indexed_png(path, labels):
             f"{path}: a label map is a two-dimensional integer array with values 0..255, "
             f"got {labels.dtype} of shape {labels.shape}"
         )
-    image = Image.fromarray(np.ascontiguousarray(labels.astype(np.uint8)))
-    image.putpalette(voc_palette().tobytes())
     with atomic_path(path) as temporary:
-        image.save(temporary, format="PNG", optimize=False)
+        indexed_image(labels.astype(np.uint8)).save(temporary, format="PNG")
 
 
-def find_voc(root):
-    """The VOC2012 folder at or below ``root``: itself, ``root/VOC2012`` or ``root/VOCdevkit/VOC2012``.
-
-    Raises:
-        FileNotFoundError: none of them holds JPEGImages and ImageSets/Segmentation.
-    """
+def _find_voc(root):
+    """The VOC2012 folder at or below ``root``, the one that is nearest to complete."""
     root = Path(root).expanduser()
-    needed = ("JPEGImages", "ImageSets/Segmentation")
-    candidates = [root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"]
-    for folder in candidates:
-        if all((folder / name).is_dir() for name in needed):
-            return folder
-    for folder in candidates:
-        missing = [name for name in needed if not (folder / name).is_dir()]
-        if len(missing) == 1:
-            raise FileNotFoundError(
-                f"{folder} has no {missing[0]}: it looks half extracted. Remove it and extract it again, or "
-                f"run '{DOWNLOAD_HINT.format(root=root)}', which completes it."
-            )
+    lacks = {
+        folder: [name for name in ("JPEGImages", "ImageSets/Segmentation") if not (folder / name).is_dir()]
+        for folder in (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012")
+    }
+    folder, missing = min(lacks.items(), key=lambda item: len(item[1]))
+    if not missing:
+        return folder
+    if len(missing) == 1:
+        raise FileNotFoundError(
+            f"{folder} has no {missing[0]}: it looks half extracted. Remove it and extract it again, or run "
+            f"'{DOWNLOAD.format(root)}', which completes it."
+        )
     raise FileNotFoundError(
         f"no VOC 2012 at {root}: expected JPEGImages and ImageSets/Segmentation there, in {root / 'VOC2012'} "
-        f"or in {root / 'VOCdevkit' / 'VOC2012'}. '{DOWNLOAD_HINT.format(root=root)}' puts it there."
+        f"or in {root / 'VOCdevkit' / 'VOC2012'}. '{DOWNLOAD.format(root)}' puts it there."
     )
 
 
@@ -148,35 +144,37 @@ def opened(path, file=None):
 def _pixels(path):
     """An image as uint8 (H, W, 3), RGB."""
     with opened(path) as image:
-        if image.mode[0] not in "IF":
-            return np.array(image.convert("RGB"))
-        values = np.array(image)
-    return _grey_levels(path, values)
+        pixels = np.array(image.convert("RGB"))
+    if image.mode[0] in "IF":  # Pillow has cut off what is above 255
+        raise ValueError(f"{path} has mode {image.mode}, more than 8 bits a colour. Save it with 8 bits.")
+    return pixels
 
 
-def _grey_levels(path, values):
-    """An image of integers with 16 bits or more, or of floats, as uint8 (H, W, 3). Pillow would cut off what
-    is above 255."""
-    low, high = values.min(), values.max()
-    # Programs that keep 8-bit values in wider integers don't scale them.
-    most = 1 if values.dtype.kind == "f" else 255 if high <= 255 else 65535
-    if not (low >= 0 and high <= most):  # also refuses NaN
+def _aligned(root, folder, name, modes, otherwise):
+    """A PNG of one of the given modes, as large as its image: its path, values, and palette or None."""
+    with opened(root / "JPEGImages" / f"{name}.jpg") as image:
+        size = image.size
+    path = root / folder / f"{name}.png"
+    with opened(path) as png:
+        values, palette = np.array(png), png.getpalette()
+    if png.mode not in modes:
+        raise ValueError(f"{path} has mode {png.mode}: {otherwise}")
+    if png.size != size:
         raise ValueError(
-            f"{path} has {values.dtype} values from {low:g} to {high:g}: expected grey levels, integers from "
-            "0 to 65535 or floats from 0 to 1. Save it with 8 bits."
+            f"{path} is {png.size[0]} x {png.size[1]} pixels, its image {size[0]} x {size[1]}: "
+            "do both come from the same data set?"
         )
-    grey = np.rint(values * (255 / most)).astype(np.uint8)
-    return np.repeat(grey[:, :, None], 3, axis=2)
+    return path, values, palette
 
 
 def _check_palette(path, labels, palette):
     """Raises ValueError if an indexed mask gives its values other colours than VOC. Grey says nothing."""
     colours = np.arange(256)[:, None].repeat(3, axis=1)
     colours[: len(palette) // 3] = np.reshape(palette, (-1, 3))
-    expected = voc_palette()
-    wrong = [v for v in labels if colours[v].tolist() not in ([v] * 3, expected[v].tolist())]
+    colours, expected = colours.tolist(), voc_palette().tolist()
+    wrong = [value for value in labels if colours[value] not in ([value] * 3, expected[value])]
     if wrong:
-        found = (f"{v} is {tuple(colours[v].tolist())} and not {tuple(expected[v].tolist())}" for v in wrong)
+        found = (f"{value} is {tuple(colours[value])} and not {tuple(expected[value])}" for value in wrong)
         raise ValueError(
             f"{path} has another palette than VOC's: {first_few(found)}. If its values are right, write it "
             "again with save_indexed_png(path, np.array(Image.open(path))); if its colours are, with "
@@ -198,7 +196,7 @@ def first_few(names, count=3):
 def text_lines(path):
     """The lines of a text file that are not empty. Windows' programs write UTF-16 too, which begins with a
     mark."""
-    content = Path(path).read_bytes()
+    content = path.read_bytes()
     marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         text = content.decode("utf-16" if marked else "utf-8-sig")
@@ -211,58 +209,50 @@ def text_lines(path):
 
 def read_list(path):
     """The ids of an image list: the first word of every line. Lists that go on with labels
-    (``2007_000032 0 14``) and lists of paths (``/JPEGImages/2007_000032.jpg ...``) are understood, in UTF-8
-    or, marked as such, UTF-16. Raises ValueError for what is no text."""
+    (``2007_000032 0 14``) and lists of paths (``/JPEGImages/2007_000032.jpg ...``) are understood. Raises
+    ValueError for what is no text."""
     firsts = [PurePosixPath(line.split()[0]) for line in text_lines(path)]
     return [first.stem if first.suffix in (".jpg", ".png") else first.name for first in firsts]
 
 
 def _split_ids(root, split, check):
     """The ids of a split's list. check: whether a list of VOC's has to be VOC's."""
-    folder = root / "ImageSets" / "Segmentation"
-    path = folder / f"{split}.txt"
+    path = root / "ImageSets" / "Segmentation" / f"{split}.txt"
     if not path.is_file():
-        there = first_few(sorted(p.stem for p in folder.glob("*.txt")), 10) or "none"
-        hint = DOWNLOAD_HINT.format(root=root.parent) + " --only aug"
-        made = f" VOC doesn't come with this list; '{hint}' makes it." if split == "trainaug" else ""
-        raise FileNotFoundError(f"no list {path}; lists there: {there}.{made}")
-    names = read_list(path)
-    if not names:
-        raise ValueError(f"{path} is empty")
+        there = first_few(sorted(other.stem for other in path.parent.glob("*.txt")), 10) or "none"
+        hint = f" VOC doesn't come with this list; '{DOWNLOAD.format(root.parent)} --only aug' makes it."
+        raise FileNotFoundError(f"no list {path}; lists there: {there}.{hint if split == 'trainaug' else ''}")
+    names, val, size = read_list(path), path.with_name("val.txt"), VOC_LIST_SIZES.get(split)
     twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise ValueError(f"{path} lists images more than once: {first_few(twice)}")
-    if not check or split not in VOC_LIST_SIZES:
-        return names
+    of_val = sorted({*names} & {*read_list(val)}) if check and split == "trainaug" and val.is_file() else []
     how = (
         "Restore VOC's list; for a sample of VOC pass check_lists=False, and give a data set of your own a "
         "classes.txt."
     )
-    if len(names) != VOC_LIST_SIZES[split]:
-        raise ValueError(
-            f"{path} has {len(names)} ids, VOC's {split} list has {VOC_LIST_SIZES[split]}. {how}"
-        )
-    val = folder / "val.txt"
-    common = sorted(set(names) & set(read_list(val))) if split == "trainaug" and val.is_file() else []
-    if common:
-        raise ValueError(f"{path} holds images of VOC's val list: {first_few(common)}. {how}")
+    if not names:
+        raise ValueError(f"{path} is empty")
+    if twice:
+        raise ValueError(f"{path} lists images more than once: {first_few(twice)}")
+    if check and size not in (None, len(names)):
+        raise ValueError(f"{path} has {len(names)} ids, VOC's {split} list has {size}. {how}")
+    if of_val:
+        raise ValueError(f"{path} holds images of VOC's val list: {first_few(of_val)}. {how}")
     return names
 
 
-def _require(root, split, names, folder, suffix, what):
+def _require(root, folder, split, names):
     """Raises FileNotFoundError unless a folder has a file for each of a split's names."""
-    path = root / folder
-    download = DOWNLOAD_HINT.format(root=root.parent)
+    path, (what, suffix), download = root / folder, KINDS[folder], DOWNLOAD.format(root.parent)
+    files = set(os.listdir(path)) if path.is_dir() else set()
+    missing = [name for name in names if name + suffix not in files]
+    if not missing:
+        return
     if folder == "saliency_map" and not path.is_dir():
         raise FileNotFoundError(
             f"no {path}: DRS takes its background cue from saliency maps. '{download} --only saliency' "
             "fetches those of the authors' release; or put 8-bit greyscale PNGs named by image id there."
         )
-    files = set(os.listdir(path)) if path.is_dir() else set()
-    missing = [name for name in names if name + suffix not in files]
-    if not missing:
-        return
-    state = "is not there" if not path.is_dir() else f"lacks {len(missing)} of {len(names)} {what}"
+    state = f"lacks {len(missing)} of {len(names)} {what}" if path.is_dir() else "is not there"
     other = ""
     if folder == "SegmentationClassAug" and (root / "SegmentationClass").is_dir():
         other = " For VOC's own train and val images masks='SegmentationClass' will do."
@@ -281,37 +271,21 @@ def _classes(path):
     return classes
 
 
-def _aligned(root, name, folder, modes, otherwise):
-    """A PNG of one of the given modes, as large as its image: its path, values, and palette or None."""
-    with opened(root / "JPEGImages" / f"{name}.jpg") as image:
-        size = image.size
-    path = root / folder / f"{name}.png"
-    with opened(path) as png:
-        values, palette = np.array(png), png.getpalette()
-    if png.mode not in modes:
-        raise ValueError(f"{path} has mode {png.mode}: {otherwise}")
-    if png.size != size:
-        raise ValueError(
-            f"{path} is {png.size[0]} x {png.size[1]} pixels, its image {size[0]} x {size[1]}: "
-            "do both come from the same data set?"
-        )
-    return path, values, palette
-
-
-def _named_objects(path, classes, difficult):
-    """The places in ``classes`` of the objects that an annotation names, each once."""
+def _named_objects(path, classes):
+    """The places in ``classes`` of the objects that an annotation names."""
     try:
         objects = ElementTree.parse(path).getroot().findall("object")
     except (ElementTree.ParseError, LookupError, ValueError) as error:
         raise ValueError(f"{path} can't be read ({error}): it is damaged; extract it again") from error
-    present = set()
-    for item in objects:
-        name = (item.findtext("name") or "").strip()
+    names = [(item.findtext("name") or "").strip() for item in objects]
+    for name in names:
         if name not in classes:
             raise ValueError(f"{path}: object {name!r}, expected one of {', '.join(classes)}")
-        if difficult or (item.findtext("difficult") or "0").strip() != "1":
-            present.add(classes.index(name))
-    return sorted(present)
+    return [classes.index(name) for name in names]
+
+
+def _sha256(content):
+    return hashlib.sha256(content).hexdigest()
 
 
 def _contents(path, wanted, cache_dir):
@@ -325,14 +299,13 @@ def _contents(path, wanted, cache_dir):
     if cache_dir is not None:
         # A copy may have its original's mtime, but not its ctime.
         state = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in found]
-        digest = hashlib.sha256(repr((str(path.resolve()), state)).encode()).hexdigest()
+        digest = _sha256(repr((str(path.resolve()), state)).encode())
         known = cache_dir / f"voc-contents-{digest[:32]}.txt"
         if known.is_file():
             return known.read_text(encoding="utf-8")
-    names = [name for name, _ in found]
     with ThreadPoolExecutor() as pool:
-        hashes = pool.map(lambda name: hashlib.sha256((path / name).read_bytes()).hexdigest(), names)
-    contents = hashlib.sha256(repr([*zip(names, hashes, strict=True)]).encode()).hexdigest()
+        hashes = pool.map(lambda item: (item[0], _sha256((path / item[0]).read_bytes())), found)
+        contents = _sha256(repr([*hashes]).encode())
     if known is not None:
         cache_dir.mkdir(parents=True, exist_ok=True)
         write_text(known, contents)
@@ -350,58 +323,40 @@ class VOC2012(Dataset):
             what the label lists of the authors' release hold. "xml": the objects named in Annotations.
             "none": unknown (a test split); they are NaN, so that nothing can be trained on them by mistake.
         masks: the folder of the masks, "SegmentationClassAug" or "SegmentationClass".
-        difficult: with ``labels="xml"``, count objects marked difficult too, as is usual in weak supervision.
-        check_lists: whether VOC's own lists have to be complete; see Raises.
+        check_lists: whether VOC's own lists have to be complete; False admits samples of VOC.
         cache_dir: a folder for the labels read off the masks and for hashes of the files, so that a second
-            run needn't read them all. The data folder itself may be read-only and is never written to.
+            run needn't read them all. The data folder itself is never written to.
 
-    ``ds[i]`` is (image uint8 (3, H, W), labels float32 (C,)). Greyscale images become RGB by repetition, of 8
-    bits if they had 16 or were floats from 0 to 1; CMYK ones by Pillow, which knows that CMYK JPEGs are
-    stored inverted. EXIF orientation is ignored, as VOC's masks and boxes ignore it.
+    ``ds[i]`` is (image uint8 (3, H, W), labels float32 (C,)). Greyscale images become RGB by repetition, CMYK
+    ones by Pillow, which knows that CMYK JPEGs are stored inverted. EXIF orientation is ignored, as VOC's
+    masks and boxes ignore it.
 
     Raises:
-        FileNotFoundError: no such tree or list, or listed images or masks that are not there (the first
-            ones are named).
-        ValueError: an empty list, an id listed twice, or, in a tree without ``classes.txt``, a list named
-            train, val, trainval or trainaug that isn't VOC's (1,464, 1,449, 2,913 or 10,582 ids; no image of
-            val in trainaug). ``check_lists=False`` admits samples of VOC.
+        FileNotFoundError: no such tree or list, or listed images or masks that are not there.
+        ValueError: a list that is empty, names an image twice or, in a tree without ``classes.txt``, is not
+            VOC's though named so; later, a file that is damaged, not of its image's size, or holds values or
+            colours that it shouldn't.
     """
 
     def __init__(
-        self,
-        root,
-        split,
-        *,
-        labels="mask",
-        masks="SegmentationClassAug",
-        difficult=True,
-        check_lists=True,
-        cache_dir=None,
+        self, root, split, *, labels="mask", masks="SegmentationClassAug", check_lists=True, cache_dir=None
     ):
-        if labels not in ("mask", "xml", "none"):
+        folders = {"mask": [masks], "xml": ["Annotations"], "none": []}
+        if labels not in folders:
             raise ValueError(f"labels is 'mask', 'xml' or 'none', got {labels!r}")
         if masks not in MASK_FOLDERS:
             raise ValueError(f"masks is one of {MASK_FOLDERS}, got {masks!r}")
-        self.root = find_voc(root)
-        self.split, self.label_source, self.mask_folder, self.difficult = split, labels, masks, difficult
+        self.root = _find_voc(root)
+        self.split, self.label_source, self.mask_folder = split, labels, masks
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         own_classes = self.root / "classes.txt"
         self.classes = _classes(own_classes)
         self.num_classes = len(self.classes)
         self.names = _split_ids(self.root, split, check_lists and not own_classes.is_file())
-        of_labels = {"mask": [(masks, ".png", "masks")], "xml": [("Annotations", ".xml", "annotations")]}
-        for files in [("JPEGImages", ".jpg", "images"), *of_labels.get(labels, [])]:
-            _require(self.root, split, self.names, *files)
-        # One array and not a list of tensors: it travels to worker processes in one piece.
-        self._labels = np.zeros((len(self.names), self.num_classes), np.float32)
-        self._labelled = np.zeros(len(self.names), bool)
-
-    def require_saliency(self):
-        """Raises FileNotFoundError if not every image has a saliency map, and says where they come from; and
-        ValueError if some of a sample of them can't be used."""
-        _require(self.root, self.split, self.names, "saliency_map", ".png", "saliency maps")
-        for index in self._saliency_sample():
-            self.saliency(index)
+        for folder in ("JPEGImages", *folders[labels]):
+            _require(self.root, folder, split, self.names)
+        # NaN: unknown, or not read yet. One array travels to worker processes in one piece.
+        self._labels = np.full((len(self.names), self.num_classes), np.nan, np.float32)
 
     def __len__(self):
         return len(self.names)
@@ -415,26 +370,16 @@ class VOC2012(Dataset):
         return self.image(index), self.label(index)
 
     def image(self, index):
-        """Image ``index`` as a uint8 tensor (3, H, W), RGB.
-
-        Raises:
-            ValueError: the file is damaged or cut off, or holds no grey levels or colours.
-        """
+        """Image ``index`` as a uint8 tensor (3, H, W), RGB."""
         path = self.root / "JPEGImages" / f"{self.names[index]}.jpg"
         return torch.from_numpy(_pixels(path)).permute(2, 0, 1).contiguous()
 
     def mask(self, index):
-        """Mask ``index``, uint8 (H, W): 0 background, 1..C classes, 255 ignored. For scoring only.
-
-        Raises:
-            FileNotFoundError: there is none.
-            ValueError: it is in colours, not of its image's size, damaged, has values beyond the classes, or,
-                where the classes are VOC's, a palette that gives its values other colours than VOC's.
-        """
+        """Mask ``index``, uint8 (H, W): 0 background, 1..C classes, 255 ignored. For scoring only."""
         path, mask, palette = _aligned(
             self.root,
-            self.names[index],
             self.mask_folder,
+            self.names[index],
             ("L", "P"),
             "a mask holds class values (greyscale or indexed PNG). If this one has VOC's colours, convert "
             "it with save_indexed_png(path, labels_from_colours(rgb)), both in drs_lib.data.voc",
@@ -451,64 +396,60 @@ class VOC2012(Dataset):
         return mask
 
     def saliency(self, index):
-        """Saliency ``index``, uint8 (H, W), 0..255 for 0..1.
-
-        Raises:
-            FileNotFoundError: there is none.
-            ValueError: not 8-bit greyscale, not of its image's size, damaged, or with 1 in the place of 255,
-                as the other maps.
-        """
+        """Saliency ``index``, uint8 (H, W), 0..255 for 0..1."""
         if not (self.root / "saliency_map").is_dir():
             self.require_saliency()
-        path, saliency = self._saliency(index)
-        # One map with nothing above 1 says nothing: a detector may find nothing in an image.
-        if saliency.max() == 1 and self._highest_saliency <= 1:
-            raise ValueError(
-                f"{path} goes from 0 to 1 of 255, as the other saliency maps do, so that all would be "
-                "background: multiply them by 255"
-            )
+        _, saliency = self._saliency(index)
+        if saliency.max() == 1:
+            self._check_saliency()
         return saliency
 
     def _saliency(self, index):
         expected = "expected 8-bit greyscale, 0 = not salient, 255 = salient"
-        return _aligned(self.root, self.names[index], "saliency_map", ("L",), expected)[:2]
+        return _aligned(self.root, "saliency_map", self.names[index], ("L",), expected)[:2]
 
-    def _saliency_sample(self):
-        return range(0, len(self), -(-len(self) // _SAMPLE))
+    def _check_saliency(self):
+        """Raises ValueError if no map of a sample goes beyond 1. One such map alone says nothing: a detector
+        may find nothing in an image."""
+        sample = [self._saliency(index) for index in range(0, len(self), -(-len(self) // 16))]
+        path, saliency = max(sample, key=lambda item: item[1].max())
+        if saliency.max() == 1:
+            raise ValueError(
+                f"{path} goes from 0 to 1 of 255, as the other saliency maps do, so that all would be "
+                "background: multiply them by 255"
+            )
 
-    @cached_property
-    def _highest_saliency(self):
-        return max(self._saliency(i)[1].max() for i in self._saliency_sample())
+    def require_saliency(self):
+        """Raises FileNotFoundError if not every image has a saliency map, and says where they come from; and
+        ValueError if some of a sample of them can't be used."""
+        _require(self.root, "saliency_map", self.split, self.names)
+        self._check_saliency()
 
     def label(self, index):
         """Image-level labels of image ``index``, float32 (C,), multi-hot."""
-        if not self._labelled[index]:
-            if self.label_source == "none":
-                self._labels[index] = np.nan
-            elif self.label_source == "mask":
+        if self.label_source != "none" and np.isnan(self._labels[index, 0]):
+            if self.label_source == "mask":
                 present = [value - 1 for value in _values(self.mask(index)) if 0 < value < IGNORED]
-                self._labels[index, present] = 1
             else:
                 path = self.root / "Annotations" / f"{self.names[index]}.xml"
-                self._labels[index, _named_objects(path, self.classes, self.difficult)] = 1
-            self._labelled[index] = True
+                present = _named_objects(path, self.classes)
+            self._labels[index] = np.isin(np.arange(self.num_classes), present)
         return torch.from_numpy(self._labels[index].copy())
 
     def image_labels(self):
         """The image-level labels of all images, float32 (N, C), read in threads; kept in ``cache_dir``, if
         given."""
-        kept = self.label_source == "mask" and self.cache_dir is not None and not self._labelled.all()
-        cache = self.cache_dir / f"voc-labels-{self.fingerprint}.npy" if kept else None
-        if kept and cache.is_file():
+        cached = self.label_source == "mask" and self.cache_dir is not None
+        cache = self.cache_dir / f"voc-labels-{self.fingerprint}.npy" if cached else None
+        if cached and cache.is_file():
             try:
                 self._labels[:] = np.load(cache, allow_pickle=False)
-                self._labelled[:] = True
             except (ValueError, OSError, EOFError) as error:
                 warnings.warn(f"{cache} can't be used ({error}); reading the masks again", stacklevel=2)
-        missing = np.flatnonzero(~self._labelled).tolist()
+        missing = np.flatnonzero(np.isnan(self._labels[:, 0])).tolist()
         with ThreadPoolExecutor() as pool:
             list(pool.map(self.label, missing))
-        if kept and missing:
+        if cached and missing:
             self.cache_dir.mkdir(parents=True, exist_ok=True)
             with atomic_path(cache) as temporary, open(temporary, "wb") as file:
                 np.save(file, self._labels.astype(np.uint8))
@@ -518,7 +459,7 @@ class VOC2012(Dataset):
     def fingerprint(self):
         """A short string that identifies the content: list, classes, label source, and what is in the files
         of the list, wherever the tree lies. Other saliency maps or masks under the same names change it."""
-        return self._identity(self._content, self._contents("saliency_map", ".png"))
+        return self._identity(self._content + self._contents("saliency_map"))
 
     @cached_property
     def fingerprint_without_saliency(self):
@@ -528,14 +469,14 @@ class VOC2012(Dataset):
     @cached_property
     def _content(self):
         """All but saliency."""
-        files = [("JPEGImages", ".jpg"), (self.mask_folder, ".png")]
-        if self.label_source == "xml":
-            files.append(("Annotations", ".xml"))
-        choices = (self.classes, self.label_source, self.mask_folder, self.difficult, self.names)
-        return repr(choices) + "".join(self._contents(*kind) for kind in files)
+        # True was an option once; without it every fingerprint would change.
+        choices = (self.classes, self.label_source, self.mask_folder, True, self.names)
+        folders = ["JPEGImages", self.mask_folder] + ["Annotations"] * (self.label_source == "xml")
+        return repr(choices) + "".join(map(self._contents, folders))
 
-    def _contents(self, folder, suffix):
-        return _contents(self.root / folder, {name + suffix for name in self.names}, self.cache_dir)
+    def _contents(self, folder):
+        wanted = {name + KINDS[folder][1] for name in self.names}
+        return _contents(self.root / folder, wanted, self.cache_dir)
 
-    def _identity(self, *content):
-        return f"voc-{self.split}-{len(self)}-{hashlib.sha256(''.join(content).encode()).hexdigest()[:16]}"
+    def _identity(self, content):
+        return f"voc-{self.split}-{len(self)}-{_sha256(content.encode())[:16]}"

@@ -1,62 +1,63 @@
 """A data set as a weakly supervised stage may see it: without its masks."""
 
+from functools import partial
+
 import torch
+
+FACTS = ("names", "classes", "num_classes", "fingerprint", "split", "packed")
+METHODS = ("saliency", "mask", "__class__", "__doc__", "__module__", "__reduce__", "__reduce_ex__")
 
 
 class MaskAccessError(RuntimeError):
     """A stage of the weakly supervised pipeline asked for a mask."""
 
 
+def _inside(weak):
+    return [object.__getattribute__(weak, name) for name in WithoutMasks.__slots__]
+
+
 class WithoutMasks:
-    """What `without_masks` returns. Its attribute access answers to a fixed list of names, so that the
-    wrapped data set, and through it a mask, is not one attribute away."""
+    """What `without_masks` and `decoded` return. It answers to a fixed list of names, so that the wrapped
+    data set, and through it a mask, is not one attribute away.
 
-    _ANSWERS = frozenset(
-        {"names", "classes", "num_classes", "fingerprint", "split", "saliency", "mask", "packed", "sizes"}
-        | {"__class__", "__doc__", "__reduce__", "__reduce_ex__", "__dir__", "__module__"}
-    )
+    labels: float32 (N, C), or None for the data set's own. facts: ``packed`` images that take the place of
+    the data set's, and what else shall be other than its own.
+    """
 
-    __slots__ = (
-        *("_dataset", "_labels", "names", "classes", "num_classes", "fingerprint", "split"),
-        *("packed", "sizes"),  # of decoded images only: neither leads back to the data set
-    )
+    __slots__ = ("_dataset", "_labels", "_facts")
 
-    def __init__(self, dataset, labels):
-        put = object.__setattr__
-        put(self, "_dataset", dataset)
-        put(self, "_labels", labels)
-        for name in ("names", "classes", "num_classes", "fingerprint"):
-            put(self, name, getattr(dataset, name))
-        put(self, "split", getattr(dataset, "split", None))
-        for name in ("packed", "sizes"):
-            if hasattr(dataset, name):
-                put(self, name, getattr(dataset, name))
+    def __init__(self, dataset, labels, **facts):
+        own = {name: getattr(dataset, name) for name in FACTS if hasattr(dataset, name)}
+        inside = dataset, labels, {"split": None} | own | facts
+        for name, value in zip(WithoutMasks.__slots__, inside, strict=True):
+            object.__setattr__(self, name, value)
 
     def __getattribute__(self, name):
-        if name in WithoutMasks._ANSWERS:
+        *_, facts = _inside(self)
+        if name in facts:
+            return facts[name]
+        if name in METHODS:
             return object.__getattribute__(self, name)
-        raise AttributeError(
-            f"a data set without masks has no attribute {name!r}; it answers to "
-            f"{sorted(n for n in WithoutMasks._ANSWERS if not n.startswith('_'))}"
-        )
+        raise AttributeError(f"a data set without masks has no attribute {name!r}; it answers to {dir(self)}")
 
     def __setattr__(self, name, value):
         raise AttributeError("a data set without masks can't be changed")
 
     def __dir__(self):
-        return sorted(WithoutMasks._ANSWERS)
+        return sorted([*_inside(self)[2], "saliency", "mask"])
 
     def __len__(self):
-        return len(object.__getattribute__(self, "_dataset"))
+        return len(_inside(self)[0])
 
     def __getitem__(self, index):
-        dataset, labels = (object.__getattribute__(self, name) for name in ("_dataset", "_labels"))
+        dataset, labels, facts = _inside(self)
         if labels is None:
             return dataset[index]
-        return dataset.image(index), torch.from_numpy(labels[index].copy())
+        image = facts["packed"][index] if "packed" in facts else dataset.image(index)
+        return image, torch.from_numpy(labels[index].copy())
 
     def saliency(self, index):
-        return object.__getattribute__(self, "_dataset").saliency(index)
+        return _inside(self)[0].saliency(index)
 
     def mask(self, index):
         raise MaskAccessError(
@@ -65,26 +66,19 @@ class WithoutMasks:
         )
 
     def __repr__(self):
-        return f"without_masks({object.__getattribute__(self, '_dataset')!r})"
+        return f"without_masks({_inside(self)[0]!r})"
 
     def __reduce__(self):
-        dataset, labels = (object.__getattribute__(self, name) for name in ("_dataset", "_labels"))
-        return WithoutMasks, (dataset, labels)
-
-    def __reduce_ex__(self, protocol):
-        return self.__reduce__()
+        dataset, labels, facts = _inside(self)
+        return partial(WithoutMasks, **facts), (dataset, labels)
 
 
 def without_masks(dataset):
-    """The same data set as a weakly supervised stage may see it: images, image-level labels and saliency, no
-    masks.
+    """The same data set as a weakly supervised stage may see it: images, image-level labels and saliency;
+    ``.mask(i)`` raises MaskAccessError. Applied twice, it returns its argument.
 
     The labels of a data set that reads them off its masks (`VOC2012(labels="mask")`, through its
-    ``image_labels()``) are computed here, once; after that no mask file is opened. Applied twice, it returns
-    its argument. The result can be pickled, so it works in `DataLoader` workers.
-
-    Raises:
-        MaskAccessError: later, when ``.mask(i)`` of the result is called.
+    ``image_labels()``) are computed here, once; after that no mask file is opened.
     """
     if type(dataset) is WithoutMasks:
         return dataset
