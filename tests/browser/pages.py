@@ -254,28 +254,23 @@ class Kernel:
 
     def ask(self, expression):
         """The value of an expression in the notebook, of Python's literal kinds."""
-        reply = self._reply(
-            self.client.execute("", silent=True, store_history=False, user_expressions={"it": expression})
-        )
-        it = reply["user_expressions"]["it"]
+        it = self._execute("", user_expressions={"it": expression})["user_expressions"]["it"]
         if it["status"] != "ok":
             raise RuntimeError(f"{expression}: {it['ename']}: {it['evalue']}")
         return ast.literal_eval(it["data"]["text/plain"])
 
     def run(self, code):
-        reply = self._reply(self.client.execute(code, silent=True, store_history=False))
+        reply = self._execute(code)
         if reply["status"] != "ok":
             raise RuntimeError(f"{code}: {reply['ename']}: {reply['evalue']}")
+
+    def _execute(self, code, **options):
+        options |= {"silent": True, "store_history": False}
+        return self.client.execute(code, reply=True, timeout=60, **options)["content"]
 
     def tell(self, code):
         """Sends code without waiting for it, such as code that ends the kernel."""
         self.client.execute(code, silent=True, store_history=False)
-
-    def _reply(self, message, seconds=60):
-        while True:
-            reply = self.client.get_shell_msg(timeout=seconds)
-            if reply["parent_header"].get("msg_id") == message:
-                return reply["content"]
 
     def close(self):
         self.client.stop_channels()

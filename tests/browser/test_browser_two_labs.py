@@ -35,29 +35,26 @@ def labs(browser, server, course, library):
 @pytest.mark.parametrize(("mover", "control"), [(0, "delta"), (1, "delta"), (2, "alpha")])
 def test_moving_one_leaves_the_others_alone(labs, mover, control):
     moving = labs[mover]
-    others = [lab for lab in labs if lab is not moving]
-    before = moving.on_page.settled_picture()
-    still = [(lab.on_page.settled_picture(), _source(lab), lab.state(), _drawings(lab)) for lab in others]
-    moving.drag(control, 0.2, 0.45)
-    moving.on_page.changes_from(before)
-    moving.reaches_kernel(control)
-    moving.agrees()
-    assert still == [(lab.on_page.picture(), _source(lab), lab.state(), _drawings(lab)) for lab in others]
+
+    def others():
+        still = [lab for lab in labs if lab is not moving]
+        return [(lab.on_page.settled_picture(), _source(lab), lab.state(), _drawings(lab)) for lab in still]
+
+    before = others()
+    with moving.redrawn():
+        moving.drag(control, 0.2, 0.45)
+        moving.reaches_kernel(control)
+    assert others() == before
 
 
 def test_moved_in_turn_each_ends_in_its_own_state(labs):
-    first, second, cue = labs
+    moves = list(zip(labs, ("delta", "delta", "alpha"), ("ArrowLeft", "PageDown", "ArrowRight"), strict=True))
     for _ in range(4):
-        for lab, control, key in (
-            (first, "delta", "ArrowLeft"),
-            (second, "delta", "PageDown"),
-            (cue, "alpha", "ArrowRight"),
-        ):
+        for lab, control, key in moves:
             lab.press(control, key)
-    for lab, control in ((first, "delta"), (second, "delta"), (cue, "alpha")):
-        lab.reaches_kernel(control)
-        lab.agrees()
-    assert first.readout("delta") != second.readout("delta")
+    for lab, control, _ in moves:
+        lab.follows(control)
+    assert labs[0].readout("delta") != labs[1].readout("delta")
 
 
 def _source(lab):
