@@ -125,9 +125,9 @@ def kernel(opened, page):
 class Subject:
     """A lab three times: on the page, in the page's kernel, and in this process, drawn by the library."""
 
-    def __init__(self, page, kernel, name, library, number=0):
+    def __init__(self, page, kernel, name, library):
         self.page, self.kernel, self.name, self.library = page, kernel, name, library
-        self.on_page = LabOnPage(page, library.title, number)
+        self.on_page = LabOnPage(page, library.title)
 
     def label(self, control):
         return self.library.controls[control].description

@@ -84,12 +84,12 @@ def listen(page, url):
 
 
 class LabOnPage:
-    """One of the labs on a page. title: its heading; number: which one, of several with that heading."""
+    """One of the labs on a page. title: its heading."""
 
-    def __init__(self, page, title, number=0):
+    def __init__(self, page, title):
         self.page = page
         heading = page.locator(".drs-title", has_text=re.compile(f"^{re.escape(title)}$"))
-        self.root = page.locator(".drs-lab", has=heading).nth(number)
+        self.root = page.locator(".drs-lab", has=heading)
 
     def control(self, kind, label):
         """A control by its kind of widget ("slider", "dropdown", "checkbox") and its label."""
@@ -225,8 +225,8 @@ class Notebook:
         )
         self.wait_until_idle()
 
-    def lab(self, title, number=0):
-        return LabOnPage(self.page, title, number)
+    def lab(self, title):
+        return LabOnPage(self.page, title)
 
     def kernel_id(self):
         sessions = self.server.ask("GET", "api/sessions")

@@ -61,6 +61,7 @@ def test_a_good_image_is_shown(lab):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_bad_file_is_refused_with_a_sentence_and_the_lab_goes_on(lab, name):
+    lab.agrees()  # the page has left the upload of the test before
     before = lab.on_page.settled_picture()
     upload(lab, name, REFUSED[name])
     complaint(lab).wait_for()
