@@ -6,14 +6,9 @@
     CueLab          from map and saliency to a pseudo label             notebook 06
     ImageLab        an image of your own                                notebook 01
 
-Each takes the `Pipeline` that `drs_course.notebook.open_course` returns and is shown where it is a cell's
-last line::
-
-    from drs_course.labs import DeltaLab
-
-    DeltaLab(pipeline, image=3)
-
-``lab.set(delta=0.4)`` moves a control from code, ``lab.state`` reads them all, ``lab.close()`` removes it.
+Each takes the `Pipeline` that `drs_course.notebook.open_course` returns, as in ``DeltaLab(pipeline)``, and is
+shown where it is a cell's last line. ``lab.set(delta=0.4)`` moves a control from code, ``lab.state`` reads
+them all, ``lab.close()`` removes it.
 """
 
 from drs_course.labs.cue import CueLab

@@ -7,7 +7,7 @@ import ipywidgets
 from drs_course.labs import networks, pictures
 from drs_course.labs.lab import LABEL, Lab, View, picker, show, slider, switch
 from drs_course.labs.scenes import score_table
-from drs_course.paper import ALL_LAYERS, Configuration
+from drs_course.paper import ALL_LAYERS, Configuration, table_rows
 from drs_course.plots import overlay
 from drs_course.plots.colors import outlined
 from drs_lib.runtime import threads
@@ -45,12 +45,15 @@ class DeltaLab(Lab):
         kept = 12 if budget.classify.backbone == "mini" else 1
         self._trained = lru_cache(kept)(lambda configuration: networks.stored(pipeline, configuration))
         self._map = lru_cache(16)(self._make_map)
-        deltas = networks.trained_deltas(pipeline)
+        rows = [row.configuration for row in table_rows(1)]
+        deltas = sorted(c.delta for c in rows if c.delta and pipeline.has("classify", c))
         trained = [(f"{stored:.2f}", stored) for stored in deltas] or [("none", 0.0)]
-        modes = [("suppress at inference: plain classifier", INFERENCE)]
-        modes.append(("trained with DRS: Table 1's classifiers", TRAINED))
+        modes = {
+            "suppress at inference: plain classifier": INFERENCE,
+            "trained with DRS: Table 1's classifiers": TRAINED,
+        }
         self.controls = {
-            "mode": picker("mode", modes),
+            "mode": picker("mode", [*modes.items()]),
             "image": slider("image", image, 0, len(val) - 1, 1),
             "label": picker("class", self._scene(image).classes),
             "delta": slider("δ", delta, 0.05, 1.0, 0.01, "330px"),

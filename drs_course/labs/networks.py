@@ -112,12 +112,5 @@ def stored_classifier(store, config, inputs, num_classes, device):
 
 def stored(pipeline, configuration):
     """`stored_classifier` of a run's configuration."""
-    stage = pipeline.stage("classify", configuration)
-    num_classes = pipeline.data.train.num_classes
-    return stored_classifier(pipeline.store, stage.config, stage.inputs, num_classes, pipeline.device)
-
-
-def trained_deltas(pipeline):
-    """Table 1's constant controllers whose classifiers are in the store: their deltas, ascending."""
-    configurations = [row.configuration for row in table_rows(1)]
-    return sorted(c.delta for c in configurations if c.delta and pipeline.has("classify", c))
+    stage, classes = pipeline.stage("classify", configuration), pipeline.data.train.num_classes
+    return stored_classifier(pipeline.store, stage.config, stage.inputs, classes, pipeline.device)

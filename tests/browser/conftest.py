@@ -1,9 +1,8 @@
 """A JupyterLab that belongs to the tests, a Chromium, and the library itself to compare with."""
 
 import math
-import os
 import shutil
-from pathlib import Path
+from contextlib import contextmanager
 from unittest.mock import patch
 
 import pytest
@@ -123,25 +122,12 @@ def kernel(opened, page):
     return opened[1]
 
 
-@pytest.fixture(scope="package")
-def screenshot():
-    """Stores a picture of a page or of a part of it for a human, where DRS_SCREENSHOTS names a folder."""
-    folder = os.environ.get("DRS_SCREENSHOTS")
-
-    def store(what, name):
-        if folder:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            what.screenshot(path=Path(folder) / f"{name}.png")
-
-    return store
-
-
 class Subject:
     """A lab three times: on the page, in the page's kernel, and in this process, drawn by the library."""
 
-    def __init__(self, page, kernel, name, library, number=0):
+    def __init__(self, page, kernel, name, library):
         self.page, self.kernel, self.name, self.library = page, kernel, name, library
-        self.on_page = LabOnPage(page, library.title, number)
+        self.on_page = LabOnPage(page, library.title)
 
     def label(self, control):
         return self.library.controls[control].description
@@ -180,6 +166,19 @@ class Subject:
             lambda: abs(self.kernel.ask(drawn) - self.readout(control)) < 1e-6,
             f"{control} is {self.readout(control)} in the kernel, and drawn",
         )
+
+    @contextmanager
+    def redrawn(self):
+        """What is done inside brings another picture, the library's."""
+        before = self.on_page.settled_picture()
+        yield
+        self.on_page.changes_from(before)
+        self.agrees()
+
+    def follows(self, control):
+        """The kernel, the picture and the numbers follow a slider."""
+        self.reaches_kernel(control)
+        self.agrees()
 
     def agrees(self):
         """Waits until page, kernel and library show one and the same: the picture's bytes and the numbers."""

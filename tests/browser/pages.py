@@ -84,12 +84,12 @@ def listen(page, url):
 
 
 class LabOnPage:
-    """One of the labs on a page. title: its heading; number: which one, of several with that heading."""
+    """One of the labs on a page. title: its heading."""
 
-    def __init__(self, page, title, number=0):
+    def __init__(self, page, title):
         self.page = page
         heading = page.locator(".drs-title", has_text=re.compile(f"^{re.escape(title)}$"))
-        self.root = page.locator(".drs-lab", has=heading).nth(number)
+        self.root = page.locator(".drs-lab", has=heading)
 
     def control(self, kind, label):
         """A control by its kind of widget ("slider", "dropdown", "checkbox") and its label."""
@@ -225,8 +225,8 @@ class Notebook:
         )
         self.wait_until_idle()
 
-    def lab(self, title, number=0):
-        return LabOnPage(self.page, title, number)
+    def lab(self, title):
+        return LabOnPage(self.page, title)
 
     def kernel_id(self):
         sessions = self.server.ask("GET", "api/sessions")
@@ -254,28 +254,23 @@ class Kernel:
 
     def ask(self, expression):
         """The value of an expression in the notebook, of Python's literal kinds."""
-        reply = self._reply(
-            self.client.execute("", silent=True, store_history=False, user_expressions={"it": expression})
-        )
-        it = reply["user_expressions"]["it"]
+        it = self._execute("", user_expressions={"it": expression})["user_expressions"]["it"]
         if it["status"] != "ok":
             raise RuntimeError(f"{expression}: {it['ename']}: {it['evalue']}")
         return ast.literal_eval(it["data"]["text/plain"])
 
     def run(self, code):
-        reply = self._reply(self.client.execute(code, silent=True, store_history=False))
+        reply = self._execute(code)
         if reply["status"] != "ok":
             raise RuntimeError(f"{code}: {reply['ename']}: {reply['evalue']}")
+
+    def _execute(self, code, **options):
+        options |= {"silent": True, "store_history": False}
+        return self.client.execute(code, reply=True, timeout=60, **options)["content"]
 
     def tell(self, code):
         """Sends code without waiting for it, such as code that ends the kernel."""
         self.client.execute(code, silent=True, store_history=False)
-
-    def _reply(self, message, seconds=60):
-        while True:
-            reply = self.client.get_shell_msg(timeout=seconds)
-            if reply["parent_header"].get("msg_id") == message:
-                return reply["content"]
 
     def close(self):
         self.client.stop_channels()

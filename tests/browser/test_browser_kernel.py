@@ -34,7 +34,7 @@ def die(notebook):
 
 
 @pytest.mark.parametrize("end", [restart, die])
-def test_the_page_says_that_the_lab_is_lost_and_a_new_run_brings_it_back(notebook, library, screenshot, end):
+def test_the_page_says_that_the_lab_is_lost_and_a_new_run_brings_it_back(notebook, library, end):
     lab = notebook.lab(DeltaLab.title)
     if not lab.root.count():
         notebook.run_all(1)
@@ -45,7 +45,6 @@ def test_the_page_says_that_the_lab_is_lost_and_a_new_run_brings_it_back(noteboo
     lost.wait_for(timeout=20_000)
     assert "run" in lost.inner_text().lower()
     eventually(lambda: _opacity(picture) < 0.5, "the picture is pale")
-    screenshot(notebook.page, f"kernel-{end.__name__}")
     _dismiss(notebook.page)
     notebook.wait_until_idle()
     notebook.run_all(1)
@@ -53,8 +52,7 @@ def test_the_page_says_that_the_lab_is_lost_and_a_new_run_brings_it_back(noteboo
     lab = Subject(notebook.page, kernel, "delta_lab", library(DeltaLab))
     assert not lab.on_page.root.locator(".drs-lost").is_visible()
     lab.drag("delta", 0.3)
-    lab.reaches_kernel("delta")
-    lab.agrees()
+    lab.follows("delta")
     kernel.close()
 
 

@@ -41,11 +41,9 @@ def test_all_labs_appear_and_nothing_fails(page):
 
 def test_a_drag_changes_the_picture_to_what_the_library_draws(moved):
     lab, control = moved
-    before = lab.on_page.settled_picture()
-    lab.drag(control, 0.1, 0.7, 0.3)
-    lab.on_page.changes_from(before)
-    lab.reaches_kernel(control)
-    lab.agrees()
+    with lab.redrawn():
+        lab.drag(control, 0.1, 0.7, 0.3)
+        lab.reaches_kernel(control)
     low, high = lab.library.controls[control].min, lab.library.controls[control].max
     assert lab.readout(control) == pytest.approx(low + 0.3 * (high - low), abs=0.03 * (high - low))
 
@@ -62,8 +60,7 @@ def test_arrow_keys_move_by_one_step_there_and_back(moved):
     lab.agrees()
     assert lab.on_page.picture() != before
     lab.press(control, "ArrowUp", 2)
-    lab.reaches_kernel(control)
-    lab.agrees()
+    lab.follows(control)
     assert lab.on_page.picture() == before
 
 
@@ -73,16 +70,14 @@ def test_of_a_fast_drag_the_last_value_stays_and_nothing_grows(moved):
     area = root.locator('xpath=ancestor::*[contains(concat(@class, " "), "jp-OutputArea ")][1]')
     move = lab.on_page.grasp(lab.label(control))
     move(0.5, 3)
-    lab.reaches_kernel(control)
-    lab.agrees()
+    lab.follows(control)
     nodes, drawings = _nodes(area), lab.kernel.ask(f"{lab.name}.drawings")
     first = root.locator("img").get_attribute("src")
     lab.on_page.watch()
     for share, steps in ((0.0, 30), (1.0, 50), (0.35, 25)):
         move(share, steps)
     lab.page.mouse.up()
-    lab.reaches_kernel(control)
-    lab.agrees()
+    lab.follows(control)
     seen = lab.on_page.watched()
     assert seen["frames"] > 10 and seen["pictures"] > 2
     assert seen["elements"] == 1
@@ -91,7 +86,7 @@ def test_of_a_fast_drag_the_last_value_stays_and_nothing_grows(moved):
     assert _nodes(area) == nodes
     kept = lab.page.evaluate("address => fetch(address).then(() => true, () => false)", first)
     assert not kept, "the browser must not keep the pictures of earlier values"
-    # Once more, when the kernel has answered everything: the picture is still the last value's.
+    # When the kernel has answered everything, the picture is still the last value's.
     assert lab.state() == lab.kernel.ask(f"{lab.name}.drawn")
     lab.agrees()
 
@@ -102,8 +97,7 @@ def test_no_frame_of_a_drag_is_without_a_picture(subject):
     with lab.on_page.filmed() as frames:
         move(0.1, 40)
         lab.page.mouse.up()
-        lab.reaches_kernel("delta")
-        lab.agrees()
+        lab.follows("delta")
     contrasts = [frame.std() for frame in frames]
     assert len(contrasts) > 10
     assert min(contrasts) > 0.7 * max(contrasts) > 20, contrasts
@@ -133,20 +127,16 @@ def test_the_numbers_are_the_librarys(subject, pipeline):
 
 def test_delta_lab_one_slider_per_layer(subject):
     lab = subject(DeltaLab)
-    before = lab.on_page.settled_picture()
     assert lab.slider("delta").is_visible() and not lab.slider("layer3").is_visible()
     lab.tick("per_layer")
     lab.slider("layer6").wait_for()
-    rows = PRESETS
-    name = next(name for name, layers in rows.items() if layers == (5, 6))
-    lab.choose("preset", name)
+    lab.choose("preset", preset(5, 6))
     eventually(lambda: [lab.readout(f"layer{n}") for n in range(1, 7)] == [1] * 4 + [0.8] * 2, "the preset")
-    lab.drag("layer6", 0.1)
-    lab.on_page.changes_from(before)
-    lab.reaches_kernel("layer6")
-    lab.agrees()
+    with lab.redrawn():
+        lab.drag("layer6", 0.1)
+        lab.reaches_kernel("layer6")
     state = lab.state()
-    assert state["layer6"] < 0.3 and state["layer5"] == 0.8 and state["preset"] not in rows
+    assert state["layer6"] < 0.3 and state["layer5"] == 0.8 and state["preset"] not in PRESETS
     lab.tick("per_layer", False)
     lab.slider("layer6").wait_for(state="hidden")
 
@@ -157,114 +147,94 @@ def test_delta_lab_switches_between_trained_classifiers(subject):
     lab.choose("mode", "trained")
     lab.slider("trained").wait_for()
     lab.slider("delta").wait_for(state="hidden")
-    lab.reaches_kernel("trained")
-    lab.agrees()
-    before = lab.on_page.picture()
-    lab.press("trained", "ArrowLeft")
-    lab.on_page.changes_from(before)
-    lab.reaches_kernel("trained")
+    lab.follows("trained")
+    with lab.redrawn():
+        lab.press("trained", "ArrowLeft")
+        lab.reaches_kernel("trained")
     assert lab.readout("trained") == 0.55
-    lab.agrees()
-    before = lab.on_page.picture()
-    lab.tick("learnable")
-    lab.on_page.changes_from(before)
+    with lab.redrawn():
+        lab.tick("learnable")
     lab.slider("trained").wait_for(state="hidden")
     assert lab.state()["learnable"]
-    lab.agrees()
 
 
 def test_choosing_an_image_offers_its_classes(subject, pipeline):
-    lab = subject(DeltaLab)
-    index = next(i for i in range(len(pipeline.data.val)) if len(scene(pipeline.data.val, i).classes) == 2)
-    names = [name for name, _ in scene(pipeline.data.val, index).classes]
+    lab, val = subject(DeltaLab), pipeline.data.val
+    index = next(i for i in range(len(val)) if len(scene(val, i).classes) == 2)
+    (first, _), (second, label) = scene(val, index).classes
     lab.press("image", "ArrowRight", index)
     options = lab.on_page.control("dropdown", lab.label("label")).locator("option")
-    eventually(lambda: [text.strip() for text in options.all_inner_texts()] == names, f"the classes {names}")
+    eventually(lambda: [text.strip() for text in options.all_inner_texts()] == [first, second], "its classes")
     lab.reaches_kernel("image")
-    before = lab.on_page.settled_picture()
-    lab.on_page.choose(lab.label("label"), names[1])
-    lab.on_page.changes_from(before)
-    assert lab.state()["label"] == scene(pipeline.data.val, index).classes[1][1]
-    lab.agrees()
+    with lab.redrawn():
+        lab.on_page.choose(lab.label("label"), second)
+    assert lab.state()["label"] == label
 
 
 def test_feature_map_lab_goes_to_another_layer(subject):
     lab = subject(FeatureMapLab)
-    before = lab.on_page.settled_picture()
-    lab.choose("place", "layer 1")
-    lab.on_page.changes_from(before)
+    with lab.redrawn():
+        lab.choose("place", "layer 1")
     handle = lab.on_page.handle(lab.label("channel"))
     last = lab.kernel.ask("feature_map_lab.controls['channel'].max")
     eventually(
         lambda: float(handle.get_attribute("aria-valuemax")) == last, "the slider ends at the last channel"
     )
     lab.drag("channel", 1.0)
-    lab.reaches_kernel("channel")
+    lab.follows("channel")
     assert lab.readout("channel") == last
-    lab.agrees()
 
 
 def test_layer_lab_boxes_and_rows_of_table_2(subject):
     lab = subject(LayerLab)
-    before = lab.on_page.settled_picture()
-    lab.tick("layer4")
-    before = lab.on_page.changes_from(before)
+    with lab.redrawn():
+        lab.tick("layer4")
     chosen = lab.on_page.control("dropdown", lab.label("preset")).get_by_role("combobox")
-    name = next(name for name, layers in PRESETS.items() if layers == (4, 5, 6))
-    eventually(lambda: chosen.input_value() == name, f"the list says {name}")
-    lab.agrees()
-    lab.choose("preset", next(name for name, layers in PRESETS.items() if layers == (6,)))
-    lab.on_page.changes_from(before)
+    eventually(lambda: chosen.input_value() == preset(4, 5, 6), "the list says that it is a row")
+    with lab.redrawn():
+        lab.choose("preset", preset(6))
     boxes = [lab.on_page.control("checkbox", lab.label(f"layer{n}")) for n in range(1, 7)]
     ticked = [box.get_by_role("checkbox") for box in boxes]
     eventually(lambda: [box.is_checked() for box in ticked] == [False] * 5 + [True], "only layer 6 is ticked")
-    lab.agrees()
+
+
+def preset(*layers):
+    """The words of a row of Table 2."""
+    return next(name for name, plugged in PRESETS.items() if plugged == layers)
 
 
 def test_cue_lab_rules(subject):
     lab = subject(CueLab)
     lab.drag("beta", 0.5)
-    lab.reaches_kernel("beta")
-    lab.agrees()
-    before = lab.on_page.picture()
-    lab.choose("conflict", "object")
-    before = lab.on_page.changes_from(before)
-    lab.agrees()
-    lab.choose("rule", "release")
-    lab.on_page.changes_from(before)
-    lab.agrees()
+    lab.follows("beta")
+    for control, value in (("conflict", "object"), ("rule", "release")):
+        with lab.redrawn():
+            lab.choose(control, value)
     box = lab.on_page.control("dropdown", lab.label("conflict")).get_by_role("combobox")
     eventually(box.is_disabled, "the release's rule has no choice for pixels with both cues")
 
 
 def test_cue_lab_crf(subject):
     lab = subject(CueLab)
-    box = lab.on_page.control("checkbox", lab.label("crf")).get_by_role("checkbox")
     if not available():
-        assert box.is_disabled()
+        assert lab.on_page.control("checkbox", lab.label("crf")).get_by_role("checkbox").is_disabled()
         return
     sliders = [name for name in lab.library.controls if name.startswith(("gaussian", "bilateral"))]
     assert len(sliders) == 5 and not any(lab.slider(name).is_visible() for name in sliders)
-    before = lab.on_page.settled_picture()
-    lab.tick("crf")
-    lab.on_page.changes_from(before)
+    with lab.redrawn():
+        lab.tick("crf")
     for name in sliders:
         lab.slider(name).wait_for()
-    lab.agrees()
-    for name in sliders:
         lab.drag(name, 0.9, steps=4)
-        lab.reaches_kernel(name)
-        lab.agrees()
+        lab.follows(name)
 
 
 def test_image_lab_switches_networks(subject):
     lab = subject(ImageLab)
-    before = lab.on_page.settled_picture()
-    options = lab.library.controls["network"].options
-    lab.on_page.choose(lab.label("network"), options[1])
-    lab.on_page.changes_from(before)
-    assert lab.state()["network"] == options[1]
-    lab.agrees()
+    _, other = lab.library.controls["network"].options
+    with lab.redrawn():
+        lab.choose("network", other)
+    assert lab.state()["network"] == other
 
 
 def test_tab_reaches_every_control_in_the_pages_order(moved):
@@ -297,7 +267,7 @@ def test_every_control_has_a_label(moved):
 
 
 @pytest.mark.parametrize(("width", "height"), [(1280, 800), (800, 1000)])
-def test_labs_fit_the_window(page, screenshot, width, height):
+def test_labs_fit_the_window(page, width, height):
     try:
         page.page.set_viewport_size({"width": width, "height": height})
         for kind in MAIN:
@@ -318,8 +288,5 @@ def test_labs_fit_the_window(page, screenshot, width, height):
                 ),
                 f"{kind.title}: nothing is cut off at its right edge",
             )
-        page.page.set_viewport_size({"width": width, "height": 1700})
-        for kind in MAIN:
-            screenshot(page.lab(kind.title).root, f"{kind.__name__}-{width}")
     finally:
         page.page.set_viewport_size({"width": 1280, "height": 800})

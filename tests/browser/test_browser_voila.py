@@ -21,7 +21,7 @@ def served(browser, course, store, tmp_path_factory):
         page.close()
 
 
-def test_the_page_has_the_labs_and_no_code(served, screenshot):
+def test_the_page_has_the_labs_and_no_code(served):
     server, page, trouble = served
     for kind in LABS.values():
         assert page.locator(".drs-lab", has_text=kind.title).locator("img").count() == 1
@@ -30,9 +30,6 @@ def test_the_page_has_the_labs_and_no_code(served, screenshot):
     assert page.locator(".jupyter-widgets-error-widget").count() == 0
     assert page.locator(".drs-stored:visible").count() == 0
     assert trouble == []
-    page.set_viewport_size({"width": 1280, "height": 1700})
-    screenshot(page, "voila")
-    page.set_viewport_size({"width": 1280, "height": 800})
 
 
 def test_a_slider_moves_the_picture_to_what_the_library_draws(served, library):
@@ -42,9 +39,7 @@ def test_a_slider_moves_the_picture_to_what_the_library_draws(served, library):
     before = lab.on_page.settled_picture()
     lab.drag("delta", 0.1, 0.8, 0.25)
     lab.on_page.changes_from(before)
-    lab.reaches_kernel("delta")
-    lab.agrees()
+    lab.follows("delta")
     lab.press("delta", "ArrowRight", 3)
-    lab.reaches_kernel("delta")
-    lab.agrees()
+    lab.follows("delta")
     kernel.close()

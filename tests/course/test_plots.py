@@ -70,18 +70,21 @@ def assert_nothing_is_cut_or_covered(figure):
             assert across <= 1 or down <= 1, (box, other)
 
 
+def as_a_deuteranope_sees(linear):
+    """Colours (N, 3) in linear RGB, after Viénot, Brettel and Mollon (1999)."""
+    return linear @ np.array([[0.29275, 0.70725, 0], [0.29275, 0.70725, 0], [-0.02234, 0.02234, 1]]).T
+
+
+def nearest(colors):
+    return (np.abs(colors[:, None] - colors[None]).max(-1) + np.eye(len(colors))).min()
+
+
 def test_label_colors():
     few, voc = plots.label_colors(6), plots.label_colors(20)
     assert few.shape == voc.shape == (256, 3) and few.dtype == voc.dtype == np.uint8
     np.testing.assert_array_equal(voc, voc_palette())
-    used = few[[0, 1, 2, 3, 4, 5, 6, 255]].astype(int)
-    assert len(np.unique(used, axis=0)) == 8
     np.testing.assert_array_equal(few[1], (0xE6, 0x9F, 0x00))
-    # As a deuteranope sees them (Viénot, Brettel and Mollon 1999, linear RGB), they still differ.
-    linear = (used / 255) ** 2.2
-    seen = linear @ np.array([[0.29275, 0.70725, 0], [0.29275, 0.70725, 0], [-0.02234, 0.02234, 1]]).T
-    distances = np.abs(seen[:, None] - seen[None]).max(-1) + np.eye(8)
-    assert distances.min() > 0.05
+    assert nearest(as_a_deuteranope_sees((few[[0, 1, 2, 3, 4, 5, 6, 255]] / 255) ** 2.2)) > 0.05
 
 
 def test_overlay_blends_by_the_formula():
@@ -116,27 +119,16 @@ def test_cue_changes_pixel_by_pixel():
     mask = np.array([[2, 2, 2, 0, 0, 2, 1, 255]], np.uint8)
     changes = plots.cue_changes(torch.from_numpy(before), after, torch.from_numpy(mask), 2)
     assert changes.dtype == np.uint8
-    assert [plots.CHANGES[code] for code in changes[0]] == [
-        "in neither cue",
-        "kept",
-        "recovered, right",
-        "recovered, wrong",
-        "removed, right",
-        "removed, wrong",
-        "removed, right",
-        "in neither cue",
-    ]
+    assert plots.CHANGES[2:4] == ("recovered, right", "recovered, wrong")
+    assert plots.CHANGES[4:] == ("removed, right", "removed, wrong")
+    np.testing.assert_array_equal(changes[0], [0, 1, 2, 3, 4, 5, 4, 0])
     swapped = plots.cue_changes(after, before, mask, 2)
     np.testing.assert_array_equal(swapped[0], [0, 1, 5, 4, 3, 2, 3, 0])
 
 
 def test_change_colors_stay_apart_for_the_colour_blind():
-    used = np.array([matplotlib.colors.to_rgb(color) for color in plot_colors.CHANGE_COLORS])
-    linear = used**2.2
-    seen = linear @ np.array([[0.29275, 0.70725, 0], [0.29275, 0.70725, 0], [-0.02234, 0.02234, 1]]).T
-    for colors in (linear, seen):
-        distances = np.abs(colors[:, None] - colors[None]).max(-1) + np.eye(len(used))
-        assert distances.min() > 0.09
+    linear = np.array([matplotlib.colors.to_rgb(color) for color in plot_colors.CHANGE_COLORS]) ** 2.2
+    assert nearest(linear) > 0.09 and nearest(as_a_deuteranope_sees(linear)) > 0.09
     # The colour says right or wrong (blue or not), its lightness recovered or removed.
     lightness = dict(zip(plots.CHANGES, linear @ np.array([0.2126, 0.7152, 0.0722]), strict=True))
     for verdict in ("right", "wrong"):
@@ -267,67 +259,34 @@ def test_show_samples_on_a_data_set(tiny_dataset):
 
 
 SIZES = [(40, 56), (61, 37), (33, 33)]
+IMAGES, HEATS, LABELS = ([make(*size) for size in SIZES] for make in (image, heat, label_map))
+CUES = [values > 0.5 for values in HEATS]
+FEATURES = [RNG.random((3, side, side + 1)) for side in (40, 20, 11, 5, 2, 1)]
+CONTROLLERS = {f"δ = {delta:.2f}": HEATS[1] for delta in np.linspace(0.4, 0.9, 8)}
+VOC = [f"pottedplant{i:02d}" for i in range(20)], [label_map(*size, classes=20) for size in SIZES]
+GRIDS = {
+    "figure1": (plots.figure1, (IMAGES, HEATS, HEATS, HEATS, ["diningtable", "ant", "pottedplant"]), 12),
+    "figure4": (plots.figure4, (IMAGES[1], CONTROLLERS), 9),
+    "figure5": (plots.figure5, (image(), FEATURES, FEATURES), 13),
+    "figure6": (plots.figure6, (IMAGES, LABELS, LABELS, LABELS, CLASSES), 12),
+    "figure6-voc": (plots.figure6, (IMAGES, VOC[1], VOC[1], VOC[1], VOC[0]), 12),
+    "cues": (plots.cue_figure, (IMAGES, CUES, CUES, LABELS, [1, 2, 3]), 12),
+    "panels-6": (plots.panels, ([{str(i): HEATS[1] for i in range(6)}],), 6),
+    "panels-2": (plots.panels, ([{"a": image(), "b": label_map()}] * 2, CLASSES), 4),
+}
 
 
-@pytest.mark.parametrize(
-    ("figure", "panels"),
-    [
-        (
-            lambda: plots.figure1(
-                [image(*s) for s in SIZES],
-                *[[heat(*s) for s in SIZES]] * 3,
-                ["diningtable", "ant", "pottedplant"],
-            ),
-            12,
-        ),
-        (
-            lambda: plots.figure4(
-                image(61, 37), {f"δ = {d:.2f}": heat(61, 37) for d in np.linspace(0.4, 0.9, 8)}
-            ),
-            9,
-        ),
-        (
-            lambda: plots.figure5(
-                image(), *[[RNG.random((3, s, s + 1)) for s in (40, 20, 11, 5, 2, 1)] for _ in range(2)]
-            ),
-            13,
-        ),
-        (
-            lambda: plots.figure6([image(*s) for s in SIZES], *[[label_map(*s) for s in SIZES]] * 3, CLASSES),
-            12,
-        ),
-        (
-            lambda: plots.figure6(
-                [image(*s) for s in SIZES],
-                *[[label_map(*s, classes=20) for s in SIZES]] * 3,
-                [f"pottedplant{i:02d}" for i in range(20)],
-            ),
-            12,
-        ),
-        (
-            lambda: plots.cue_figure(
-                [image(*s) for s in SIZES],
-                *[[heat(*s) > 0.5 for s in SIZES]] * 2,
-                [label_map(*s) for s in SIZES],
-                [1, 2, 3],
-            ),
-            12,
-        ),
-        (lambda: plots.panels([{str(i): heat(*SIZES[1]) for i in range(6)}]), 6),
-        (lambda: plots.panels([{"a": image(), "b": label_map()}] * 2, CLASSES), 4),
-    ],
-    ids=["figure1", "figure4", "figure5", "figure6", "figure6-voc", "cues", "panels-6", "panels-2"],
-)
-def test_grids_show_every_panel_and_cut_nothing(figure, panels):
-    figure = figure()
+@pytest.mark.parametrize("name", GRIDS)
+def test_grids_show_every_panel_and_cut_nothing(name):
+    draw, arguments, panels = GRIDS[name]
+    figure = draw(*arguments)
     with_picture = [ax for ax in figure.axes if ax.images]
     assert len(with_picture) == panels
     for ax in with_picture:
         height, width = ax.images[0].get_array().shape[:2]
         box = ax.get_position(original=True)  # the place that the picture has to fit into, whole
-        assert (
-            box.height * figure.get_figheight() > 0.999 * box.width * figure.get_figwidth() * height / width
-        )
+        across, down = box.width * figure.get_figwidth(), box.height * figure.get_figheight()
+        assert down > 0.999 * across * height / width
     assert figure.get_figwidth() <= plots.WIDTH + 1e-6
     assert_nothing_is_cut_or_covered(figure)
 
@@ -455,10 +414,7 @@ def test_table1_curve(shift):
     assert all(low.y1 <= high.y0 + 1 for low, high in zip(boxes, boxes[1:], strict=False))
     assert all(box.x0 > ax.get_window_extent().x1 for box in boxes)  # beside the data, not over them
     assert_nothing_is_cut_or_covered(figure)
-
-
-def test_table1_curve_of_one_seed_has_no_bars():
-    figure = plots.table1_curve(table1(sd=np.nan))
+    figure = plots.table1_curve(table1(sd=np.nan))  # of one seed: without bars
     assert not [c for c in figure.axes[0].collections if len(c.get_paths())]
 
 
@@ -513,12 +469,6 @@ def test_save_figure_is_reproducible_small_and_atomic(tmp_path, monkeypatch):
     assert [p.name for p in path.parent.iterdir()] == ["a.png"]
 
 
-def test_notebooks_show_a_figure_once():
-    figure = plots.figure4(image(), {"learnable": heat()})
-    assert figure._repr_png_().startswith(b"\x89PNG")
-    assert not matplotlib.pyplot.get_fignums()
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Tables 1 and 3 and the plain CAM classifier, tiny, in a store: (store, data, budget)."""
@@ -569,6 +519,7 @@ def test_notebooks_show_our_own_picture_of_a_figure(monkeypatch):
     monkeypatch.setattr(layout, "display", lambda data, raw: shown.append(data))
     assert formatter.format(figure) == ({}, {})
     assert [data["image/png"] for data in shown] == [figure._repr_png_()]
+    assert not matplotlib.pyplot.get_fignums()
 
 
 def test_large_pictures_of_a_notebook_are_stored_in_256_colours():
