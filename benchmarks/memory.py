@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 
 from drs_lib import networks
+from drs_lib.batches import Batch
 from drs_lib.files import write_text
+from drs_lib.losses import classification_loss, refinement_loss, segmentation_loss
 from drs_lib.recipes import ClassifyRecipe, RefineRecipe, get_budget
-from drs_lib.train import Batch, classification_loss, refinement_loss, segmentation_loss
 
 CLASSES = 20
 STAGES = ("classify", "refine", "largefov", "largefov_resnet", "aspp")

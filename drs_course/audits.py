@@ -20,10 +20,11 @@ from drs_course.stages import weights_identity
 from drs_lib import networks
 from drs_lib.data import IMAGENET_MEAN, without_masks
 from drs_lib.labels import IGNORED, MAPS_HINT, PAPER_BETA, SALIENCY_HINT, check_unit
+from drs_lib.losses import classification_loss
 from drs_lib.maps import iterate_maps
 from drs_lib.metrics import mean_iou
 from drs_lib.runtime import memory_format, pick_device, threads
-from drs_lib.train import classification_loss, train_classifier, train_network
+from drs_lib.train import train_classifier, train_network
 
 # Denser where maps are low: there the curves differ.
 ALPHAS = (0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.9)

@@ -18,9 +18,10 @@ from drs_lib.data import Critters, normalize
 from drs_lib.data.critters import draw
 from drs_lib.data.saliency import SaliencyNetwork
 from drs_lib.files import atomic_path
+from drs_lib.losses import classification_loss
 from drs_lib.networks import pretraining_classifier
 from drs_lib.recipes import ClassifyRecipe
-from drs_lib.train import classification_loss, evaluate_classifier, train_network
+from drs_lib.train import evaluate_classifier, train_network
 from drs_lib.weights import body_state_dict
 
 CLASSIFY = ClassifyRecipe.laptop().replace(

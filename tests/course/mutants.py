@@ -16,11 +16,12 @@ from torch import nn
 from drs_course import checks
 from drs_course.plots import CHANGES
 from drs_course.plots import cue_changes as librarys_changes
+from drs_lib.batches import Batch
 from drs_lib.drs import DRS, LearnableController, suppress, suppress_plain
 from drs_lib.labels import pseudo_labels
+from drs_lib.losses import refinement_loss
 from drs_lib.maps import keep_largest_class
 from drs_lib.metrics import SegmentationScore
-from drs_lib.train import Batch, refinement_loss
 
 
 @dataclass(frozen=True)
