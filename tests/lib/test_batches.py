@@ -75,20 +75,15 @@ def test_only_the_maps_of_an_images_classes_are_kept():
     assert not stacks[4].any()  # an image without a class has a map of zeros
 
 
-def test_maps_that_are_no_255ths_are_rounded_to_them():
+def test_maps_that_are_no_255ths_are_rounded_to_them_and_small_ones_brought_to_the_images_size():
     data = without_masks(DATA)
     maps = [np.random.default_rng(i).random((3, 32, 32), np.float32) for i in range(9)]
     extra = TargetMaps(maps, data)
     packed = extra.packed(batches.decoded(data))
     found = extra.stack([extra.unpack(stack) for stack in packed], range(9))
-    assert (found.numpy() - np.stack(maps)).__abs__().max() <= 0.5 / 255 + 1e-6
-
-
-def test_small_maps_are_brought_to_the_images_size():
-    data = without_masks(DATA)
-    maps = [np.full((3, 4, 4), 0.2, np.float16) for _ in range(9)]
-    extra = TargetMaps(maps, data)
-    assert extra.packed(batches.decoded(data)).shapes == [(3, 32, 32)] * 9
+    assert np.abs(found.numpy() - np.stack(maps)).max() <= 0.5 / 255 + 1e-6
+    small = TargetMaps([np.full((3, 4, 4), 0.2, np.float16) for _ in range(9)], data)
+    assert small.packed(batches.decoded(data)).shapes == [(3, 32, 32)] * 9
 
 
 @pytest.mark.parametrize("images", ["files", "memory"])

@@ -22,10 +22,17 @@ def test_seed_everything_seeds_all_three_generators():
     assert all(a != b for a, b in zip(_draws(), first, strict=True))
 
 
-@pytest.mark.parametrize("seed", [-1, 2**32, 1.5, "3", None, True])
-def test_a_seed_that_is_none_of_numpys_is_refused(seed):
-    with pytest.raises(ValueError, match="seed holds"):
-        runtime.seed_everything(seed)
+@pytest.mark.parametrize(
+    "call, what, values",
+    [
+        (runtime.seed_everything, "seed", [-1, 2**32, 1.5, "3", None, True]),
+        (lambda n: runtime.threads(n).__enter__(), "threads", [0, -1, 1.0, "2", True]),
+    ],
+)
+def test_what_is_no_seed_and_no_number_of_threads_is_refused(call, what, values):
+    for value in values:
+        with pytest.raises(ValueError, match=f"{what} holds"):
+            call(value)
 
 
 def test_seeded_is_independent_of_the_past_and_invisible_to_the_future():
@@ -62,12 +69,6 @@ def test_threads_sets_and_restores():
     assert torch.get_num_threads() == former
     with runtime.threads(None):
         assert torch.get_num_threads() == former
-
-
-@pytest.mark.parametrize("n", [0, -1, 1.0, "2", True])
-def test_threads_refuses(n):
-    with pytest.raises(ValueError, match="threads holds"), runtime.threads(n):
-        pass
 
 
 def test_pick_device_order_name_environment_best(monkeypatch):

@@ -5,6 +5,7 @@ import copy
 import hashlib
 import re
 import types
+from functools import partial
 
 import numpy as np
 import pytest
@@ -177,13 +178,10 @@ def test_the_style_travels_with_the_weights(coco, thin_resnet101, tmp_path):
 
 
 def test_a_caffe_style_network_trains_and_goes_on_from_a_checkpoint(coco, thin_resnet101, tmp_path):
-    path, _ = coco
-    recipe = SegmentRecipe.aspp_resnet101().replace(
-        weights=str(path), iterations=1, batch=2, crop=48, images="files", workers=0, lr=1e-6
-    )
+    short = dict(iterations=1, batch=2, crop=48, images="files", workers=0, lr=1e-6)
+    recipe = SegmentRecipe.aspp_resnet101().replace(weights=str(coco[0]), **short)
     dataset = TinyDataset(length=4, size=48)
-    labels = [dataset.mask(i) for i in range(4)]
-    model, _ = train_segmentation(recipe, dataset, labels, device="cpu", progress=False)
+    model, _ = train_segmentation(recipe, dataset, dataset.masks, device="cpu", progress=False)
     assert model.layers.caffe_style
     checkpoint = Checkpoint(tmp_path / "training.pt")
     checkpoint.save({}, model=model)
@@ -331,27 +329,26 @@ def release_output(state, x):
     return F.conv2d(x, state["extra_conv4.weight"], state["extra_conv4.bias"])
 
 
-@pytest.mark.parametrize("name", ["DRS_learnable.pth", "Refine_DRS_learnable.pth", "DRS with delta"])
+@pytest.mark.parametrize(
+    "build, controllers",
+    [
+        (partial(refinement_network, "vgg16", 3), False),
+        (partial(classifier, "vgg16", 3), True),
+        (partial(classifier, "vgg16", 3, ()), False),
+    ],
+    ids=["Refine_DRS_learnable.pth", "DRS_learnable.pth", "DRS with delta"],
+)
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "_orig_mod.module."])
-def test_the_release_s_checkpoints_compute_the_same_here(name, prefix, thin_vgg16, tmp_path):
-    state = release_state(controllers=name == "DRS_learnable.pth")
+def test_the_release_s_checkpoints_compute_the_same_here(build, controllers, prefix, thin_vgg16, tmp_path):
+    state = release_state(controllers=controllers)
     optimizer = torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=0.1, momentum=0.9)
     # Kept with the weights: the optimiser, counters, and the score that chose the epoch, a NumPy number.
     checkpoint = {"model": {prefix + k: v for k, v in state.items()}, "optimizer": optimizer.state_dict()}
     torch.save(checkpoint | {"epoch": 12, "iter": 9000, "miou": np.float64(0.6)}, tmp_path / "best.pth")
     x = torch.randn(2, 3, 40, 40, generator=torch.Generator().manual_seed(1))
-    if name.startswith("Refine"):
-        network = refinement_network("vgg16", 3, weights=tmp_path / "best.pth")
-        score = network
-    elif name == "DRS_learnable.pth":
-        network = classifier("vgg16", 3, weights=tmp_path / "best.pth")
-        score = network.class_maps
-    else:
-        network = classifier("vgg16", 3, drs_layers=(), weights=tmp_path / "best.pth")
-        score = network.class_maps
-    network.eval()
+    network = build(weights=tmp_path / "best.pth").eval()
     with torch.no_grad():
-        torch.testing.assert_close(score(x), release_output(state, x))
+        torch.testing.assert_close(network.score(x), release_output(state, x))
 
 
 def test_a_score_that_an_older_numpy_wrote_does_no_harm(thin_vgg16, tmp_path):
@@ -395,12 +392,12 @@ def test_other_objects_in_a_file_are_not_loaded_and_the_way_round_works(zipped, 
     assert torch.equal(network.layers[5].conv3.weight, state["extra_conv3.weight"])
 
 
-@pytest.mark.parametrize("content", [b"rubbish\n", b"", b"\x80\x02.", bytes(range(256))])
-def test_what_is_no_weights_file_at_all_is_refused(content, tmp_path):
-    path = tmp_path / "bad.pth"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match="bad.pth"):
-        classifier("mini", 3, weights=path)
+@pytest.mark.parametrize("content", [b"not weights\n", b"", b"\x80\x02.", bytes(range(256))])
+@pytest.mark.parametrize("name", ["bad.pth", "bad.safetensors"])
+def test_what_is_no_weights_file_at_all_is_refused(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=name):
+        classifier("mini", 3, weights=tmp_path / name)
 
 
 @pytest.mark.parametrize("wrappers", [(), ("model",), ("state_dict",), ("model", "state_dict")])
