@@ -6,8 +6,8 @@
 The plain path is how such code is usually written, and how the authors released theirs: float32, images read
 and augmented one by one in processes, DRS as a composition of library calls, the loss fetched after every
 iteration, maps image by image and scale by scale with an array kept for each image, labels made from those in
-one process. The library's path is a run under the paper's budget, with the same batches. On a processor that
-is float32 too, and its images come out of memory as they would on a GPU.
+one process. The library's path is a run under the paper's budget, with the same batches, in float32 too
+unless --precision says otherwise. On a processor its images come out of memory as they would on a GPU.
 
 Both run in one process on the same files, which the benchmark makes: JPEGs of 500 x 375 pixels, masks and
 saliency maps. Weights are random. Trainings (classify, refine, largefov, largefov_resnet, aspp) are timed
@@ -80,9 +80,8 @@ class Run:
         self.device, self.steps, self.warmup = pick_device(options.device), options.steps, options.warmup
         self.folder, self.workers = folder, options.workers
         gpu = self.device.type == "cuda"
-        precision = options.precision or ("bfloat16" if gpu else "float32")
         self.budget = get_budget("paper", "voc").for_all(
-            weights=None, precision=precision, workers=options.workers, compile=options.compile,
+            weights=None, precision=options.precision, workers=options.workers, compile=options.compile,
             images="device" if gpu else "memory",
         )  # fmt: skip
         self.data = make_voc(folder, options.images or (256 if gpu else 10))
@@ -347,7 +346,8 @@ def main():
     parser.add_argument("--steps", type=int, default=2, help="batches that are timed; 50 or more for a GPU")
     parser.add_argument("--warmup", type=int, default=1, help="batches before; 20 or more for a GPU")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="reading processes")
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), help="of the library's path")
+    precisions = dict(choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--precision", **precisions, help="of the library's path; default: float32")
     parser.add_argument("--compile", metavar="MODE", help="torch.compile's mode for the library's path")
     parser.add_argument("--device", help="default: the best there is")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, row by row")

@@ -362,7 +362,7 @@ class Budget:
         return replace(self, **changes)
 
     def for_all(self, **changes: Any) -> "Budget":
-        """The budget with changes of all five recipes, such as ``precision="float32"``."""
+        """The budget with changes of all five recipes, such as ``precision="bfloat16"``."""
         recipes = {name: value for name, value in vars(self).items() if isinstance(value, Recipe)}
         return self.replace(**{name: recipe.replace(**changes) for name, recipe in recipes.items()})
 
@@ -372,8 +372,8 @@ def get_budget(name: str | None = None, data: str = "critters") -> Budget:
     the authors' released code does where it differs). None: what the environment variable DRS_BUDGET says,
     else "laptop" on Critters, "paper" on VOC.
 
-    The environment variable DRS_PRECISION ("float32", "bfloat16") takes the place of every recipe's
-    precision: "paper" and "release" compute in bfloat16, in which a GPU is several times as fast.
+    The environment variable DRS_PRECISION takes the place of every recipe's precision: "float32", as in the
+    paper, or "bfloat16", in which a GPU is faster.
 
     On VOC, "ci" is a few steps of the full-size networks on tiny crops: it tells that everything runs, and
     its numbers mean nothing. There is no "laptop" for VOC, whose images and networks no laptop trains on.
@@ -437,7 +437,7 @@ def _paper():
         # The paper doesn't state them; these are the release's.
         scales=(256, 320, 384),
         resize=320,
-    ).for_all(precision="bfloat16")
+    )
 
 
 def _release():
@@ -462,6 +462,6 @@ def _voc_ci():
     # Random weights under frozen batch norm: with the paper's rates the residual networks would diverge.
     short = {
         "weights": None, "epochs": None, "iterations": 2, "schedule": "constant", "lr": 1e-7, "batch": 2,
-        "accumulate": 1, "crop": 65, "threads": 1, "workers": 0, "precision": "float32",
+        "accumulate": 1, "crop": 65, "threads": 1, "workers": 0,
     }  # fmt: skip
     return _paper().for_all(**short).replace(name="ci", scales=None, resize=64)

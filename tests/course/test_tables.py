@@ -156,16 +156,16 @@ def test_tables_tell_the_precision_where_it_is_a_choice(tmp_path):
     assert "precision: bfloat16" in experiments.format_table(tables[1])
 
 
-def test_precision_is_a_gpu_s_where_only_a_gpu_can_run_it(monkeypatch):
+def test_every_budget_computes_in_float32_unless_told_otherwise(monkeypatch):
     def precisions(*names):
         budget = get_budget(*names)
         recipes = (budget.classify, budget.refine, *map(budget.segment, NETWORKS))
         return {recipe.precision for recipe in recipes}
 
     assert precisions("laptop", "critters") == precisions("ci", "voc") == {"float32"}
-    assert precisions("paper", "voc") == precisions("release", "voc") == {"bfloat16"}
-    monkeypatch.setenv("DRS_PRECISION", "float32")
-    assert precisions("paper", "voc") == {"float32"}
+    assert precisions("paper", "voc") == precisions("release", "voc") == {"float32"}
+    monkeypatch.setenv("DRS_PRECISION", "bfloat16")
+    assert precisions("paper", "voc") == {"bfloat16"}
     monkeypatch.setenv("DRS_PRECISION", "half")
     with pytest.raises(ValueError, match="precision is 'half': expected one of float32, bfloat16"):
         get_budget("paper", "voc")
