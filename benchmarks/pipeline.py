@@ -34,25 +34,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from drs_lib import kernels, networks
 from drs_lib.archives import write_labels, write_targets
+from drs_lib.batches import Batch
 from drs_lib.data import VOC2012, VOC_CLASSES, Critters, normalize, save_indexed_png, without_masks
 from drs_lib.data.decoded import decoded
 from drs_lib.data.transforms import training_transform
 from drs_lib.files import write_text
 from drs_lib.labels import pseudo_labels
+from drs_lib.losses import classification_loss, refinement_loss, segmentation_loss
 from drs_lib.maps import iterate_present_maps
 from drs_lib.metrics import mean_iou
 from drs_lib.recipes import get_budget
 from drs_lib.runtime import pick_device
-from drs_lib.train import (
-    Batch,
-    classification_loss,
-    evaluate_segmentation,
-    refinement_loss,
-    segmentation_loss,
-    train_classifier,
-    train_refinement,
-    train_segmentation,
-)
+from drs_lib.train import evaluate_segmentation, train_classifier, train_refinement, train_segmentation
 
 HEIGHT, WIDTH, MAP = 375, 500, 320
 SEGMENTS = ("largefov", "largefov_resnet", "aspp")
