@@ -81,20 +81,9 @@ def iterate_maps(model, dataset, **options):
 
 
 def iterate_present_maps(
-    model,
-    dataset,
-    *,
-    batch_size=32,
-    scales=None,
-    resize=None,
-    device=None,
-    kind=None,
-    renormalize=False,
-    indices=None,
-    workers=0,
-    precision="float32",
-    progress=False,
-):
+    model, dataset, *, batch_size=32, scales=None, resize=None, device=None, kind=None, renormalize=False,
+    indices=None, workers=0, precision="float32", progress=False,
+):  # fmt: skip
     """`iterate_maps` without the maps that are 0, which are most of VOC's 20, and left on the model's device.
 
     Args:
