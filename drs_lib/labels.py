@@ -60,18 +60,16 @@ def pseudo_labels(maps, saliency, alpha=0.2, beta=PAPER_BETA, rule="paper", conf
         ValueError: values out of range or NaN, shapes that do not belong together, an unknown rule.
     """
     _check_options(alpha, beta, rule, conflict)
-    maps = _tensor(maps)
-    saliency = _tensor(saliency).to(maps.device)
-    _check_maps(maps)
-    _check_saliency(saliency, maps)
-
+    maps = as_tensor(maps)
+    saliency = as_tensor(saliency).to(maps.device)
+    _check_pictures(maps, saliency)
     score, best = maps.max(dim=1)
     label = (best + 1).to(torch.uint8)
     if rule == "release":
         return _release_rule(maps, score, label, saliency, alpha)
 
     objects = score > alpha
-    background = _unit(saliency) < beta
+    background = (saliency.float() / 255 if saliency.dtype == torch.uint8 else saliency) < beta
     labels = torch.full_like(label, IGNORED).masked_fill_(background, BACKGROUND)
     labels = torch.where(objects, label, labels)
     if conflict != "object":
@@ -99,12 +97,9 @@ def _release_rule(maps, score, label, saliency, alpha):
     return labels.masked_fill_(confident > 2, IGNORED)
 
 
-def _tensor(values):
-    if isinstance(values, torch.Tensor):
-        return values
-    # A copy: memory-mapped and reversed arrays are read-only or have negative strides, which tensors can't
-    # share.
-    return torch.from_numpy(np.array(values, order="C"))
+def as_tensor(values):
+    """A tensor as it is; of an array a copy, since tensors can't share read-only or reversed ones."""
+    return values if isinstance(values, torch.Tensor) else torch.from_numpy(np.array(values, order="C"))
 
 
 def check_unit(values, name, hint):
@@ -115,10 +110,6 @@ def check_unit(values, name, hint):
         low, high = (value.item() for value in torch.aminmax(values))
         if not (low >= 0 and high <= 1):
             raise ValueError(f"{name} must lie in [0, 1]; got {low:.4g} to {high:.4g}. {hint}")
-
-
-def _unit(saliency):
-    return saliency.float() / 255 if saliency.dtype == torch.uint8 else saliency
 
 
 def _check_options(alpha, beta, rule, conflict):
@@ -137,7 +128,7 @@ def _check_options(alpha, beta, rule, conflict):
         )
 
 
-def _check_maps(maps):
+def _check_pictures(maps, saliency):
     if maps.ndim != 4 or maps.shape[1] == 0:
         raise ValueError(
             f"maps must be (N, C, H, W) with at least one class; got shape {tuple(maps.shape)}. "
@@ -148,15 +139,11 @@ def _check_maps(maps):
             f"labels are 8-bit and 255 means ignored, so at most 254 classes fit; got {maps.shape[1]}."
         )
     check_unit(maps, "maps", MAPS_HINT)
-
-
-def _check_saliency(saliency, maps):
     expected = (maps.shape[0], *maps.shape[2:])
     if tuple(saliency.shape) != expected:
         raise ValueError(
             f"saliency must match the maps: expected shape {expected} for maps {tuple(maps.shape)}, "
             f"got {tuple(saliency.shape)}. Make the maps at the image's own size."
         )
-    if saliency.dtype == torch.uint8:
-        return
-    check_unit(saliency, "saliency", SALIENCY_HINT)
+    if saliency.dtype != torch.uint8:
+        check_unit(saliency, "saliency", SALIENCY_HINT)

@@ -9,6 +9,7 @@ labels name.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch.nn.functional import interpolate
 from tqdm.auto import tqdm
@@ -43,7 +44,7 @@ def localization_maps(model, images, labels=None, scales=None, size=None):
     Raises:
         ValueError: inputs of another kind, or a network that gives NaN or infinity.
     """
-    return _maps(model, "classifier", images, labels, scales, size)
+    return _maps_of_batch(model, images, labels, scales, size, kind="classifier")
 
 
 def refined_maps(model, images, labels=None, renormalize=False, scales=None, size=None):
@@ -54,7 +55,7 @@ def refined_maps(model, images, labels=None, renormalize=False, scales=None, siz
     ``renormalize=True`` divides each map by its maximum (+ 1e-5), as equation 1 does. The other arguments,
     the result and the errors are those of `localization_maps`.
     """
-    return _maps(model, "refined", images, labels, scales, size, renormalize)
+    return _maps_of_batch(model, images, labels, scales, size, kind="refined", renormalize=renormalize)
 
 
 def keep_largest_class(maps):
@@ -63,8 +64,8 @@ def keep_largest_class(maps):
     The other classes are 0 there; of equal classes the first stays. The released code's target for the
     refinement network.
     """
-    largest, index = maps.max(dim=-3, keepdim=True)
-    return torch.zeros_like(maps).scatter_(-3, index, largest)
+    largest, argmax = maps.max(dim=-3, keepdim=True)
+    return torch.zeros_like(maps).scatter_(-3, argmax, largest)
 
 
 def iterate_maps(model, dataset, **options):
@@ -76,30 +77,13 @@ def iterate_maps(model, dataset, **options):
         ``(index, labels, maps)``: labels (C,), maps float32 (C, H, W) in [0, 1], both on the CPU.
     """
     found = iterate_present_maps(model, dataset, **options)
-    return ((index, labels, _of_all_classes(labels, present.cpu())) for index, labels, present in found)
-
-
-def _of_all_classes(labels, present):
-    maps = present.new_zeros(len(labels), *present.shape[-2:])
-    maps[labels > 0] = present[: int((labels > 0).sum())]
-    return maps
+    return ((index, labels, _of_all_classes(maps.cpu(), labels > 0)) for index, labels, maps in found)
 
 
 def iterate_present_maps(
-    model,
-    dataset,
-    *,
-    batch_size=32,
-    scales=None,
-    resize=None,
-    device=None,
-    kind=None,
-    renormalize=False,
-    indices=None,
-    workers=0,
-    precision="float32",
-    progress=False,
-):
+    model, dataset, *, batch_size=32, scales=None, resize=None, device=None, kind=None, renormalize=False,
+    indices=None, workers=0, precision="float32", progress=False,
+):  # fmt: skip
     """`iterate_maps` without the maps that are 0, which are most of VOC's 20, and left on the model's device.
 
     Args:
@@ -132,47 +116,38 @@ def iterate_present_maps(
         raise ValueError(
             "renormalize is for refined maps; a classifier's are always divided by their maximum."
         )
-    scales, batch_size = _sides(scales), whole("batch_size", batch_size)
+    options = {"kind": kind, "scales": _checked_scales(scales), "precision": precision}
+    batch_size, workers = whole("batch_size", batch_size), whole("workers", workers, least=0)
     resize = resize if resize is None else whole("resize, the side of a square in pixels,", resize)
-    workers = whole("workers", workers, least=0)
     autocast("cpu" if device is None else device, precision)  # refuses an unknown precision now, not later
     if device is not None:
         model.to(device)
-    indices = range(len(dataset)) if indices is None else indices
-    network = (model, kind, scales, precision)
-    return _iterate(network, dataset, batch_size, resize, renormalize, indices, workers, progress)
-
-
-def _iterate(network, dataset, batch_size, resize, renormalize, indices, workers, progress):
-    model, kind, scales, precision = network
-    device = _device(model)
     loader = torch.utils.data.DataLoader(
         _Inputs(dataset, resize),
         batch_size=batch_size,
-        sampler=indices,
+        sampler=range(len(dataset)) if indices is None else indices,
         collate_fn=_group_by_size,
         num_workers=workers,
-        pin_memory=device.type == "cuda",
+        pin_memory=_device(model).type == "cuda",
         generator=torch.Generator(),  # its own, so that making maps leaves the global random stream alone
     )
-    with tqdm(total=len(indices), desc="maps", unit="image", disable=not progress) as bar:
+    return _iterate(model, loader, options, renormalize, progress)
+
+
+def _iterate(model, loader, options, renormalize, progress):
+    with tqdm(total=len(loader.sampler), desc="maps", unit="image", disable=not progress) as bar:
         for groups in loader:
             results = {}
-            for places, members, images, labels, sizes in groups:
-                images = normalize(move(images, device))
-                outputs = _network_outputs(model, kind, images, scales, precision)
-                present = _present(labels, *outputs[0].shape[:2])
-                sizes = [tuple(size) for size in sizes]  # older torch pins a tuple into a list
-                for size in dict.fromkeys(sizes):
-                    rows = [row for row, own in enumerate(sizes) if own == size]
+            for places, indices, images, labels, sizes in groups:
+                outputs = _outputs(model, normalize(move(images, _device(model))), **options)
+                present = _present(labels, outputs)
+                for size, rows in _by_key(map(tuple, sizes)):  # older torch pins a tuple into a list
                     chosen = [output[rows] for output in outputs] if len(rows) < len(sizes) else outputs
-                    maps = _assemble_present(chosen, present[rows], size, kind, renormalize)
-                    counts = present[rows].sum(1).tolist()
-                    for row, own in zip(rows, maps.split(counts), strict=True):
+                    maps = _maps(chosen, present[rows], size, options["kind"], renormalize)
+                    for row, own in zip(rows, maps.split(present[rows].sum(1).tolist()), strict=True):
                         own = own if len(own) else maps.new_zeros(1, *size)
-                        results[places[row]] = members[row], labels[row], own
-            for place in range(len(results)):
-                yield results[place]
+                        results[places[row]] = indices[row], labels[row], own
+            yield from (results[place] for place in range(len(results)))
             bar.update(len(results))
 
 
@@ -189,16 +164,22 @@ class _Inputs(torch.utils.data.Dataset):
 
 def _group_by_size(items):
     """A batch as groups of images of equal size; ``places`` are the images' positions in the batch."""
-    groups = {}
-    for place, item in enumerate(items):
-        groups.setdefault(item[1].shape, []).append((place, *item))
-    return [
-        (places, indices, torch.stack(images), torch.stack(labels), sizes)
-        for places, indices, images, labels, sizes in (zip(*group, strict=True) for group in groups.values())
-    ]
+    groups = []
+    for _, places in _by_key(image.shape for _, image, _, _ in items):
+        indices, images, labels, sizes = zip(*(items[place] for place in places), strict=True)
+        groups.append((places, indices, torch.stack(images), torch.stack(labels), sizes))
+    return groups
 
 
-def _maps(model, kind, images, labels, scales, size, renormalize=False):
+def _by_key(keys):
+    """Pairs of a key and the positions at which it is."""
+    found = {}
+    for position, key in enumerate(keys):
+        found.setdefault(key, []).append(position)
+    return found.items()
+
+
+def _maps_of_batch(model, images, labels, scales, size, kind, renormalize=False):
     if not (
         torch.is_tensor(images) and images.ndim == 4 and images.shape[1] == 3 and images.is_floating_point()
     ):
@@ -206,21 +187,17 @@ def _maps(model, kind, images, labels, scales, size, renormalize=False):
         raise ValueError(
             f"images must be a float tensor (N, 3, H, W), normalised by drs_lib.data.normalize; got {found}."
         )
-    scales = _sides(scales)
-    if size is None:
-        size = images.shape[-2:]
-    try:
-        sides = tuple(size)
-    except TypeError:  # one number
-        sides = (size, size)
+    size = images.shape[-2:] if size is None else size
+    sides = (size, size) if np.ndim(size) == 0 else tuple(size)
     if len(sides) != 2:
         raise ValueError(f"size is (H, W) or the side of a square, in pixels; got {size!r}.")
     size = tuple(whole("size", side) for side in sides)
-    outputs = _network_outputs(model, kind, images.to(_device(model)), scales)
-    return _assemble(outputs, labels, size, kind, renormalize)
+    outputs = _outputs(model, images.to(_device(model)), kind, _checked_scales(scales))
+    present = _present(labels, outputs)
+    return _of_all_classes(_maps(outputs, present, size, kind, renormalize), present)
 
 
-def _network_outputs(model, kind, images, scales, precision="float32"):
+def _outputs(model, images, kind, scales, precision="float32"):
     """The network's maps (N, C, h, w), one per scale, before any upsampling."""
     if kind == "classifier" and not hasattr(model, "class_maps"):
         raise ValueError(
@@ -245,39 +222,35 @@ def _network_outputs(model, kind, images, scales, precision="float32"):
     return outputs
 
 
-def _assemble(outputs, labels, size, kind, renormalize):
-    """Maps (N, C, H, W) of all classes, 0 for those that an image's labels don't name."""
-    images, classes = outputs[0].shape[:2]
-    present = _present(labels, images, classes)
-    maps = outputs[0].new_zeros(images, classes, *size)
-    if present.any():
-        maps[present.to(maps.device)] = _assemble_present(outputs, present, tuple(size), kind, renormalize)
-    return maps
-
-
 @torch.no_grad()
-def _assemble_present(outputs, present, size, kind, renormalize):
-    """Upsample each scale, turn it into maps in [0, 1], and keep the largest value over the scales.
-
-    present: bool (N, C), on the CPU. Returns the maps where it is true, (n, H, W): only those are upsampled,
-    one or two of VOC's 20.
-    """
-    where = move(present.flatten().nonzero().flatten(), outputs[0].device)
-    if not len(where):
+def _maps(outputs, present, size, kind, renormalize):
+    """The maps where ``present``, bool (N, C) on the CPU, is true: float32 (n, H, W), the largest value over
+    the scales. Only those are upsampled, one or two of VOC's 20."""
+    chosen = move(present.flatten().nonzero().flatten(), outputs[0].device)
+    if not len(chosen):
         return outputs[0].new_zeros(0, *size)
-    chosen = None
+    largest = None
     for output in outputs:
         # One image of many channels, because a batch of one-channel images would take a slower kernel.
-        output = require_finite(output.flatten(0, 1).index_select(0, where)[None])
+        output = require_finite(output.flatten(0, 1).index_select(0, chosen)[None])
         upsampled = interpolate(output, size, mode="bilinear", align_corners=True)[0]
         upsampled = upsampled.clamp_(0, 1) if kind == "refined" else upsampled.relu_()
         if kind == "classifier" or renormalize:
             upsampled.div_(upsampled.amax(dim=(1, 2), keepdim=True) + EPSILON)
-        chosen = upsampled if chosen is None else torch.maximum(chosen, upsampled)
-    return chosen
+        largest = upsampled if largest is None else torch.maximum(largest, upsampled)
+    return largest
 
 
-def _present(labels, images, classes):
+def _of_all_classes(maps, present):
+    """Maps (n, H, W) of the n classes that are present, bool (..., C), among zeros: (..., C, H, W)."""
+    found = maps.new_zeros(*present.shape, *maps.shape[-2:])
+    found[present.to(maps.device)] = maps[: int(present.sum())]
+    return found
+
+
+def _present(labels, outputs):
+    """Which classes are present, bool (N, C) on the CPU, for outputs of that many images and classes."""
+    images, classes = outputs[0].shape[:2]
     if labels is None:
         return torch.ones(images, classes, dtype=torch.bool)
     labels = torch.as_tensor(labels)
@@ -288,18 +261,14 @@ def _present(labels, images, classes):
     return labels > 0
 
 
-def _sides(scales):
+def _checked_scales(scales):
     if scales is None:
         return None
-    try:
-        sides = tuple(scales)
-    except TypeError:  # one number
-        sides = ()
-    if not sides:
+    if np.ndim(scales) != 1 or not len(scales):
         raise ValueError(
             f"scales are sides of squares in pixels, such as (256, 320, 384), or None; got {scales!r}."
         )
-    return tuple(whole("scales, sides of squares in pixels,", side) for side in sides)
+    return tuple(whole("scales, sides of squares in pixels,", side) for side in scales)
 
 
 def _device(model):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from drs_lib.data import IGNORED
-from drs_lib.labels import MAPS_HINT, check_unit
+from drs_lib.labels import MAPS_HINT, as_tensor, check_unit
 
 
 def iou_per_class(confusion):
@@ -59,20 +59,16 @@ class SegmentationScore:
 
     def update(self, pred, mask):
         """Add predictions and masks, integer tensors or arrays of equal shape: (H, W) or (N, H, W)."""
-        mask = _labels(mask)
-        pred = _labels(pred).to(mask.device)
+        mask = _whole_numbers(mask)
+        pred = _whole_numbers(pred).to(mask.device)
         if pred.shape != mask.shape:
             raise ValueError(
                 f"prediction {tuple(pred.shape)} and mask {tuple(mask.shape)} differ in size; score at the "
                 "image's size."
             )
-        for name, values in (("prediction", pred), ("mask", mask)):
-            outside = (values < 0) | (values >= self.num_classes) & (values != IGNORED)
-            if outside.any():
-                raise ValueError(
-                    f"the {name} holds label {values[outside][0].item()}; expected 0..{self.num_classes - 1} "
-                    "(background included in num_classes) or 255 for ignored."
-                )
+        end = f"0..{self.num_classes - 1} (background included in num_classes)"
+        for name, values in (("the prediction", pred), ("the mask", mask)):
+            _check_range(name, values, self.num_classes, end)
         scored, columns = mask != IGNORED, self.num_classes + 1
         places = mask[scored] * columns + pred[scored].clamp(max=self.num_classes)
         counts = torch.bincount(places, minlength=self._counts.size).cpu().numpy()
@@ -152,23 +148,16 @@ class MapScore:
         Raises ValueError for other shapes or values, NaN among them.
         """
         maps = torch.as_tensor(maps)
-        masks = _labels(masks).to(maps.device)
+        masks = _whole_numbers(masks).to(maps.device)
         labels = (known_labels(labels) > 0).to(maps.device)
-        if (
-            maps.ndim != 4
-            or masks.shape != (maps.shape[0], *maps.shape[2:])
-            or labels.shape != maps.shape[:2]
-        ):
+        expected = (maps.shape[0], *maps.shape[2:]), maps.shape[:2]
+        if maps.ndim != 4 or (masks.shape, labels.shape) != expected:
             raise ValueError(
                 "maps (N, C, H, W), masks (N, H, W) and labels (N, C) do not belong together: got "
                 f"{tuple(maps.shape)}, {tuple(masks.shape)} and {tuple(labels.shape)}."
             )
         classes = maps.shape[1]
-        outside = masks[(masks != IGNORED) & ((masks < 0) | (masks > classes))]
-        if outside.numel():
-            raise ValueError(
-                f"a mask holds label {outside[0].item()}; expected 0..{classes} or 255 for ignored."
-            )
+        _check_range("a mask", masks, classes + 1, f"0..{classes}")
         image, c = torch.nonzero(labels, as_tuple=True)
         values, mask = maps[image, c].flatten(1), masks[image].flatten(1)
         check_unit(values, "maps", MAPS_HINT)
@@ -201,13 +190,9 @@ class MapScore:
         if self._sums is None:
             raise ValueError("no map was scored yet; call update() first.")
         found, above, objects, union, background, object_sum, background_sum = self._sums.numpy()
-        per_class = {
-            "recall": _ratio(found, objects),
-            "precision": _ratio(found, above),
-            "iou": _ratio(found, union),
-            "on_object": _ratio(object_sum, objects),
-            "on_background": _ratio(background_sum, background),
-        }
+        parts = found, found, found, object_sum, background_sum
+        wholes = objects, above, union, objects, background
+        per_class = dict(zip(self.KEYS, map(_ratio, parts, wholes), strict=True))
         return {**{key: _mean(values) for key, values in per_class.items()}, "per_class": per_class}
 
 
@@ -216,13 +201,19 @@ def map_quality(maps, masks, labels, alpha=0.2):
     return MapScore(alpha).update(maps, masks, labels).compute()
 
 
-def _labels(values):
-    tensor = values if isinstance(values, torch.Tensor) else torch.from_numpy(np.array(values, order="C"))
+def _whole_numbers(values):
+    tensor = as_tensor(values)
     if tensor.is_floating_point() or tensor.dtype == torch.bool:
         raise ValueError(
             f"label maps hold integers; got {tensor.dtype}. Take the argmax of probabilities first."
         )
     return tensor.long()
+
+
+def _check_range(name, values, count, expected):
+    outside = values[(values != IGNORED) & ((values < 0) | (values >= count))]
+    if outside.numel():
+        raise ValueError(f"{name} holds label {outside[0].item()}; expected {expected} or 255 for ignored.")
 
 
 def _ratio(part, whole):

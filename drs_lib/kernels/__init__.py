@@ -19,7 +19,13 @@ import torch
 
 __all__ = ["Form", "available", "check", "disabled", "for_input", "forms"]
 
+REMEDIES = {
+    "cpu": "pip install numba; if it is there, delete what it stored, the files cpu.*.nb* in "
+    f"{Path(__file__).with_name('__pycache__')} or in $NUMBA_CACHE_DIR, and start Python again",
+    "cuda": "install PyTorch for Linux, which brings Triton",
+}
 _TYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.float16, torch.bfloat16)}
+_checked = {}
 _disabled = ContextVar("drs_lib.kernels.disabled", default=os.environ.get("DRS_LIB_KERNELS", "1") == "0")
 
 
@@ -38,12 +44,47 @@ def disabled():
         _disabled.reset(token)
 
 
-REMEDIES = {
-    "cpu": "pip install numba; if it is there, delete what it stored, the files cpu.*.nb* in "
-    f"{Path(__file__).with_name('__pycache__')} or in $NUMBA_CACHE_DIR, and start Python again",
-    "cuda": "install PyTorch for Linux, which brings Triton",
-}
-_checked = {}
+def for_input(x: torch.Tensor) -> ModuleType | None:
+    """The module whose ``suppress`` and ``suppress_by`` take ``x``, or None where the plain form is needed.
+
+    The compiled forms cover dense NCHW or channels-last memory, one element or more: float32 on a processor,
+    float32, float16 or bfloat16 on a GPU. Anything else, and whatever torch is tracing, compiling or
+    transforming, is left to the plain form.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _disabled.get():
+        return None
+    # What autograd asks before it runs a function that torch.func can't transform; nothing public tells it.
+    if torch._C._are_functorch_transforms_active():
+        return None
+    if type(x) not in (torch.Tensor, torch.nn.Parameter) or x.dtype not in _TYPES.get(x.device.type, ()):
+        return None
+    if x.layout != torch.strided or x.numel() == 0 or x.numel() // len(x) >= 2**31:
+        return None
+    if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+        return None
+    return _form_for(x.device, x.dtype)
+
+
+class Form(NamedTuple):
+    """A compiled form: a module with ``suppress`` and ``suppress_by``, and the device its tensors lie on."""
+
+    name: str
+    device: str
+    module: ModuleType
+
+
+def forms() -> list[Form]:
+    """Every compiled form that can run on this machine, for whoever checks or times them all."""
+    devices = {"numba": torch.device("cpu")}
+    if torch.cuda.is_available():
+        devices["triton"] = torch.device("cuda", torch.cuda.current_device())
+    found = [Form(name, d.type, _form_for(d, torch.float32)) for name, d in devices.items()]
+    return [form for form in found if form.module is not None]
+
+
+def available() -> bool:
+    """Whether the processor's compiled form can be used here."""
+    return _form_for(torch.device("cpu"), torch.float32) is not None
 
 
 def _form_for(device, dtype):
@@ -68,24 +109,12 @@ def _form_for(device, dtype):
         # damaged what it stored of an earlier compilation, and then fails in many ways.
         passing = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         remedy = "the next call tries again" if passing else REMEDIES[device.type]
-        logging.getLogger(__name__).warning(
-            "DRS runs uncompiled on %s in %s, and slower: %s: %s. What to do: %s.",
-            device, dtype, type(error).__name__, error, remedy,
-        )  # fmt: skip
+        message = "DRS runs uncompiled on %s in %s, and slower: %s: %s. What to do: %s."
+        what = device, dtype, type(error).__name__, error, remedy
+        logging.getLogger(__name__).warning(message, *what)
     if not passing:
         _checked[device, dtype] = module
     return module
-
-
-def _plain(x, control):
-    """Algorithm 1 as `drs_lib.drs` has it, for control values (N, K) below 1."""
-    features = x.relu()
-    tau = (features.flatten(2).max(dim=2).values * control).to(x.dtype)[:, :, None, None]
-    return torch.where(features < tau, features, tau)
-
-
-def _plain_by(x, weight):
-    return _plain(x, torch.sigmoid(x.relu().mean((2, 3), dtype=torch.float32) @ weight.T))
 
 
 def check(form, device, dtype):
@@ -96,71 +125,32 @@ def check(form, device, dtype):
     """
     exact = dtype == torch.float32
     close = dict(rtol=1e-4, atol=1e-5) if exact else dict(rtol=3e-2, atol=3e-2)
-    with torch.device(device):
-        layouts = (torch.contiguous_format, torch.channels_last)
-        for (n, k, h, w), layout in product(((2, 3, 9, 7), (1, 2, 130, 131)), layouts):
-            x = torch.sin(torch.arange(n * k * h * w, dtype=torch.float32) ** 1.1).reshape(n, k, h, w)
-            x = x.to(dtype=dtype, memory_format=layout)
-            control = torch.linspace(0.3, 0.9, n * k, dtype=torch.float32).reshape(n, k)
-            weight = torch.linspace(-3, 3, k * k, dtype=torch.float32).reshape(k, k)
-            for name, compiled, plain, other in (
-                ("suppress", form.suppress, _plain, control),
-                ("suppress_by", form.suppress_by, _plain_by, weight),
-            ):
-                results = []
-                for function in (compiled, plain):
-                    inputs = [x.clone().requires_grad_(), other.clone().requires_grad_()]
-                    y = function(*inputs)
-                    gx, g_other = torch.autograd.grad((y * y.detach().cos()).sum(), inputs)
-                    # In sixteen bits several elements are the maximum; the plain form may take another one.
-                    results.append((y, gx if exact else gx.float().sum((2, 3)), g_other))
-                if not all(torch.allclose(*pair, **close) for pair in zip(*results, strict=True)):
-                    raise RuntimeError(f"the compiled form's {name} gives other results than the plain one")
+    pairs = ("suppress", form.suppress, _plain), ("suppress_by", form.suppress_by, _plain_by)
+    sizes = product(((2, 3, 9, 7), (1, 2, 130, 131)), (torch.contiguous_format, torch.channels_last), pairs)
+    for (n, k, h, w), layout, (name, compiled, plain) in sizes:
+        x = torch.sin(torch.arange(n * k * h * w, dtype=torch.float32, device=device) ** 1.1)
+        x = x.reshape(n, k, h, w).to(dtype=dtype, memory_format=layout)
+        other = torch.linspace(0.3, 0.9, n * k, dtype=torch.float32, device=device).reshape(n, k)
+        if name == "suppress_by":
+            other = torch.linspace(-3, 3, k * k, dtype=torch.float32, device=device).reshape(k, k)
+        results = []
+        for function in (compiled, plain):
+            inputs = [x.clone().requires_grad_(), other.clone().requires_grad_()]
+            y = function(*inputs)
+            gx, g_other = torch.autograd.grad((y * y.detach().cos()).sum(), inputs)
+            # In sixteen bits several elements are the maximum; the plain form may take another one.
+            results.append((y, gx if exact else gx.float().sum((2, 3)), g_other))
+        if not all(torch.allclose(*pair, **close) for pair in zip(*results, strict=True)):
+            raise RuntimeError(f"the compiled form's {name} gives other results than the plain one")
 
 
-def available() -> bool:
-    """Whether the processor's compiled form can be used here."""
-    return _form_for(torch.device("cpu"), torch.float32) is not None
+def _plain(x, control):
+    """Algorithm 1 as `drs_lib.drs` has it, for control values (N, K) below 1."""
+    features = x.relu()
+    tau = (features.flatten(2).max(dim=2).values * control).to(x.dtype)[:, :, None, None]
+    return torch.where(features < tau, features, tau)
 
 
-class Form(NamedTuple):
-    """A compiled form: a module with ``suppress`` and ``suppress_by``, and the device its tensors lie on."""
-
-    name: str
-    device: str
-    module: ModuleType
-
-
-def forms() -> list[Form]:
-    """Every compiled form that can run on this machine; `for_input` picks among them.
-
-    For whoever checks or times them all: the notebook on the DRS module runs each one in this list.
-    """
-    devices = {"numba": torch.device("cpu")}
-    if torch.cuda.is_available():
-        devices["triton"] = torch.device("cuda", torch.cuda.current_device())
-    found = [Form(name, d.type, _form_for(d, torch.float32)) for name, d in devices.items()]
-    return [form for form in found if form.module is not None]
-
-
-def for_input(x: torch.Tensor):
-    """The module whose ``suppress`` and ``suppress_by`` take ``x``, or None where the plain form is needed.
-
-    The compiled forms cover dense NCHW or channels-last memory, one element or more: float32 on a processor,
-    float32, float16 or bfloat16 on a GPU. Anything else, and whatever torch is tracing, compiling or
-    transforming, is left to the plain form.
-    """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _disabled.get():
-        return None
-    # What autograd asks before it runs a function that torch.func can't transform; nothing public tells it.
-    if torch._C._are_functorch_transforms_active():
-        return None
-    if type(x) not in (torch.Tensor, torch.nn.Parameter):
-        return None
-    if x.dtype not in _TYPES.get(x.device.type, ()):
-        return None
-    if x.layout != torch.strided or x.numel() == 0 or x.numel() // len(x) >= 2**31:
-        return None
-    if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
-        return None
-    return _form_for(x.device, x.dtype)
+def _plain_by(x, weight):
+    """The same with equation 2, for the weight (K, K) of f."""
+    return _plain(x, torch.sigmoid(x.relu().mean((2, 3), dtype=torch.float32) @ weight.T))

@@ -1,27 +1,24 @@
 """Algorithm 1 on a processor: a few short loops, compiled by numba.
 
-A feature map is read once for its maxima and averages and once more to be clamped, while it is still in the
-cache where the control values are known beforehand.
-
-Every loop works on a matrix (positions, channels) whose inner index is contiguous, so the compiler
-vectorises across channels. In channels-last memory that is the map as it lies there; in NCHW memory a
-plane is read as rows of ``LANES`` neighbours, and the lanes are reduced at the end. Sums are float32
-within a block of positions and float64 across blocks.
+A map is read once for its maximum and average and once more to be clamped, while it is still in the cache
+where the control values are known beforehand. Every loop works on a matrix (positions, channels) whose inner
+index is contiguous, so that the compiler vectorises across channels. In channels-last memory that is a map as
+it lies there, (N, H W, K): loops ..._last. In NCHW memory, (N K, H W), a plane is read as rows of ``LANES``
+neighbours, and the lanes are reduced at the end: loops ..._planes. Maps, maxima, control values and bounds
+are float32, positions int32; sums are float32 within a block of positions and float64 across blocks.
 
 The loops release the GIL and are spread over the batch by torch's own OpenMP threads: after their work these
 go on spinning for a while, and threads of ours would have to share their cores. A thread that comes late
 finds its part done by another. Where torch has no OpenMP (Windows), and after a fork, a pool of threads does
-it. numba's threading layers differ between platforms, and its portable one aborts when two threads call at
-once.
+it: of numba's own threading layers the portable one aborts when two threads call at once.
 """
 
 import ctypes
 import os
 import sys
-import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numba
@@ -33,6 +30,7 @@ from drs_lib.kernels import autograd
 LANES = 32
 BLOCK = 64
 SMALLEST_PART = 1 << 16  # elements: below this, fetching a part costs more than it saves
+PROCESS = os.getpid()  # the one in which torch's threads can be used; a fork has another number
 
 
 def _compiled(function):
@@ -45,6 +43,8 @@ def _compiled(function):
 
 @_compiled
 def _extract(x, peak, argmax, total, part):
+    """Of x (positions, lanes), for each lane: the maximum of relu(x), its first position, the sum. ``part``
+    is room for the sums of a block, float32 (lanes,)."""
     positions, lanes = x.shape
     for c in range(lanes):
         peak[c] = np.float32(0)
@@ -73,21 +73,13 @@ def _tau(peak, control):
 
 @_compiled
 def _dead(y):
+    """Whether x was 0 or less where the result is y, float32."""
     return (y <= 0) & (not np.signbit(y))
 
 
 @_compiled
-def _clamp(x, tau, y):
-    positions, lanes = x.shape
-    for p in range(positions):
-        for c in range(lanes):
-            v = x[p, c]
-            low = v if v < tau[c] else tau[c]
-            y[p, c] = np.float32(0) if v <= 0 else low
-
-
-@_compiled
 def _backward(g, y, tau, gx, total, part):
+    """Of g and y (positions, lanes): the gradient below tau, in gx, and its sum above, in total."""
     positions, lanes = g.shape
     for c in range(lanes):
         total[c] = 0.0
@@ -116,7 +108,11 @@ def clamp_last(x, peak, control, tau, y):
     for i in range(x.shape[0]):
         for c in range(x.shape[2]):
             tau[i, c] = _tau(peak[i, c], control[i, c])
-        _clamp(x[i], tau[i], y[i])
+        for p in range(x.shape[1]):
+            for c in range(x.shape[2]):
+                v = x[i, p, c]
+                low = v if v < tau[i, c] else tau[i, c]
+                y[i, p, c] = np.float32(0) if v <= 0 else low
 
 
 @_compiled
@@ -128,7 +124,7 @@ def suppress_last(x, control, peak, argmax, total, tau, y):
 
 
 @_compiled
-def backward_last(g, y, tau, control, argmax, gx, total):
+def backward_last(y, g, tau, control, argmax, gx, total):
     part = np.empty(g.shape[2], np.float32)
     for i in range(g.shape[0]):
         _backward(g[i], y[i], tau[i], gx[i], total[i], part)
@@ -153,18 +149,18 @@ def _pieces(plane):
 
 @_compiled
 def extract_planes(x, peak, argmax, total):
-    peaks, places = np.empty(LANES, np.float32), np.empty(LANES, np.int32)
+    peaks, argmaxes = np.empty(LANES, np.float32), np.empty(LANES, np.int32)
     totals, part = np.empty(LANES, np.float64), np.empty(LANES, np.float32)
     for i in range(x.shape[0]):
         peak[i], argmax[i], total[i] = np.float32(0), np.int32(0), 0.0
         offset = 0
         for piece in _pieces(x[i]):
-            _extract(piece, peaks, places, totals, part)
+            _extract(piece, peaks, argmaxes, totals, part)
             for c in range(piece.shape[1]):
-                place = np.int32(offset + places[c] * LANES + c)
-                first = (peaks[c] == peak[i]) & (place < argmax[i])
+                at = np.int32(offset + argmaxes[c] * LANES + c)
+                first = (peaks[c] == peak[i]) & (at < argmax[i])
                 if (peaks[c] > peak[i]) | (peaks[c] != peaks[c]) | first:
-                    peak[i], argmax[i] = peaks[c], place
+                    peak[i], argmax[i] = peaks[c], at
                 total[i] += totals[c]
             offset += piece.size
 
@@ -188,7 +184,7 @@ def suppress_planes(x, control, peak, argmax, total, tau, y):
 
 
 @_compiled
-def backward_planes(g, y, tau, control, argmax, gx, total):
+def backward_planes(y, g, tau, control, argmax, gx, total):
     taus, totals, part = np.empty(LANES, np.float32), np.empty(LANES, np.float64), np.empty(LANES, np.float32)
     for i in range(g.shape[0]):
         taus[:], total[i] = tau[i], 0.0
@@ -208,7 +204,6 @@ def spread_planes(y, share, gx):
             gx[i, p] += np.float32(0) if _dead(y[i, p]) else s
 
 
-_pool, _pool_lock, _forked = None, threading.Lock(), False
 _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
@@ -225,27 +220,20 @@ def _openmp():
     return None
 
 
-def _forget_threads():
-    """Threads do not survive a fork, OpenMP's can't be made again, and the lock may have been held."""
-    global _pool, _pool_lock, _forked
-    _pool, _pool_lock, _forked = None, threading.Lock(), True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_threads)
+@cache
+def _pool(process):
+    """Threads of a process, by its number: they do not survive a fork."""
+    return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="drs_lib")
 
 
 def _in_threads(work, threads):
     """Calls ``work`` in as many threads at the same time, the present one among them; some may come late."""
-    global _pool
-    start = None if _forked else _openmp()
+    process = os.getpid()
+    start = _openmp() if process == PROCESS else None
     if start is not None:
         start(_BODY(lambda _: work()), None, threads, 0)
         return
-    with _pool_lock:
-        if _pool is None:
-            _pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="drs_lib")
-        helpers = [_pool.submit(work) for _ in range(threads - 1)]
+    helpers = [_pool(process).submit(work) for _ in range(threads - 1)]
     work()
     for helper in helpers:
         if not helper.cancel():
@@ -277,27 +265,22 @@ def _run(loop, *arrays):
         raise errors[0]
 
 
-class _Layout:
-    """The loops for one memory format, and tensors as the arrays these loops take."""
+def _call(loops, like, *tensors):
+    """One of two loops, for NCHW and for channels-last, on maps ``like`` and other maps or values (N, K)."""
+    n, k, height, width = like.shape
+    last = k > 1 and like.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
 
-    def __init__(self, like):
-        n, k, h, w = like.shape
-        self.last = k > 1 and like.is_contiguous(memory_format=torch.channels_last)
-        self.format = torch.channels_last if self.last else torch.contiguous_format
-        self.maps_shape = (n, h * w, k) if self.last else (n * k, h * w)
-        self.channels_shape = (n, k) if self.last else (n * k,)
-        self.extract, self.clamp, self.suppress, self.backward, self.spread = (
-            (extract_last, clamp_last, suppress_last, backward_last, spread_last)
-            if self.last
-            else (extract_planes, clamp_planes, suppress_planes, backward_planes, spread_planes)
-        )
+    def array(tensor):
+        tensor = tensor.detach()
+        if tensor.ndim == 2:
+            return tensor.contiguous().numpy().reshape((n, k) if last else n * k)
+        tensor = tensor.contiguous(memory_format=layout)
+        if last:
+            return tensor.permute(0, 2, 3, 1).numpy().reshape(n, height * width, k)
+        return tensor.numpy().reshape(n * k, height * width)
 
-    def maps(self, x):
-        x = x.detach().contiguous(memory_format=self.format)
-        return (x.permute(0, 2, 3, 1) if self.last else x).numpy().reshape(self.maps_shape)
-
-    def channels(self, x):
-        return x.detach().contiguous().numpy().reshape(self.channels_shape)
+    _run(loops[last], array(like), *map(array, tensors))
 
 
 def _per_channel(x, *types):
@@ -307,46 +290,37 @@ def _per_channel(x, *types):
 
 def extracted(x):
     """Maximum (float32), its first position (int32) and the sum (float64) of relu(x), each (N, K)."""
-    layout, found = _Layout(x), _per_channel(x, torch.float32, torch.int32, torch.float64)
-    _run(layout.extract, layout.maps(x), *map(layout.channels, found))
+    found = _per_channel(x, torch.float32, torch.int32, torch.float64)
+    _call((extract_planes, extract_last), x, *found)
     return found
 
 
 def clamped(x, peak, control):
     """min(relu(x), tau) and tau = peak * control, float32 (N, K)."""
-    layout, y, (tau,) = _Layout(x), torch.empty_like(x), _per_channel(x, torch.float32)
-    _run(layout.clamp, layout.maps(x), *map(layout.channels, (peak, control, tau)), layout.maps(y))
+    y, (tau,) = torch.empty_like(x), _per_channel(x, torch.float32)
+    _call((clamp_planes, clamp_last), x, peak, control, tau, y)
     return y, tau
 
 
 def suppressed(x, control):
     """y, tau, the maxima and their positions, for control values (N, K) that are known beforehand."""
-    layout, y = _Layout(x), torch.empty_like(x)
-    peak, argmax, total, tau = _per_channel(x, torch.float32, torch.int32, torch.float64, torch.float32)
-    channels = map(layout.channels, (control, peak, argmax, total, tau))
-    _run(layout.suppress, layout.maps(x), *channels, layout.maps(y))
+    y, (tau,) = torch.empty_like(x), _per_channel(x, torch.float32)
+    peak, argmax, total = _per_channel(x, torch.float32, torch.int32, torch.float64)
+    _call((suppress_planes, suppress_last), x, control, peak, argmax, total, tau, y)
     return y, tau, peak, argmax
 
 
 def gradients(g, y, tau, control, argmax):
     """The gradient that reaches x through the suppressor and the maximum, and the one that reaches tau."""
-    layout, gx, (total,) = _Layout(y), torch.empty_like(y), _per_channel(y, torch.float64)
-    channels = map(layout.channels, (tau, control, argmax))
-    _run(layout.backward, layout.maps(g), layout.maps(y), *channels, layout.maps(gx), layout.channels(total))
+    gx, (total,) = torch.empty_like(y), _per_channel(y, torch.float64)
+    _call((backward_planes, backward_last), y, g, tau, control, argmax, gx, total)
     return gx, total.float()
 
 
 def average_gradient(y, share, gx):
     """Adds ``share`` (N, K) to gx wherever x was positive."""
-    layout = _Layout(y)
-    _run(layout.spread, layout.maps(y), layout.channels(share), layout.maps(gx))
+    _call((spread_planes, spread_last), y, share, gx)
 
 
-def suppress(x, control):
-    """See `drs_lib.kernels.autograd.suppress`."""
-    return autograd.suppress(sys.modules[__name__], x, control)
-
-
-def suppress_by(x, weight):
-    """See `drs_lib.kernels.autograd.suppress_by`."""
-    return autograd.suppress_by(sys.modules[__name__], x, weight)
+suppress = partial(autograd.suppress, sys.modules[__name__])
+suppress_by = partial(autograd.suppress_by, sys.modules[__name__])

@@ -12,6 +12,7 @@ With ``TRITON_INTERPRET=1`` set before the import, everything here runs on the C
 
 import sys
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import triton
@@ -62,11 +63,13 @@ def _tau(peak, control, kind: tl.constexpr):
 
 @triton.jit
 def _clamp(v, tau):
+    """min(relu(v), tau) of a tile v (P, B) and bounds (B,), all float32."""
     return tl.where(v <= 0, 0.0, tl.where(v < tau[None, :], v, tau[None, :]))
 
 
 @triton.jit
 def _dead(y):
+    """Whether x was 0 or less, bool (P, B), where the result is y, float32 (P, B)."""
     return (y <= 0) & (y.to(tl.int32, bitcast=True) >= 0)
 
 
@@ -89,7 +92,7 @@ def _suppress_tile(
 
 @triton.jit
 def _extract_part(
-    x, peaks, firsts, totals,
+    x, peaks, argmaxes, totals,
     images, channels, positions, P: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """P positions of B maps: their maxima and sums float32, first positions int32, each (parts, N, K)."""
@@ -98,12 +101,12 @@ def _extract_part(
     highest, first, total = _maxima(v, p, inside, positions)
     entry += tl.program_id(2) * images * channels
     tl.store(peaks + entry, highest, mask=real)
-    tl.store(firsts + entry, first, mask=real)
+    tl.store(argmaxes + entry, first, mask=real)
     tl.store(totals + entry, total, mask=real)
 
 
 @triton.jit
-def _combine(peaks, firsts, totals, peak, argmax, total, parts, entries, E: tl.constexpr):
+def _combine(peaks, argmaxes, totals, peak, argmax, total, parts, entries, E: tl.constexpr):
     """What `_extract_part` found, (parts, N, K), put together: (N, K)."""
     e = tl.program_id(0) * E + tl.arange(0, E)
     real = e < entries
@@ -114,7 +117,7 @@ def _combine(peaks, firsts, totals, peak, argmax, total, parts, entries, E: tl.c
         one = tl.load(peaks + at, mask=real, other=0.0)
         # The first part of all decides where nothing is positive; later ones only if they are higher.
         larger = (one > highest) | (part == 0)
-        first = tl.where(larger, tl.load(firsts + at, mask=real, other=0), first)
+        first = tl.where(larger, tl.load(argmaxes + at, mask=real, other=0), first)
         highest = tl.where(larger, one, highest)
         broken = broken | tl.where(one != one, 1, 0)
         sums += tl.load(totals + at, mask=real, other=0.0)
@@ -203,53 +206,55 @@ class _Cut:
         self.device = like.device
         self.positions = height * width
         self.last = self.channels > 1 and like.is_contiguous(memory_format=torch.channels_last)
-        self.format = torch.channels_last if self.last else torch.contiguous_format
         few = SECTOR // like.element_size() if self.last else 1
         whole = triton.next_power_of_2(self.positions)
         self.whole = whole * few <= TILE
         if self.whole:
-            self.block, self.rows = few, whole
+            block, self.rows = few, whole
         else:
-            self.block = min(64, triton.next_power_of_2(self.channels)) if self.last else 1
+            block = min(64, triton.next_power_of_2(self.channels)) if self.last else 1
             # The parts are a grid's third dimension, which ends at 65,535.
-            self.rows = max(PART // self.block, triton.next_power_of_2(triton.cdiv(self.positions, 65_535)))
+            self.rows = max(PART // block, triton.next_power_of_2(triton.cdiv(self.positions, 65_535)))
         self.parts = triton.cdiv(self.positions, self.rows)
-        self.grid = (self.images, triton.cdiv(self.channels, self.block), self.parts)
-        self.shape = {"P": self.rows, "B": self.block, "LAST": self.last}
+        self.grid = (self.images, triton.cdiv(self.channels, block), self.parts)
         # 32 elements a thread at the most: more would not fit into its registers.
-        self.warps = max(4, self.rows * self.block // 1024)
+        warps = max(4, self.rows * block // 1024)
+        self.options = {"P": self.rows, "B": block, "LAST": self.last, "num_warps": warps}
 
-    def run(self, kernel, *arguments, grid=None, **options):
+    def run(self, kernel, *arguments, grid, **options):
         """Triton launches on the current device, which need not be the one that the tensors lie on."""
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            kernel[grid or self.grid](*arguments, **options)
+            kernel[grid](*arguments, **options)
+
+    def run_tiles(self, kernel, *arguments, **options):
+        """A program for each tile."""
+        arguments = *arguments, self.channels, self.positions
+        self.run(kernel, *arguments, grid=self.grid, **self.options, **options)
+
+    def run_entries(self, kernel, *arguments, **options):
+        """A program for some entries of an array (N, K)."""
+        entries = self.images * self.channels
+        self.run(kernel, *arguments, entries, grid=(triton.cdiv(entries, 128),), E=128, **options)
 
     def lay(self, x):
-        return x.detach().contiguous(memory_format=self.format)
+        layout = torch.channels_last if self.last else torch.contiguous_format
+        return x.detach().contiguous(memory_format=layout)
 
-    def channel_values(self, *lead, dtype=torch.float32, like):
-        return torch.empty(*lead, self.images, self.channels, dtype=dtype, device=like.device)
+    def empty(self, *parts, dtype=torch.float32):
+        """(N, K), or (parts, N, K)."""
+        return torch.empty(*parts, self.images, self.channels, dtype=dtype, device=self.device)
 
 
 def extracted(x):
     """Maximum (float32), its first position (int32) and the sum (float32) of relu(x), each (N, K)."""
     cut = _Cut(x)
-    x = cut.lay(x)
-    peaks, totals = (cut.channel_values(cut.parts, like=x) for _ in range(2))
-    firsts = cut.channel_values(cut.parts, dtype=torch.int32, like=x)
-    cut.run(
-        _extract_part, x, peaks, firsts, totals, cut.images, cut.channels, cut.positions,
-        **cut.shape, num_warps=cut.warps,
-    )  # fmt: skip
+    peaks, totals = cut.empty(cut.parts), cut.empty(cut.parts)
+    argmaxes = cut.empty(cut.parts, dtype=torch.int32)
+    cut.run_tiles(_extract_part, cut.lay(x), peaks, argmaxes, totals, cut.images)
     if cut.parts == 1:
-        return peaks[0], firsts[0], totals[0]
-    peak, total = (cut.channel_values(like=x) for _ in range(2))
-    argmax = cut.channel_values(dtype=torch.int32, like=x)
-    entries = peak.numel()
-    cut.run(
-        _combine, peaks, firsts, totals, peak, argmax, total, cut.parts, entries,
-        grid=(triton.cdiv(entries, 128),), E=128,
-    )  # fmt: skip
+        return peaks[0], argmaxes[0], totals[0]
+    peak, total, argmax = cut.empty(), cut.empty(), cut.empty(dtype=torch.int32)
+    cut.run_entries(_combine, peaks, argmaxes, totals, peak, argmax, total, cut.parts)
     return peak, argmax, total
 
 
@@ -257,11 +262,8 @@ def clamped(x, peak, control):
     """min(relu(x), tau) and tau = peak * control, rounded to x's type, as float32 (N, K)."""
     cut = _Cut(x)
     x, control = cut.lay(x), control.detach().contiguous()
-    y, tau = torch.empty_like(x), cut.channel_values(like=x)
-    cut.run(
-        _clamp_part, x, peak, control, y, tau, cut.channels, cut.positions,
-        **cut.shape, num_warps=cut.warps,
-    )  # fmt: skip
+    y, tau = torch.empty_like(x), cut.empty()
+    cut.run_tiles(_clamp_part, x, peak, control, y, tau)
     return y, tau
 
 
@@ -272,12 +274,8 @@ def suppressed(x, control):
         peak, argmax, _ = extracted(x)
         return *clamped(x, peak, control), peak, argmax
     x, control = cut.lay(x), control.detach().contiguous()
-    y, tau, peak = torch.empty_like(x), cut.channel_values(like=x), cut.channel_values(like=x)
-    argmax = cut.channel_values(dtype=torch.int32, like=x)
-    cut.run(
-        _suppress_tile, x, control, y, tau, peak, argmax, cut.channels, cut.positions,
-        **cut.shape, num_warps=cut.warps,
-    )  # fmt: skip
+    y, tau, peak, argmax = torch.empty_like(x), cut.empty(), cut.empty(), cut.empty(dtype=torch.int32)
+    cut.run_tiles(_suppress_tile, x, control, y, tau, peak, argmax)
     return y, tau, peak, argmax
 
 
@@ -285,34 +283,20 @@ def gradients(g, y, tau, control, argmax):
     """The gradient that reaches x through the suppressor and the maximum, and the one that reaches tau."""
     cut = _Cut(y)
     g, control = cut.lay(g), control.detach().contiguous()
-    gx, totals = torch.empty_like(y), cut.channel_values(cut.parts, like=y)
-    cut.run(
-        _gradient_part, g, y, tau, control, argmax, gx, totals, cut.images, cut.channels, cut.positions,
-        **cut.shape, WHOLE=cut.whole, num_warps=cut.warps,
-    )  # fmt: skip
+    gx, totals = torch.empty_like(y), cut.empty(cut.parts)
+    cut.run_tiles(_gradient_part, g, y, tau, control, argmax, gx, totals, cut.images, WHOLE=cut.whole)
     if cut.whole:
         return gx, totals[0]
-    total = cut.channel_values(like=y)
-    entries = total.numel()
-    cut.run(
-        _finish, totals, control, argmax, gx, total, cut.parts, cut.channels, cut.positions, entries,
-        grid=(triton.cdiv(entries, 128),), E=128, LAST=cut.last,
-    )  # fmt: skip
+    total = cut.empty()
+    arguments = totals, control, argmax, gx, total, cut.parts, cut.channels, cut.positions
+    cut.run_entries(_finish, *arguments, LAST=cut.last)
     return gx, total
 
 
 def average_gradient(y, share, gx):
     """Adds ``share`` (N, K) to gx wherever x was positive."""
-    cut = _Cut(y)
-    share = share.contiguous()
-    cut.run(_spread_part, y, share, gx, cut.channels, cut.positions, **cut.shape, num_warps=cut.warps)
+    _Cut(y).run_tiles(_spread_part, y, share.contiguous(), gx)
 
 
-def suppress(x, control):
-    """See `drs_lib.kernels.autograd.suppress`."""
-    return autograd.suppress(sys.modules[__name__], x, control)
-
-
-def suppress_by(x, weight):
-    """See `drs_lib.kernels.autograd.suppress_by`."""
-    return autograd.suppress_by(sys.modules[__name__], x, weight)
+suppress = partial(autograd.suppress, sys.modules[__name__])
+suppress_by = partial(autograd.suppress_by, sys.modules[__name__])
