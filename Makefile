@@ -43,7 +43,7 @@ course: $(READY) ## run Tables 1-4, print them beside the paper's, write results
 	$(PY) -m drs_course tables $(COURSE_ARGS)
 
 test: $(READY) ## run the whole test suite
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lab: $(READY) ## open JupyterLab in this folder
 	$(JUPYTER) $(PY) -m jupyterlab

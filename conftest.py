@@ -7,8 +7,19 @@ import os
 from unittest.mock import patch
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton's kernels then run in its interpreter. It reads this when something imports it.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 REQUIRED = ("test_notebook", "test_labs", "test_browser", "test_site", "test_slides")
+# What takes longest begins first, where tests run side by side.
+SLOW = ("test_notebooks_voc.py", ".ipynb", "test_browser", "test_site.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: [name not in item.path.name for name in SLOW])
 
 
 _STORE = pytest.StashKey()
@@ -22,7 +33,10 @@ def pytest_runtest_protocol(item, nextitem):
     environment = {"DRS_BUDGET": os.environ.get("DRS_BUDGET", "ci")}
     if "DRS_STORE" not in os.environ and environment["DRS_BUDGET"] == "ci":
         if _STORE not in item.config.stash:
-            item.config.stash[_STORE] = str(item.config._tmp_path_factory.mktemp("runs"))
+            base = item.config._tmp_path_factory.getbasetemp()
+            # One store for all processes of a run.
+            beside = base.parent if hasattr(item.config, "workerinput") else base
+            item.config.stash[_STORE] = str(beside / "notebook-runs")
         environment["DRS_STORE"] = item.config.stash[_STORE]
     with patch.dict(os.environ, environment):
         return (yield)

@@ -1,11 +1,10 @@
-"""Seconds per image of the dense CRF: pydensecrf on one process and on several, and as attention on a device.
+"""Seconds per image of the dense CRF, on one process and on several.
 
     python benchmarks/crf.py
     python benchmarks/crf.py --jobs 1 2 4 --cases voc
 
 Images of Critters' size (128 x 128, 7 labels) and of VOC's (375 x 500, 21 labels), 10 iterations.
 Starting the worker processes is part of the time, as it is for a user; a first round is not counted.
-Attention is measured on a GPU if there is one, else on the processor, there at Critters' size only.
 """
 
 import argparse
@@ -16,9 +15,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from drs_lib.crf import INSTALL_HINT, CRFConfig, available, crf_over
+from drs_lib.crf import INSTALL_HINT, CRFConfig, available, iterate_crf
 from drs_lib.files import write_text
 
 # labels, height, width, images per job and round
@@ -45,7 +43,8 @@ def measure(case, jobs, rounds, config):
     for n in jobs:
         for round_number in range(-1, rounds):  # round -1 fills the disk's cache
             start = time.perf_counter()
-            crf_over(items[: n * (1 if round_number < 0 else per_job)], config, jobs=n, progress=False)
+            some = items[: n * (1 if round_number < 0 else per_job)]
+            list(iterate_crf(some, config, jobs=n, progress=False))
             if round_number >= 0:
                 seconds[n].append((time.perf_counter() - start) / (n * per_job))
     medians = {n: statistics.median(values) for n, values in seconds.items()}
@@ -59,24 +58,6 @@ def measure(case, jobs, rounds, config):
         }
         for n in jobs
     ]
-
-
-def attention_row(case, device, rounds, config, baseline):
-    labels, height, width, _ = CASES[case]
-    items, seconds = [scene(labels, height, width, seed) for seed in range(2)], []
-    for round_number in range(-1, rounds):
-        start = time.perf_counter()
-        crf_over(items, config, progress=False, engine="attention", device=device)
-        if round_number >= 0:
-            seconds.append((time.perf_counter() - start) / len(items))
-    median = statistics.median(seconds)
-    return {
-        "case": case,
-        "size": f"{labels} x {height} x {width}",
-        "jobs": f"{device}",
-        "seconds_per_image": median,
-        "speedup": baseline / median,
-    }
 
 
 def show(row):
@@ -100,22 +81,16 @@ def main():
     if not available():
         parser.exit(1, INSTALL_HINT + "\n")
 
-    config, gpu = CRFConfig.LARGEFOV_VGG16, torch.cuda.is_available()
-    name = torch.cuda.get_device_name() if gpu else "no GPU"
-    print(f"{platform.machine()}, {name}, {config.iterations} iterations")
+    config = CRFConfig.LARGEFOV_VGG16
+    print(f"{platform.machine()}, {config.iterations} iterations")
     print(f"{'case':12s}{'C x H x W':>16s}{'jobs':>6s}{'s/image':>10s}{'speed-up':>10s}")
     rows = []
     for case in options.cases:
-        measured = measure(case, options.jobs, options.rounds, config)
-        if gpu or case == "critters":
-            baseline = measured[0]["seconds_per_image"]
-            device = "cuda" if gpu else "cpu"
-            measured.append(attention_row(case, device, options.rounds, config, baseline))
-        for row in measured:
+        for row in measure(case, options.jobs, options.rounds, config):
             show(row)
-        rows += measured
+            rows.append(row)
     if options.json:
-        found = {"machine": platform.machine(), "gpu": name, "rows": rows}
+        found = {"machine": platform.machine(), "rows": rows}
         write_text(options.json, json.dumps(found, indent=2) + "\n")
 
 

@@ -70,13 +70,13 @@ def main():
     options = arguments()
     budget = options.budget
     store = RunStore(options.store or course_store())
-    line = Pipeline("critters", budget, store=store)
+    pipeline = Pipeline("critters", budget, store=store)
     for configuration in (Configuration(drs_layers=()), Configuration()):
-        line.classifier(configuration)
+        pipeline.classifier(configuration)
     rows, memory = [], None
     print(f"{processor()}, {os.cpu_count()} processors, budget {budget!r}")
     if "kernel" in options.parts:
-        rows += report("in the kernel", kernel_rows(line, options.moves))
+        rows += report("in the kernel", kernel_rows(pipeline, options.moves))
     if {"browser", "memory"} & set(options.parts):
         if serving.missing():
             sys.exit(serving.missing())
@@ -127,10 +127,10 @@ def report(where, rows):
     return [{"where": where, **row} for row in rows]
 
 
-def kernel_rows(line, moves):
+def kernel_rows(pipeline, moves):
     rows = []
     for kind, main in MAIN.items():
-        lab = kind(line)
+        lab = kind(pipeline)
         for control in dict.fromkeys((main, "image")):
             times = asyncio.run(kernel_times(lab, [control], moves))
             rows.append(summary(kind.title, control, times))
@@ -175,8 +175,8 @@ def in_browser(store, options):
         write_notebook(
             pages / "labs.ipynb",
             f"from drs_course.notebook import open_course\nfrom drs_course.labs import {', '.join(names)}\n"
-            "line = open_course()",
-            *(f"{name.lower()} = {name}(line)\n{name.lower()}" for name in names),
+            "pipeline = open_course()",
+            *(f"{name.lower()} = {name}(pipeline)\n{name.lower()}" for name in names),
             BASELINE_CELL,
         )
         with serving.jupyterlab(Path(folder, "jupyter"), pages, store.resolve(), options.budget) as server:

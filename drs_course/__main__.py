@@ -17,7 +17,6 @@ from drs_course.stages import Pipeline
 from drs_course.store import RunStore, run_name
 from drs_course.tables import TABLES, RowsFailed, format_table, reference_path, run_tables, save_table
 from drs_course.verify import verify
-from drs_lib.crf import ENGINES
 from drs_lib.files import atomic_path, write_text
 from drs_lib.networks import deeplab
 from drs_lib.recipes import BUDGETS, COMPILE, PRECISIONS, get_budget
@@ -78,8 +77,6 @@ def _add_rows(add):
     add("--compile", choices=COMPILE[1:], metavar="MODE", help="torch.compile's mode for the trainings")
     weights = "pretrained (ImageNet), coco, or a file, such as deeplabv1_resnet101-coco.pth"
     add("--aspp-weights", metavar="W", help=f"initial weights of Table 4's ASPP: {weights}")
-    engine = "default: lattice (pydensecrf, on the processor); attention is for a GPU"
-    add("--crf-engine", choices=ENGINES, help=engine)
     add("--tables", type=int, nargs="+", choices=TABLES, default=list(TABLES), metavar="N")
     add("--jobs", type=_positive, metavar="N", help="processes; default: one per physical core")
     again = "train again what is in the store; RUN: go on with the run of that name that was stopped"
@@ -106,8 +103,6 @@ def _budget(options):
     for name in ("precision", "compile"):
         if getattr(options, name):
             budget = budget.for_all(**{name: getattr(options, name)})
-    if options.crf_engine:
-        budget = budget.replace(crf_engine=options.crf_engine)
     if (weights := options.aspp_weights) is None:
         return budget
     if weights in ("pretrained", "coco"):

@@ -12,6 +12,8 @@ import time
 
 import numpy as np
 import torch
+from IPython import get_ipython
+from IPython.display import HTML, display
 
 from drs_course.stages import Pipeline
 from drs_course.store import RunStore, course_store
@@ -105,13 +107,13 @@ class LiveLoss:
         done = step - self._first
         if step == steps:
             which = f"{steps} steps" if self._first == 1 else f"the last {done + 1} of {steps} steps"
-            self._handle.update(_html(f"{title}: {which} in {now - self._began:.0f} s"))
+            self._handle.update(HTML(f"{title}: {which} in {now - self._began:.0f} s"))
             self._handle = None
         elif now - self._drawn >= self.interval and done and self._losses:
             self._drawn = now
             left = (now - self._began) / done * (steps - step)
             self._handle.update(
-                _html(
+                HTML(
                     f"{title}: epoch {epoch}, loss {next(reversed(self._losses.values())):.3f}, "
                     f"about {left:.0f} s left<br>"
                     f'<progress value="{step}" max="{steps}" style="width: 30em"></progress><br>'
@@ -121,15 +123,11 @@ class LiveLoss:
 
 
 def _display_handle():
-    from IPython.display import display
-
-    return _Silent() if _cell() is None else display(_html(""), display_id=True)
+    return _Silent() if _cell() is None else display(HTML(""), display_id=True)
 
 
 def _cell():
     """The number of the running cell; None outside of a notebook."""
-    from IPython import get_ipython
-
     shell = get_ipython()
     return None if shell is None else shell.execution_count
 
@@ -139,12 +137,6 @@ class _Silent:
 
     def update(self, content):
         pass
-
-
-def _html(text):
-    from IPython.display import HTML
-
-    return HTML(text)
 
 
 def _curve(losses, steps, width=420, height=110):

@@ -453,15 +453,15 @@ def make_evaluate(pipeline, stage, writer):
 
 
 def plan_evaluate_crf(pipeline, configuration):
-    budget, data = pipeline.budget, _content(pipeline.data.val)
-    config = asdict(budget.crf(configuration.network)) | {"engine": budget.crf_engine}
+    data, crf = _content(pipeline.data.val), pipeline.budget.crf(configuration.network)
+    config = asdict(crf) | {"engine": "lattice"}  # so that the key of what stores hold stays the same
     return _planned(pipeline, "evaluate_crf", configuration, config, ["segment"], data=data)
 
 
 def make_evaluate_crf(pipeline, stage, writer):
     configuration, budget = stage.configuration, pipeline.budget
-    options = {"crf": budget.crf(configuration.network), "engine": budget.crf_engine}
-    result = _segmentation_result(pipeline, configuration, jobs=pipeline.crf_jobs, **options)
+    options = {"crf": budget.crf(configuration.network), "jobs": pipeline.crf_jobs}
+    result = _segmentation_result(pipeline, configuration, **options)
     scores = {key: result[f"{key}_crf"] for key in ("miou", "iou")}
     writer.json("scores.json", _segmentation_scores(scores, pipeline.data.val))
 

@@ -89,7 +89,7 @@ def run_tables(
     root = None if voc_root is None else str(Path(voc_root).expanduser().absolute())
     common = dict(data=data, budget=budget, voc_root=root, store=store, run=run_name(overwrite))
     pipelines = {seed: Pipeline(seed=seed, **common) for seed in seeds}
-    measures = _measures(numbers, budget)
+    measures = _measures(numbers)
     work = _jobs_of(measures, seeds)
     results = _stored(work, pipelines)
     missing = in_order([job for job in work if job not in results], pipelines)
@@ -116,7 +116,7 @@ def run_row(number, configuration, pipeline, overwrite=False):
     """
     if configuration not in [row.configuration for row in table_rows(number) if row.configuration]:
         raise ValueError(f"Table {number} has no row for {configuration}.")
-    jobs = _jobs_of(_measures((number,), pipeline.budget), [pipeline.seed])
+    jobs = _jobs_of(_measures((number,)), [pipeline.seed])
     [job] = [job for job in jobs if job.configuration == configuration]
     making = copy.copy(pipeline)
     if overwrite:
@@ -131,14 +131,14 @@ def run_row(number, configuration, pipeline, overwrite=False):
 def stored_table(number, pipeline):
     """A table with what the pipeline's store has of it, for the pipeline's seed; rows that are not measured
     yet are empty. Makes nothing; columns as for `run_tables`."""
-    measures, seeds = _measures((number,), pipeline.budget), [pipeline.seed]
+    measures, seeds = _measures((number,)), [pipeline.seed]
     found = _stored(_jobs_of(measures, seeds), {pipeline.seed: pipeline})
     return _table(number, measures[number], found, seeds, _conditions(pipeline, seeds))
 
 
-def _measures(numbers, budget):
+def _measures(numbers):
     measures = {number: ("miou", *_MEASURES[number]) for number in numbers}
-    if budget.crf_engine == "lattice" and not crf.available():
+    if not crf.available():
         measures = {number: tuple(m for m in names if m != "crf") for number, names in measures.items()}
     return measures
 
@@ -275,8 +275,6 @@ def _conditions(pipeline, seeds):
         "refinement": (f"{refine.epochs} epochs" if refine.epochs else f"{refine.iterations} iterations")
         + f" on {budget.target}",
         "CRF": "off",
-        # Only where it isn't the one that all other numbers are from.
-        **({} if budget.crf_engine == "lattice" else {"CRF engine": budget.crf_engine}),
     }
 
 
@@ -373,7 +371,7 @@ def _notes(table):
     """The conditions in a few lines, for below a table."""
     groups = (
         ("data", "budget", "precision", "split", "seeds", "unit"),
-        ("scales", "resize", "alpha", "beta", "rule", "CRF", "CRF engine"),
+        ("scales", "resize", "alpha", "beta", "rule", "CRF"),
         ("refinement", "refined alpha", "renormalize") if table.attrs.get("table") in (3, 4) else (),
         ("accuracy",) if table.attrs.get("table") == 1 else (),
         ("pseudo labels",),

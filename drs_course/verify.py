@@ -113,7 +113,7 @@ def _segmented(model, dataset, chunk, jobs):
         for _ in items():
             pass
         return [plain.confusion]
-    found = iterate_crf(items(), CRFConfig.ASPP_RESNET101, jobs, progress=False, engine="lattice")
+    found = iterate_crf(items(), CRFConfig.ASPP_RESNET101, jobs, progress=False)
     for index, labels in zip(chunk, found, strict=True):
         refined.update(labels, dataset.mask(index))
     return [plain.confusion, refined.confusion]

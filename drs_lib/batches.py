@@ -15,11 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from drs_lib.data import IGNORED, decoded, pack, training_transform
 from drs_lib.data.transforms import as_tensor
+from drs_lib.losses import resize_maps
 from drs_lib.runtime import move, seeded
 
 
@@ -38,8 +38,10 @@ class Order(Sampler):
     With a seed of its own, a batch looks the same whichever process makes it.
     """
 
-    def __init__(self, images, per_epoch, batch, accumulate, seed):
-        self.images, self.batch, self.used = images, batch, per_epoch * batch * accumulate
+    def __init__(self, images, recipe, seed):
+        per_epoch, _ = recipe.steps(images)
+        self.images, self.batch = images, recipe.batch
+        self.used = per_epoch * recipe.batch * recipe.accumulate
         self.generator = torch.Generator().manual_seed(seed)
 
     def __iter__(self):
@@ -57,25 +59,17 @@ def make_batches(dataset, recipe, extra, seed, device, cache_dir=None):
     extra: `TargetMaps`, `LabelMaps` or None. cache_dir: a folder for decoded images, see
     `drs_lib.data.decoded`; None: they are kept in memory. Returns (iterable of `Batch`, generators).
     """
-    per_epoch, _ = recipe.steps(len(dataset))
-    transform = training_transform(
-        crop=recipe.crop, resize=recipe.resize, scale=recipe.scale, flip=recipe.flip, jitter=recipe.jitter
-    )
-    order = Order(len(dataset), per_epoch, recipe.batch, recipe.accumulate, seed)
+    transform = training_transform(recipe.crop, recipe.resize, recipe.scale, recipe.flip, recipe.jitter)
+    order = Order(len(dataset), recipe, seed)
     # The loader draws a number of its own each epoch; it must not come out of the network's stream. The other
     # way has the stream too: a checkpoint of one way serves the other.
     generator = torch.Generator().manual_seed(seed)
     place = place_of_images(recipe, device)
     if place == "files":
-        batches = DataLoader(
-            _FromFiles(dataset, transform, extra),
-            batch_size=None,
-            sampler=order,
-            num_workers=recipe.workers,
-            persistent_workers=recipe.workers > 0,
-            pin_memory=device.type == "cuda",
-            generator=generator,
-        )
+        files = _FromFiles(dataset, transform, extra)
+        reading = dict(num_workers=recipe.workers, persistent_workers=recipe.workers > 0)
+        pinned = device.type == "cuda"
+        batches = DataLoader(files, None, sampler=order, pin_memory=pinned, generator=generator, **reading)
     else:
         # A target is resized together with its image, so that both have one size before.
         dataset = decoded(dataset, cache_dir, recipe.resize if extra is None else None)
@@ -90,14 +84,10 @@ def place_of_images(recipe, device):
     return "device" if device.type == "cuda" else "files"
 
 
-def _batch(transform, seed, indices, images, labels, targets=None, stack=None):
-    """Augments and stacks a batch; stack(targets, indices) makes its ``extra``."""
+def _augmented(transform, seed, images, *targets):
     with seeded(seed, accelerators=False):
         draws = [transform.draw() for _ in images]
-    if targets is None:
-        return Batch(indices, *transform.batch(images, draws=draws), labels, None)
-    images, targets = transform.batch(images, targets, draws=draws)
-    return Batch(indices, images, labels, stack(targets, indices.tolist()))
+    return transform.batch(images, *targets, draws=draws)
 
 
 class _FromFiles(Dataset):
@@ -109,11 +99,12 @@ class _FromFiles(Dataset):
     def __getitem__(self, key):
         seed, indices = key
         images, labels = zip(*(self.dataset[i] for i in indices.tolist()), strict=True)
-        sample = self.transform, seed, indices, images, torch.stack(labels)
-        if self.extra is None:
-            return _batch(*sample)
-        targets = [self.extra(i, image) for i, image in zip(indices.tolist(), images, strict=True)]
-        return _batch(*sample, targets, lambda targets, _: torch.stack(targets))
+        targets = []
+        if self.extra is not None:
+            targets = [[self.extra(i, image) for i, image in zip(indices.tolist(), images, strict=True)]]
+        images, *targets = _augmented(self.transform, seed, images, *targets)
+        extra = torch.stack(*targets) if targets else None
+        return Batch(indices, images, torch.stack(labels), extra)
 
 
 class _FromMemory:
@@ -130,13 +121,13 @@ class _FromMemory:
 
     def __iter__(self):
         for seed, indices in self.order:
-            images = [move(self.images[i], self.device) for i in indices.tolist()]
-            sample = self.transform, seed, indices, images, self.labels[move(indices, self.device)]
-            if self.extra is None:
-                yield _batch(*sample)
-            else:
-                targets = [self.extra.unpack(move(self.targets[i], self.device)) for i in indices.tolist()]
-                yield _batch(*sample, targets, self.extra.stack)
+            places = indices.tolist()
+            images, targets = [move(self.images[i], self.device) for i in places], []
+            if self.extra is not None:
+                targets = [[self.extra.unpack(move(self.targets[i], self.device)) for i in places]]
+            images, *targets = _augmented(self.transform, seed, images, *targets)
+            extra = self.extra.stack(*targets, places) if targets else None
+            yield Batch(indices, images, self.labels[move(indices, self.device)], extra)
 
 
 def _placed(packed, place, device):
@@ -164,6 +155,7 @@ class _Targets:
         if len(values) != len(dataset):
             raise ValueError(f"{len(values)} {self.what} for {len(dataset)} images: expected one each")
         self.values, self.names, self.classes = values, dataset.names, dataset.num_classes
+        self.present = [None] * len(dataset)
 
     def packed(self, dataset):
         with ThreadPoolExecutor() as pool:
@@ -173,7 +165,7 @@ class _Targets:
 class TargetMaps(_Targets):
     """Target localization maps by index, checked, as float32 (C, H, W) at the image's size.
 
-    Packed, they are the maps of every image's classes, as the pipeline stores them.
+    Packed, they are the maps of every image's classes, as the pipeline stores them; ``present`` names these.
     """
 
     what = "targets"
@@ -194,10 +186,6 @@ class TargetMaps(_Targets):
         if maps.shape[-2:] != image.shape[-2:]:
             maps = resize_maps(maps[None], image.shape[-2:])[0]
         return maps
-
-    def packed(self, dataset):
-        self.present = [None] * len(dataset)
-        return super().packed(dataset)
 
     def as_bytes(self, i, image):
         if hasattr(self.values, "stack"):
@@ -248,8 +236,3 @@ class LabelMaps(_Targets):
 
     def stack(self, labels, indices):
         return torch.stack(labels)
-
-
-def resize_maps(maps, size):
-    """Maps (N, C, H, W) at another size, on the grid of the localization maps: bilinear, corners aligned."""
-    return F.interpolate(maps, tuple(size), mode="bilinear", align_corners=True)

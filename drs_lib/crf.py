@@ -1,24 +1,15 @@
-"""Dense CRF (Krähenbühl and Koltun 2011) over segmentation probabilities: on all cores, or on a GPU.
-
-Two engines do the same mean field. "lattice" is pydensecrf, which filters on a lattice: quick on a processor,
-what the paper's numbers were made with, and the default on every machine. "attention"
-(`drs_lib.crf_attention`) computes the kernels as they are: quick on a GPU, about a hundred times slower than
-the other on a processor, and in need of nothing but PyTorch. They agree on nearly all pixels; that they score
-the same mIoU on VOC nobody has measured, so "attention" has to be named.
-
-This module imports no torch: its worker processes load it, and a worker needs only NumPy and pydensecrf.
-"""
+"""Dense CRF (Krähenbühl and Koltun 2011) over segmentation probabilities, by pydensecrf, on all cores."""
 
 from __future__ import annotations
 
 import math
 import multiprocessing
 from collections import deque
-from dataclasses import dataclass
-from importlib import import_module
+from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from drs_lib.arguments import whole
 
@@ -27,9 +18,8 @@ INSTALL_HINT = (
     "With pip: `pip install pydensecrf2` (it is compiled on your machine, about a minute, and needs a C++ "
     "compiler). With conda: `conda install -c conda-forge pydensecrf` (not built for Apple Silicon: there "
     "use pip inside the environment, with conda's cxx-compiler). Everything but the CRF columns works "
-    "without it; so does engine='attention', slowly on a processor."
+    "without it."
 )
-ENGINES = ("lattice", "attention")
 
 
 @dataclass(frozen=True)
@@ -72,74 +62,84 @@ CRFConfig.ASPP_RESNET101 = CRFConfig(gaussian_sxy=1, bilateral_sxy=67, bilateral
 def available():
     """Whether pydensecrf can be imported; where not, `INSTALL_HINT` says what to do."""
     try:
-        import_module("pydensecrf.densecrf")
+        import pydensecrf.densecrf  # noqa: F401
     except ImportError:
         return False
     return True
 
 
-def dense_crf(probabilities, image, config=CRFConfig.LARGEFOV_VGG16, engine="lattice", device=None):
+def dense_crf(probabilities, image, config=CRFConfig.LARGEFOV_VGG16):
     """Mean-field inference in the fully connected CRF, from a network's probabilities and the image.
 
     Args:
         probabilities: (C, H, W) floats, a softmax over C labels, background included.
         image: (H, W, 3) uint8 RGB, the original image: not normalised, not mean-subtracted.
         config: kernels and number of iterations.
-        engine: "lattice" or "attention", which computes on the device, None being the processor.
 
     Returns:
         float32 array (C, H, W), the refined probabilities. The same input gives the same bytes.
 
     Raises:
-        ValueError: shapes or values that are not the above, an unknown engine.
+        ValueError: shapes or values that are not the above.
         RuntimeError: pydensecrf is missing.
     """
-    _expect_usable(engine)
-    return _refined(*_checked(probabilities, image), config, engine, device)
+    return _mean_field(config)(*_checked(probabilities, image))
 
 
-def crf_over(items, config=CRFConfig.LARGEFOV_VGG16, jobs=None, progress=True, engine="lattice", device=None):
-    """Dense CRF over many images; a list of uint8 label maps (H, W), each the most probable of the C labels.
+def iterate_crf(items, config=CRFConfig.LARGEFOV_VGG16, jobs=None, progress=True):
+    """Dense CRF over many images.
 
     Args:
         items: iterable of ``(probabilities, image)`` as `dense_crf` takes them. A generator is read in the
             calling thread, only a few images ahead, so that memory stays flat.
         jobs: number of processes; None: one per core, or a single one inside a worker process. One job starts
-            no process. The number changes nothing in the result. "attention" starts none either.
+            no process. The number changes nothing in the result.
         progress: show a progress bar.
-        engine, device: as for `dense_crf`.
+
+    Yields:
+        Label maps uint8 (H, W), each pixel's most probable of the C labels, in the order of ``items``.
 
     Raises:
-        ValueError: as `dense_crf`, with the item's number, or for ``jobs``.
+        ValueError: as `dense_crf`, with the item's number, while iterating; or for ``jobs``.
         RuntimeError: pydensecrf is missing.
     """
-    return list(iterate_crf(items, config, jobs, progress, engine, device))
-
-
-def iterate_crf(
-    items, config=CRFConfig.LARGEFOV_VGG16, jobs=None, progress=True, engine="lattice", device=None
-):
-    """`crf_over` as a generator: label maps in the order of ``items``, each as soon as it is ready."""
-    _expect_usable(engine)
     jobs = _default_jobs() if jobs is None else whole("jobs", jobs)
-    return _iterate(items, (config, engine, device), 1 if engine == "attention" else jobs, progress)
-
-
-def _iterate(items, how, jobs, progress):
-    from tqdm.auto import tqdm
-
+    mean_field = _mean_field(config, most_probable=True)
+    results = (
+        _parallel(items, mean_field, jobs) if jobs > 1 else (mean_field(*i) for i in _all_checked(items))
+    )
     total = len(items) if hasattr(items, "__len__") else None
-    results = _serial(items, how) if jobs == 1 else _parallel(items, how, jobs)
-    with tqdm(results, total=total, desc="CRF", unit="image", disable=not progress) as bar:
-        yield from bar
+    return iter(tqdm(results, total=total, desc="CRF", unit="image", disable=not progress))
 
 
-def _serial(items, how):
-    for item in _checked_items(items):
-        yield _label_map(*item, *how)
+def _mean_field(config, most_probable=False):
+    """A function from checked probabilities and an image to refined ones, or to a label map."""
+    if not available():
+        raise RuntimeError(INSTALL_HINT)
+    options = asdict(config)
+
+    # Made here, of plain values, because such a function is sent to a worker process as it is: the worker
+    # loads NumPy and pydensecrf, but not this package, whose torch takes seconds.
+    def mean_field(probabilities, image):
+        from pydensecrf.densecrf import DenseCRF2D
+
+        labels, height, width = probabilities.shape
+        # 1e-5 is the floor of pydensecrf's own unary_from_softmax: log(0) would pin a pixel for good.
+        unary = -np.log(np.clip(probabilities, 1e-5, 1)).reshape(labels, -1)
+        crf = DenseCRF2D(width, height, labels)
+        crf.setUnaryEnergy(np.ascontiguousarray(unary, dtype=np.float32))
+        if options["gaussian_weight"]:
+            crf.addPairwiseGaussian(sxy=options["gaussian_sxy"], compat=options["gaussian_weight"])
+        if options["bilateral_weight"]:
+            widths = {"sxy": options["bilateral_sxy"], "srgb": options["bilateral_srgb"]}
+            crf.addPairwiseBilateral(rgbim=image, compat=options["bilateral_weight"], **widths)
+        refined = np.array(crf.inference(options["iterations"]), np.float32).reshape(labels, height, width)
+        return refined.argmax(axis=0).astype(np.uint8) if most_probable else refined
+
+    return mean_field
 
 
-def _parallel(items, how, jobs):
+def _parallel(items, function, jobs):
     # An executor rather than joblib.Parallel, which reads its input from other threads: a generator that runs
     # a network would lose torch's no_grad there, which belongs to a thread. One of its own: loky's reusable
     # executor is the one that joblib.Parallel takes for its own.
@@ -148,8 +148,8 @@ def _parallel(items, how, jobs):
     executor = ProcessPoolExecutor(max_workers=jobs)
     pending = deque()
     try:
-        for item in _checked_items(items):
-            pending.append(executor.submit(_label_map, *item, *how))
+        for item in _all_checked(items):
+            pending.append(executor.submit(function, *item))
             if len(pending) > 2 * jobs:
                 yield pending.popleft().result()
         while pending:
@@ -158,41 +158,21 @@ def _parallel(items, how, jobs):
         executor.shutdown(wait=True, kill_workers=bool(pending))
 
 
-def _checked_items(items):
+def _default_jobs():
+    if multiprocessing.parent_process() is not None:
+        return 1
+    import joblib
+
+    return joblib.cpu_count(only_physical_cores=True)
+
+
+def _all_checked(items):
     for index, item in enumerate(items):
         try:
             probabilities, image = item
             yield _checked(probabilities, image)
         except ValueError as error:
             raise ValueError(f"CRF item {index}: {error}") from error
-
-
-def _label_map(*arguments):
-    return _refined(*arguments).argmax(axis=0).astype(np.uint8)
-
-
-def _refined(probabilities, image, config, engine, device):
-    if engine == "lattice":
-        return _infer(probabilities, image, config)
-    from drs_lib.crf_attention import mean_field
-
-    return mean_field(probabilities, image, config, device or "cpu").cpu().numpy()
-
-
-def _infer(probabilities, image, config):
-    densecrf = import_module("pydensecrf.densecrf")
-    labels, height, width = probabilities.shape
-    # 1e-5 is the floor of pydensecrf's own unary_from_softmax: log(0) would pin a pixel for good.
-    unary = -np.log(np.clip(probabilities, 1e-5, 1)).reshape(labels, -1)
-    crf = densecrf.DenseCRF2D(width, height, labels)
-    crf.setUnaryEnergy(np.ascontiguousarray(unary, dtype=np.float32))
-    if config.gaussian_weight:
-        crf.addPairwiseGaussian(sxy=config.gaussian_sxy, compat=config.gaussian_weight)
-    if config.bilateral_weight:
-        crf.addPairwiseBilateral(
-            sxy=config.bilateral_sxy, srgb=config.bilateral_srgb, rgbim=image, compat=config.bilateral_weight
-        )
-    return np.array(crf.inference(config.iterations), dtype=np.float32).reshape(labels, height, width)
 
 
 def _checked(probabilities, image):
@@ -225,18 +205,3 @@ def _checked(probabilities, image):
         )
     # pydensecrf takes no read-only image, such as np.asarray(Image.open(path)) is: copied if need be.
     return np.asarray(probabilities, dtype=np.float32), np.require(image, requirements=("C", "W"))
-
-
-def _expect_usable(engine):
-    if engine not in ENGINES:
-        raise ValueError(f"unknown engine {engine!r}; choose one of {', '.join(map(repr, ENGINES))}.")
-    if engine == "lattice" and not available():
-        raise RuntimeError(INSTALL_HINT)
-
-
-def _default_jobs():
-    if multiprocessing.parent_process() is not None:
-        return 1
-    import joblib
-
-    return joblib.cpu_count(only_physical_cores=True)

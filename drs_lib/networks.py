@@ -29,54 +29,31 @@ DRS or ReLU returns.
 
 from collections import OrderedDict
 from functools import partial, reduce
-from operator import index
 
 import torch
 import torchvision
 from torch import nn
 from torch.nn import functional as F
 
+from drs_lib.arguments import whole
 from drs_lib.drs import DRS
-from drs_lib.weights import CAFFE_STYLE, body_state_dict, load_body_state_dict, load_weights
-
-__all__ = [
-    "ASPP",
-    "Classifier",
-    "DeepLab",
-    "DilatedResNet",
-    "Network",
-    "RefinementNetwork",
-    "body_state_dict",
-    "classifier",
-    "deeplab",
-    "load_body_state_dict",
-    "load_weights",
-    "pretraining_classifier",
-    "receptive_fields",
-    "refinement_network",
-]
+from drs_lib.weights import CAFFE_STYLE, load_weights
 
 # (channels, convolutions, the first one's stride, whether a 2x2 max pooling follows), layer 1 to 6.
 # Table 2 shows something only if the receptive field outgrows an animal's head in the highest layers alone,
 # as in VGG-16 on VOC: hence the late second pooling, and two convolutions in each of the last two layers.
 MINI = (
-    (16, 1, 2, False),
-    (16, 1, 1, True),
-    (32, 1, 1, False),
-    (48, 1, 1, True),
+    (16, 1, 2, False), (16, 1, 1, True), (32, 1, 1, False), (48, 1, 1, True), (64, 2, 1, False),
     (64, 2, 1, False),
-    (64, 2, 1, False),
-)
+)  # fmt: skip
 # The stem's channels (stride 2), then (channels, stride, dilation) of each residual block.
 MINI_RESNET = (16, ((32, 2, 1), (48, 2, 1), (48, 1, 1), (96, 1, 2)))
 # (channels, convolutions), layer 1 to 6: VGG's configuration D, then the paper's three extra convolutions.
 VGG16 = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3), (512, 3))
 
 LARGEFOV = {
-    "mini": {"width": 96, "dilation": 6, "dropout": 0.1},
-    "mini_resnet": {"width": 96, "dilation": 6, "dropout": 0.1},
-    "vgg16": {"width": 1024, "dilation": 12, "dropout": 0.5},
-    "resnet101": {"width": 1024, "dilation": 12, "dropout": 0.5},
+    **dict.fromkeys(("mini", "mini_resnet"), {"width": 96, "dilation": 6, "dropout": 0.1}),
+    **dict.fromkeys(("vgg16", "resnet101"), {"width": 1024, "dilation": 12, "dropout": 0.5}),
 }
 ASPP_RATES = {"mini": (1, 2, 4, 6), "mini_resnet": (1, 2, 4, 6), "resnet101": (6, 12, 18, 24)}
 ASPP_SCALES = (1.0, 0.75, 0.5)
@@ -91,11 +68,8 @@ class Network(nn.Module):
 
     def __init__(self, backbone, num_classes, layers, head, pretrained_layers):
         super().__init__()
-        self.backbone = backbone
-        self.num_classes = num_classes
-        self.layers = layers
-        self.head = head
-        self.pretrained_layers = pretrained_layers
+        self.backbone, self.num_classes, self.pretrained_layers = backbone, num_classes, pretrained_layers
+        self.layers, self.head = layers, head
 
     @property
     def body(self):
@@ -166,7 +140,6 @@ class DeepLab(Network):
 
         One scale: [logits]. Several: the logits of each scale, each at its own size, and last their maximum.
         """
-        _check_images(x)
         resize = partial(F.interpolate, mode="bilinear", align_corners=False)
         logits = [self.score(x if s == 1 else resize(x, scale_factor=s)) for s in self.scales]
         if len(logits) == 1:
@@ -188,9 +161,8 @@ class ResidualBlock(nn.Module):
             _conv3x3(channels, channels, dilation=dilation, bias=False),
             nn.BatchNorm2d(channels),
         )
-        if stride == 1 and in_channels == channels:
-            self.shortcut = nn.Identity()
-        else:
+        self.shortcut = nn.Identity()
+        if stride > 1 or in_channels != channels:
             projection = nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False)
             self.shortcut = nn.Sequential(_he(projection), nn.BatchNorm2d(channels))
 
@@ -210,11 +182,11 @@ class DilatedResNet(nn.Sequential):
     """torchvision's ResNet up to its last block, at output stride 8 instead of 32.
 
     At every fourth position it computes what the undilated ResNet would: layers 3 and 4 keep the resolution,
-    and a 3x3 convolution is dilated as much as its input is finer than in the original. How much that is in
-    the first block of these layers depends on where the original halves the resolution. torchvision's does so
-    in that block's 3x3 convolution, which therefore has dilation 1 in layer 3 and 2 in layer 4, half of what
-    the blocks after it have. ResNets made with Caffe, the paper's DeepLab-v2 among them, do so in the first
-    1x1: they have 2 and 4 throughout, and a stride of 2 in the first 1x1 of layer 2.
+    and a 3x3 convolution is dilated as much as its input is finer than in the original. In these layers'
+    first block that depends on where the original halves the resolution. torchvision's does so in the 3x3
+    convolution, which therefore has half the dilation (1 and 2) of the blocks after it. ResNets made with
+    Caffe, the paper's DeepLab-v2 among them, do so in the first 1x1: they have 2 and 4 throughout, and a
+    stride of 2 in the first 1x1 of layer 2.
 
     `caffe_style` (False) says which, and can be set. Weights of the one give something else in the other:
     state dicts of a Caffe-style body therefore have an entry more, and loading a state dict sets the style.
@@ -258,14 +230,16 @@ class ASPP(nn.ModuleList):
 def classifier(backbone, num_classes, drs_layers=(1, 2, 3, 4, 5, 6), delta=None, weights=None):
     """The classification network with DRS (Figure 3 (a)).
 
-    backbone: "mini" or "vgg16". drs_layers: the layers, 1 to 6, whose ReLUs are DRS modules (Table 2); () is
-    the plain CAM network. delta: None for the learnable controller of equation (2), or the constant
-    0 < delta <= 1. weights: None (random), "pretrained" (ImageNet for vgg16, the shipped ones for mini) or a
-    file: see `load_weights`.
+    Args:
+        backbone: "vgg16": pools 1 to 3 are 2x2 with stride 2, pool 4 is 3x3 with stride 1, there is no pool 5
+            and layer 5 has dilation 2. "mini": one or two convolutions with batch normalisation per layer.
+        drs_layers: the layers, 1 to 6, whose ReLUs are DRS modules (Table 2); () is the plain CAM network.
+        delta: None for the learnable controller of equation (2), or the constant 0 < delta <= 1.
+        weights: None (random), "pretrained" (ImageNet for vgg16, the shipped ones for mini) or a file: see
+            `load_weights`.
 
-    vgg16: pools 1 to 3 are 2x2 with stride 2, pool 4 is 3x3 with stride 1, there is no pool 5 and layer 5 has
-    dilation 2. mini: one or two 3x3 convolutions with batch normalisation per layer, see `MINI`.
-    Raises ValueError for an unknown backbone or layer number, or a delta outside (0, 1].
+    Raises:
+        ValueError: an unknown backbone or layer number, or a delta outside (0, 1].
     """
     _require("backbone", backbone, ("mini", "vgg16"), "a classifier")
     drs_layers = _layer_numbers(drs_layers)
@@ -273,8 +247,7 @@ def classifier(backbone, num_classes, drs_layers=(1, 2, 3, 4, 5, 6), delta=None,
     def activation(layer, channels):
         return ("drs", DRS(channels, delta)) if layer in drs_layers else _relu(layer, channels)
 
-    network = Classifier(backbone, **_six_layers(backbone, _class_count(num_classes), activation))
-    return load_weights(network, weights)
+    return load_weights(_six_layers(Classifier, backbone, num_classes, activation), weights)
 
 
 def refinement_network(backbone, num_classes, weights=None):
@@ -283,27 +256,31 @@ def refinement_network(backbone, num_classes, weights=None):
     Arguments as for `classifier`. The new convolutions start from N(0, 0.01), as in the authors' release.
     """
     _require("backbone", backbone, ("mini", "vgg16"), "a refinement network")
-    network = RefinementNetwork(backbone, **_six_layers(backbone, _class_count(num_classes), _relu))
+    network = _six_layers(RefinementNetwork, backbone, num_classes, _relu)
     for new in network.new_modules():
         new.apply(_gaussian)
     return load_weights(network, weights)
 
 
 def deeplab(kind, backbone, num_classes, weights=None):
-    """A DeepLab of Table 4 (Figure 3 (c)). num_classes counts the outputs: background included, 21 for VOC.
-
-    kind "largefov", on mini, mini_resnet, vgg16 or resnet101: one wide-dilation head, one scale.
-    kind "aspp", on mini, mini_resnet or resnet101: DeepLab-v2, trained and evaluated over three scales.
+    """A DeepLab of Table 4 (Figure 3 (c)).
 
     On resnet101 batch normalisation is frozen, statistics and affine parameters alike, so it needs weights to
     be of use: "pretrained" (ImageNet), "coco" (torchvision's DeepLab-v3 body, trained on COCO's images of the
     VOC classes *with pixel masks*) or a file, deeplabv1_resnet101-coco.pth for one: see `load_weights`. On
     mini and mini_resnet it is trained.
-    Raises ValueError for a combination that does not exist, and lists those that do.
+
+    Args:
+        kind: "largefov", on mini, mini_resnet, vgg16 or resnet101: one wide-dilation head, one scale.
+            "aspp", on mini, mini_resnet or resnet101: DeepLab-v2, trained and evaluated over three scales.
+        num_classes: the outputs: background included, 21 for VOC.
+
+    Raises:
+        ValueError: a combination that does not exist; those that do are listed.
     """
     _require("kind", kind, ("largefov", "aspp"), "a DeepLab")
     _require("backbone", backbone, LARGEFOV if kind == "largefov" else ASPP_RATES, f"DeepLab {kind!r}")
-    num_classes = _class_count(num_classes)
+    num_classes = whole("num_classes", num_classes)
     layers, channels = _segmentation_body(backbone, ceil_mode=kind == "aspp")
     if kind == "aspp":
         head, scales = ASPP(channels, num_classes, ASPP_RATES[backbone]), ASPP_SCALES
@@ -315,31 +292,25 @@ def deeplab(kind, backbone, num_classes, weights=None):
 def pretraining_classifier(backbone, num_classes):
     """The plain image classifier as which "mini" or "mini_resnet" is pretrained, logits (N, num_classes).
 
-    Its `body_state_dict` is what the library ships as weights/<backbone>.safetensors.
+    Its `body_state_dict` is what the library ships as <backbone>.safetensors.
     """
     _require("backbone", backbone, ("mini", "mini_resnet"), "pretraining")
     if backbone == "mini":
         return classifier(backbone, num_classes, drs_layers=())
-    num_classes = _class_count(num_classes)
-    layers, channels = _mini_resnet_layers(*MINI_RESNET)
-    head = _gaussian(nn.Conv2d(channels, num_classes, 1))
+    layers, channels = _mini_resnet_layers()
+    head = _gaussian(nn.Conv2d(channels, whole("num_classes", num_classes), 1))
     return Classifier(backbone, num_classes, layers, head, pretrained_layers=len(layers))
 
 
 def receptive_fields(network):
     """Side, in pixels, of the square of the image that one position of each layer's output depends on.
 
-    network: a mini or vgg16 network, or a specification like `MINI`. Counts convolutions and poolings: the
-    maximum and the average inside a DRS module see the whole map, but only to decide how much to suppress.
-    Raises ValueError for a network whose layers are not a chain (a ResNet).
+    Counts convolutions and poolings of a mini or vgg16 network: the maximum and the average inside a DRS
+    module see the whole map, but only to decide how much to suppress. Raises ValueError for a network whose
+    layers are not a chain (a ResNet).
     """
-    if isinstance(network, nn.Module):
-        layers = network.layers
-    else:
-        with torch.device("meta"):
-            layers, _ = _mini_layers(network, _relu)
     fields, field, jump = [], 1, 1
-    for layer in layers:
+    for layer in network.layers:
         if not isinstance(layer, nn.Sequential):
             raise ValueError(f"receptive_fields takes mini and vgg16 networks; found {type(layer).__name__}")
         for module in layer:
@@ -352,94 +323,89 @@ def receptive_fields(network):
     return fields
 
 
-def _six_layers(backbone, num_classes, activation):
+def _six_layers(kind, backbone, num_classes, activation):
     # activation(layer, channels) returns a name and a module: this is where DRS takes the place of a ReLU.
+    num_classes = whole("num_classes", num_classes)
     if backbone == "mini":
         # The whole body is pretrained: the paper's layer 6 is new because ImageNet's VGG-16 has none.
-        layers, channels = _mini_layers(MINI, activation)
-        pretrained, head = len(layers), _gaussian(nn.Conv2d(channels, num_classes, 1))
+        layers, pretrained, init = _mini_layers(activation), 6, _gaussian
     else:
         pools = [*(_halve() for _ in range(3)), nn.MaxPool2d(3, 1, padding=1), None]
-        layers, channels = _vgg16_layers(VGG16, activation, pools)
-        pretrained, head = 5, _he(nn.Conv2d(channels, num_classes, 1))
-    return {"num_classes": num_classes, "layers": layers, "head": head, "pretrained_layers": pretrained}
+        layers, pretrained, init = _vgg16_layers(VGG16, activation, pools), 5, _he
+    head = init(nn.Conv2d((MINI if backbone == "mini" else VGG16)[-1][0], num_classes, 1))
+    return kind(backbone, num_classes, layers, head, pretrained)
 
 
-def _mini_layers(spec, activation):
-    if len(spec) != 6 or spec[-1][-1]:
-        raise ValueError(f"a mini specification has six layers and no pooling after the last; found {spec}")
-    layers, in_channels, pool = OrderedDict(), 3, False
-    for number, (channels, depth, stride, pool_after) in enumerate(spec, 1):
-        layer = OrderedDict(pool=_halve()) if pool else OrderedDict()
-        for j in range(1, depth + 1):
-            name, act = activation(number, channels)
-            layer[f"conv{j}"] = _conv3x3(in_channels, channels, stride=stride if j == 1 else 1, bias=False)
-            layer[f"norm{j}"] = nn.BatchNorm2d(channels)
-            layer[f"{name}{j}"] = act
-            in_channels = channels
-        layers[f"layer{number}"] = nn.Sequential(layer)
-        pool = pool_after
-    return nn.Sequential(layers), in_channels
+def _mini_layers(activation):
+    pools = [_halve() if pool_after else None for *_, pool_after in MINI[:-1]]
+    return _chain([(*layer[:3], 1) for layer in MINI], activation, pools, norm=True)
 
 
 def _vgg16_layers(spec, activation, pools):
+    spec = [(*layer, 1, 2 if number == 5 else 1) for number, layer in enumerate(spec, 1)]
+    return _chain(spec, activation, pools, norm=False)
+
+
+def _chain(spec, activation, pools, norm):
+    """Layers of 3x3 convolutions: (channels, convolutions, the first one's stride, dilation) of each, and the
+    pooling, or None, with which each but the first begins."""
     layers, in_channels = OrderedDict(), 3
-    for number, ((channels, depth), pool) in enumerate(zip(spec, [None, *pools], strict=True), 1):
+    for number, (layer_spec, pool) in enumerate(zip(spec, [None, *pools], strict=True), 1):
+        channels, depth, stride, dilation = layer_spec
         layer = OrderedDict() if pool is None else OrderedDict(pool=pool)
         for j in range(1, depth + 1):
             name, act = activation(number, channels)
-            layer[f"conv{j}"] = _conv3x3(in_channels, channels, dilation=2 if number == 5 else 1)
+            options = dict(stride=stride if j == 1 else 1, dilation=dilation, bias=not norm)
+            layer[f"conv{j}"] = _conv3x3(in_channels, channels, **options)
+            if norm:
+                layer[f"norm{j}"] = nn.BatchNorm2d(channels)
             layer[f"{name}{j}"] = act
             in_channels = channels
         layers[f"layer{number}"] = nn.Sequential(layer)
-    return nn.Sequential(layers), in_channels
+    return nn.Sequential(layers)
 
 
-def _mini_resnet_layers(stem, blocks):
-    conv = _conv3x3(3, stem, stride=2, bias=False)
-    layers = OrderedDict(stem=nn.Sequential(conv, nn.BatchNorm2d(stem), nn.ReLU(inplace=True)))
-    in_channels = stem
-    for number, (channels, stride, dilation) in enumerate(blocks, 1):
-        layers[f"block{number}"] = ResidualBlock(in_channels, channels, stride, dilation)
-        in_channels = channels
-    return nn.Sequential(layers), in_channels
-
-
-def _resnet101_layers(ceil_mode):
-    resnet = torchvision.models.resnet101(
-        replace_stride_with_dilation=[False, True, True], norm_layer=FrozenNorm
-    )
-    resnet.maxpool.ceil_mode = ceil_mode
-    layers = [(name, module) for name, module in resnet.named_children() if name not in ("avgpool", "fc")]
-    return DilatedResNet(OrderedDict(layers)), resnet.fc.in_features
+def _mini_resnet_layers():
+    channels, blocks = MINI_RESNET
+    conv = _conv3x3(3, channels, stride=2, bias=False)
+    layers = OrderedDict(stem=nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)))
+    for number, block in enumerate(blocks, 1):
+        layers[f"block{number}"] = ResidualBlock(channels, *block)
+        channels = block[0]
+    return nn.Sequential(layers), channels
 
 
 def _segmentation_body(backbone, ceil_mode):
+    """The layers under a DeepLab's head, and how many channels they give it."""
     if backbone == "mini":
-        layers, _ = _mini_layers(MINI, _relu)
-        return layers[:5], MINI[4][0]
+        return _mini_layers(_relu)[:5], MINI[4][0]
     if backbone == "mini_resnet":
-        return _mini_resnet_layers(*MINI_RESNET)
+        return _mini_resnet_layers()
     if backbone == "vgg16":
-        return _vgg16_layers(VGG16[:5], _relu, [nn.MaxPool2d(3, s, padding=1) for s in (2, 2, 2, 1)])
-    return _resnet101_layers(ceil_mode)
+        pools = [nn.MaxPool2d(3, stride, padding=1) for stride in (2, 2, 2, 1)]
+        return _vgg16_layers(VGG16[:5], _relu, pools), VGG16[4][0]
+    dilated = [False, True, True]
+    resnet = torchvision.models.resnet101(replace_stride_with_dilation=dilated, norm_layer=FrozenNorm)
+    resnet.maxpool.ceil_mode = ceil_mode
+    layers = [(name, module) for name, module in resnet.named_children() if name not in ("avgpool", "fc")]
+    return DilatedResNet(OrderedDict(layers)), resnet.fc.in_features
 
 
 def _large_fov(backbone, in_channels, num_classes):
     width, dilation, dropout = (LARGEFOV[backbone][k] for k in ("width", "dilation", "dropout"))
     # A standard deviation of 0.01 suits 4,608 inputs; mini's 576 would hardly pass a signal on.
     init = _he if backbone.startswith("mini") else _gaussian
-    head = OrderedDict()
-    if backbone == "vgg16":
-        head["pool"] = nn.Sequential(nn.MaxPool2d(3, 1, padding=1), nn.AvgPool2d(3, 1, padding=1))
-    head["fc6"] = init(_conv3x3(in_channels, width, dilation=dilation))
-    head["relu6"] = nn.ReLU(inplace=True)
-    head["drop6"] = nn.Dropout2d(dropout)
-    head["fc7"] = init(nn.Conv2d(width, width, 1))
-    head["relu7"] = nn.ReLU(inplace=True)
-    head["drop7"] = nn.Dropout2d(dropout)
-    head["score"] = _gaussian(nn.Conv2d(width, num_classes, 1))
-    return nn.Sequential(head)
+    pool = nn.Sequential(nn.MaxPool2d(3, 1, padding=1), nn.AvgPool2d(3, 1, padding=1))
+    head = OrderedDict(
+        fc6=init(_conv3x3(in_channels, width, dilation=dilation)),
+        relu6=nn.ReLU(inplace=True),
+        drop6=nn.Dropout2d(dropout),
+        fc7=init(nn.Conv2d(width, width, 1)),
+        relu7=nn.ReLU(inplace=True),
+        drop7=nn.Dropout2d(dropout),
+        score=_gaussian(nn.Conv2d(width, num_classes, 1)),
+    )
+    return nn.Sequential(OrderedDict(pool=pool) | head if backbone == "vgg16" else head)
 
 
 def _halve():
@@ -481,20 +447,10 @@ def _layer_numbers(drs_layers):
         layers = tuple(drs_layers)
     except TypeError:
         raise TypeError(f"drs_layers is a collection of layer numbers; found {drs_layers!r}") from None
-    unknown = [layer for layer in layers if layer not in range(1, 7)]
-    if unknown:
-        raise ValueError(f"no layer {unknown[0]!r} to plug DRS into: the layers are 1, 2, 3, 4, 5 and 6")
+    for layer in layers:
+        if layer not in range(1, 7):
+            raise ValueError(f"no layer {layer!r} to plug DRS into: the layers are 1, 2, 3, 4, 5 and 6")
     return layers
-
-
-def _class_count(num_classes):
-    try:
-        count = index(num_classes)
-    except TypeError:
-        count = 0
-    if count < 1:
-        raise ValueError(f"num_classes is a whole number of at least 1; found {num_classes!r}")
-    return count
 
 
 def _check_images(x):

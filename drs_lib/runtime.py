@@ -80,14 +80,11 @@ def seeded(seed, accelerators=True):
 def threads(n=None):
     """Run a block with `n` torch threads (None: leave the number alone), then restore the former number.
 
-    The Critters recipes train with one thread. Their layers are too small to gain much from more, a table's
-    rows run as one process per core instead, and a number fixed in the recipe is what makes a laptop with
-    eight cores print the table that one with two prints.
+    The Critters recipes train with one: their layers are too small to gain from more, a table's rows run as
+    one process per core instead, and every laptop prints the same table, however many cores it has.
     """
-    n = n if n is None else whole("threads", n)
     former = torch.get_num_threads()
-    if n is not None:
-        torch.set_num_threads(n)
+    torch.set_num_threads(former if n is None else whole("threads", n))
     try:
         yield
     finally:
@@ -107,17 +104,16 @@ def pick_device(name=None):
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    found = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+        there = found[device.type]
+    except (RuntimeError, KeyError) as error:
         raise ValueError(f"{origin} is {name!r}: expected cpu, cuda, cuda:<number> or mps") from error
-    found = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if device.type not in found:
-        raise ValueError(f"{origin} is {name!r}: expected cpu, cuda, cuda:<number> or mps")
-    if (device.index or 0) >= found[device.type]:
+    if (device.index or 0) >= there:
         raise RuntimeError(
-            f"{origin} asks for {name!r}, but torch finds {found[device.type]} {device.type} devices on this "
-            "machine: leave it out to take the best one there is"
+            f"{origin} asks for {name!r}, but torch finds {there} {device.type} devices on this machine: "
+            "leave it out to take the best one there is"
         )
     return device
 
@@ -146,7 +142,7 @@ def memory_format(device):
 def tuned(device):
     """Let cuDNN time its algorithms inside the block and keep the fastest: for inputs of one size.
 
-    Not under `deterministic`, nor on other devices.
+    Not under `torch.use_deterministic_algorithms`, nor on other devices.
     """
     former = torch.backends.cudnn.benchmark
     if torch.device(device).type == "cuda" and not torch.are_deterministic_algorithms_enabled():
@@ -179,26 +175,3 @@ def require_finite(output):
             "with a lower learning rate, or load other weights."
         )
     return output
-
-
-@contextmanager
-def deterministic():
-    """Ask CUDA for bitwise repeatable operations inside the block, at some cost in speed.
-
-    A CPU with a fixed number of threads repeats itself without. Where torch has no repeatable form of an
-    operation it says so in a warning. cuBLAS reads its setting when CUDA starts, so enter the block before
-    the first CUDA call of the process.
-    """
-    former = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    benchmark = torch.backends.cudnn.benchmark
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.benchmark = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(former[0], warn_only=former[1])
-        torch.backends.cudnn.benchmark = benchmark

@@ -1,4 +1,4 @@
-"""Training and scoring the three networks of Figure 3: one loop, three losses.
+"""Training and scoring the three networks of Figure 3: one loop, three losses (`drs_lib.losses`).
 
     recipe + images and labels                    -> train_classifier    -> classifier with DRS
     recipe + images and localization maps         -> train_refinement    -> refinement network
@@ -6,58 +6,31 @@
 
 Each is a function of its arguments and the seed alone: on a CPU the same call gives the same weights, bit for
 bit, on the same machine with the same number of threads, whatever was drawn before it and however many
-processes read the images. A GPU repeats itself as far as its kernels do, see `drs_lib.runtime.deterministic`.
-The data set's pixel masks are out of reach for all three (`drs_lib.data.without_masks`).
+processes read the images. A GPU repeats itself as far as its kernels do, see
+`torch.use_deterministic_algorithms`. The data set's pixel masks are out of reach for all three
+(`drs_lib.data.without_masks`).
 """
 
 import functools
 import math
 import time
 import traceback
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from drs_lib import networks
-from drs_lib.batches import Batch, LabelMaps, TargetMaps, make_batches, resize_maps
+from drs_lib import networks, runtime
+from drs_lib.batches import Batch, LabelMaps, TargetMaps, make_batches
 from drs_lib.crf import iterate_crf
-from drs_lib.data import IGNORED, normalize, resize_square, without_masks
+from drs_lib.data import normalize, resize_square, without_masks
 from drs_lib.drs import LearnableController
+from drs_lib.losses import classification_loss, refinement_loss, resize_logits, segmentation_loss
 from drs_lib.metrics import SegmentationScore, exact_match_accuracy, known_labels
 from drs_lib.recipes import PARAMETER_GROUPS, ClassifyRecipe, RefineRecipe, SegmentRecipe
-from drs_lib.runtime import (
-    autocast,
-    evaluating,
-    memory_format,
-    move,
-    pick_device,
-    preserved_rng,
-    require_finite,
-    seeded,
-    threads,
-    tuned,
-)
-
-__all__ = [
-    "ClassifyRecipe",
-    "OutOfMemory",
-    "RefineRecipe",
-    "SegmentRecipe",
-    "TrainingDiverged",
-    "evaluate_classifier",
-    "evaluate_segmentation",
-    "fit",
-    "make_optimizer",
-    "parameter_groups",
-    "predict_segmentation",
-    "train_classifier",
-    "train_network",
-    "train_refinement",
-    "train_segmentation",
-]
 
 # Iterations after which a GPU is asked for the losses; asking after each would make it wait every time.
 LOSSES_FETCHED_EVERY = 20
@@ -71,268 +44,202 @@ class OutOfMemory(RuntimeError):
     """A batch does not fit into the device's memory; the message says what does."""
 
 
-def classification_loss(model, batch):
-    """Binary cross-entropy of P = sigmoid(GAP(F)) against the labels, averaged over images and classes."""
-    return F.binary_cross_entropy_with_logits(model(batch.images).float(), batch.labels)
+def fit(model, batches, loss, optimizer, scheduler, *, on_epoch=None, checkpoint=None, streams=(), **options):
+    """Train `model` in place; the loop of all three stages.
 
+    Args:
+        batches: an iterable of `Batch` with uint8 images; one pass over it is an epoch.
+        loss: ``loss(model, batch)``, a scalar.
+        scheduler: stepped after each iteration.
+        on_epoch: ``on_epoch(history)``, called after every epoch; random numbers that it draws don't change
+            the training.
+        checkpoint: a `drs_course.checkpoint.Checkpoint`, from which the training goes on if it holds one, and
+            which is written after every epoch but the last.
+        streams: the generators from which `batches` draws.
+        options: ``steps`` and what else a `Training` has.
 
-def refinement_loss(model, batch, size="map", label_mask=False):
-    """Mean-squared error between refined maps N and target maps M, batch.extra (N, C, H, W) in [0, 1].
+    Returns:
+        The history, a list of dict(epoch, loss, lr, seconds) in which `loss` is the epoch's mean and `lr` the
+        first parameter group's rate at its end.
 
-    size "map": M is sampled at N's size, by the grid on which the localization maps were upsampled (bilinear
-    with aligned corners), so that an uncropped map comes back unchanged. "image": N is upsampled instead.
-    label_mask: the mean is over the channels of the image's own classes.
+    Raises:
+        TrainingDiverged: the loss or a weight stops being finite.
+        OutOfMemory: the device can't hold a batch.
     """
-    refined, target = model(batch.images).float(), batch.extra
-    if size == "map":
-        target = resize_maps(target, refined.shape[-2:])
-    else:
-        refined = resize_maps(refined, target.shape[-2:])
-    if not label_mask:
-        return F.mse_loss(refined, target)
-    error = (refined - target).square().mean((2, 3)) * batch.labels
-    return error.sum() / batch.labels.sum().clamp(min=1)
-
-
-def segmentation_loss(model, batch, size="logits"):
-    """Cross-entropy against the labels, batch.extra uint8 (N, H, W); the mean over pixels that are not 255.
-
-    Summed over `model.training_logits`: one map for LargeFOV, three scales and their maximum for ASPP. size
-    "logits": the labels are sampled, nearest, at the size of each; "image": the logits are upsampled.
-    """
-    return sum(
-        _cross_entropy(logits.float(), batch.extra, size) for logits in model.training_logits(batch.images)
-    )
-
-
-def _cross_entropy(logits, labels, size):
-    if size == "image":
-        logits = _resize_logits(logits, labels.shape[-2:])
-    else:
-        labels = F.interpolate(labels[:, None].float(), logits.shape[-2:], mode="nearest-exact")[:, 0]
-    labels = labels.long()
-    # A batch of crops may hold no labelled pixel at all, and the mean over none of them is NaN.
-    labelled = (labels != IGNORED).sum()
-    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / labelled.clamp(min=1)
-
-
-def _resize_logits(logits, size):
-    # Without aligned corners, a logit stands for a cell of the image, the same cell from which the nearest
-    # label is taken.
-    return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
-
-
-def fit(
-    model,
-    batches,
-    loss,
-    optimizer,
-    scheduler,
-    *,
-    steps,
-    accumulate=1,
-    precision="float32",
-    names=None,
-    title="training",
-    progress=True,
-    on_epoch=None,
-    checkpoint=None,
-    streams=(),
-    compile=None,
-):
-    """Train `model` in place for `steps` iterations of the optimiser; the loop of all three stages.
-
-    batches: an iterable of `Batch` with uint8 images; one pass over it is an epoch. loss(model, batch): a
-    scalar. scheduler: stepped after each iteration. accumulate: batches per iteration. names: the images'
-    ids, for messages. progress: True for a bar, False for none, or a function (title, step, steps, epoch,
-    loss) that is called after every iteration and must not draw random numbers; on a GPU the loss is the last
-    that was fetched, NaN before the first. on_epoch(history): called after every epoch; random numbers it
-    draws don't change the training. checkpoint: a `drs_course.checkpoint.Checkpoint`, from which the training
-    goes on if it holds one, and which is written after every epoch but the last; streams: the generators from
-    which `batches` draws. compile: a mode of torch.compile for the loss, or None.
-
-    Returns the history, a list of dict(epoch, loss, lr, seconds) in which `loss` is the epoch's mean and `lr`
-    the first parameter group's rate at its end. Raises TrainingDiverged when the loss or a weight stops being
-    finite, OutOfMemory when the device can't hold a batch.
-    """
-    device = next(model.parameters()).device
-    layout = memory_format(device)
-    model.train()
-    optimizer.zero_grad(set_to_none=True)
-    summing = compile is not None and accumulate > 1
-    if summing:
-        # CUDA graphs overwrite the gradients that they returned: they are summed up outside.
-        for parameter in filter(lambda p: p.requires_grad, model.parameters()):
-            parameter.grad = torch.zeros_like(parameter)
-    objective = loss if compile is None else _compiled(loss, compile)
-    history, step, seen = [], 0, 0
+    run = Training(model, loss, optimizer, scheduler, **options)
     kept = dict(model=model, optimizer=optimizer, scheduler=scheduler)
     found = None if checkpoint is None else checkpoint.restore(streams, **kept)
     if found is not None:
-        history, step, seen = found["history"], found["step"], found["seen"]
-    with _reporting(progress, title, steps, step) as report, _forgetting(compile):
-        while step < steps:
-            start, seen_before = time.perf_counter(), seen
-            losses = _Losses(device, title, len(history) + 1, steps, names)
-            rate = optimizer.param_groups[0]["lr"]
-            for batch in batches:
-                indices = batch.indices
-                batch = Batch(*(None if part is None else move(part, device) for part in batch))
-                batch = batch._replace(images=normalize(batch.images).contiguous(memory_format=layout))
-                seen += 1
-                last = seen % accumulate == 0
-                with _memory_advice(model, loss, batch, precision, title):
-                    value = _gradients(objective, model, batch, accumulate, precision)
-                losses.add(value, step + 1, _rates(optimizer), indices, batch.labels)
-                if not last:
-                    continue
-                rate = optimizer.param_groups[0]["lr"]
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=not summing)
-                scheduler.step()
-                step += 1
-                report(step, len(history) + 1, losses.known[-1] if losses.known else math.nan)
-                if step == steps:
-                    break
-            if seen == seen_before:
-                raise ValueError(f"{title}: no batch came out of the data; is the data set empty?")
-            losses.fetch()
-            history.append(
-                dict(
-                    epoch=len(history) + 1,
-                    loss=float(np.mean(losses.known)),
-                    lr=rate,
-                    seconds=time.perf_counter() - start,
-                )
-            )
-            if step == steps:
-                _check_weights(model, f"{title}: after the last iteration, {steps}")
+        run.history, run.step, run.seen = found["history"], found["step"], found["seen"]
+    hidden = callable(run.progress) or not run.progress
+    options = dict(initial=run.step, total=run.steps, disable=hidden, dynamic_ncols=True)
+    with tqdm(desc=run.title, unit="step", **options) as run.bar, closing(run):
+        while run.step < run.steps:
+            run.epoch(batches)
+            if run.step == run.steps:
+                _check_weights(model, f"{run.title}: after the last iteration, {run.steps}")
             elif checkpoint is not None:
-                checkpoint.save(dict(history=history, step=step, seen=seen), streams, **kept)
+                checkpoint.save(dict(history=run.history, step=run.step, seen=run.seen), streams, **kept)
             if on_epoch is not None:
-                with preserved_rng():
-                    on_epoch(history)
-    if summing:
-        optimizer.zero_grad(set_to_none=True)
-    return history
+                with runtime.preserved_rng():
+                    on_epoch(run.history)
+    return run.history
 
 
-def _gradients(objective, model, batch, accumulate, precision):
-    # In a function of its own: where memory runs out, nothing may hold the graph while it is tried what fits.
-    with autocast(batch.images.device, precision):
-        value = objective(model, batch)
-    (value / accumulate).backward()
-    return value.detach()
+@dataclass
+class Training:
+    """A training as far as it has come, which `epoch` takes further by one pass over the batches."""
 
+    model: torch.nn.Module
+    loss: Callable
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    steps: int  # iterations of the optimiser
+    accumulate: int = 1  # batches per iteration
+    precision: str = "float32"
+    compile: str | None = None  # a mode of torch.compile for the loss
+    names: Sequence | None = None  # the images' ids, for messages
+    title: str = "training"
+    # True for a bar, False for none, or a function (title, step, steps, epoch, loss) that is called after
+    # every iteration and must not draw random numbers. On a GPU the loss is the last that was fetched, NaN
+    # before the first.
+    progress: bool | Callable = True
 
-def _compiled(loss, mode):
-    def step(model, batch):
-        return loss(model, batch)
+    def __post_init__(self):
+        self.device = next(self.model.parameters()).device
+        self.objective = self.loss if self.compile is None else _compiled(self.loss, self.compile)
+        self.history, self.step, self.seen = [], 0, 0
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        # CUDA graphs overwrite the gradients that they returned: they are summed up outside.
+        self.summing = self.compile is not None and self.accumulate > 1
+        for parameter in self.model.parameters():
+            if self.summing and parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
 
-    compiled = torch.compile(step, mode=mode)
-    # A copy, made outside: with CUDA graphs the next step overwrites what this one returns.
-    return lambda model, batch: compiled(model, batch).clone()
+    def epoch(self, batches):
+        start, seen, losses = time.perf_counter(), self.seen, _Losses(self)
+        rate = self.optimizer.param_groups[0]["lr"]
+        for batch in batches:
+            self.seen += 1
+            indices, batch = batch.indices, self.on_device(batch)
+            losses.add(self.gradients(batch), indices, batch.labels)
+            if self.seen % self.accumulate:
+                continue
+            rate = self.optimizer.param_groups[0]["lr"]
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=not self.summing)
+            self.scheduler.step()
+            self.step += 1
+            self.report(losses)
+            if self.step == self.steps:
+                break
+        if self.seen == seen:
+            raise ValueError(f"{self.title}: no batch came out of the data; is the data set empty?")
+        losses.fetch()
+        mean, seconds = float(np.mean(losses.known)), time.perf_counter() - start
+        self.history.append(dict(epoch=losses.epoch, loss=mean, lr=rate, seconds=seconds))
 
+    def on_device(self, batch):
+        batch = Batch(*(None if part is None else runtime.move(part, self.device) for part in batch))
+        images = normalize(batch.images).contiguous(memory_format=runtime.memory_format(self.device))
+        return batch._replace(images=images)
 
-@contextmanager
-def _forgetting(compile):
-    """Drops compiled code after a training: the next network needs other code, of which torch keeps few
-    versions, and CUDA graphs keep their memory."""
-    try:
-        yield
-    finally:
-        if compile is not None:
-            torch.compiler.reset()
+    def gradients(self, batch):
+        """Adds the batch's gradients to the parameters' and returns its loss."""
+        try:
+            return self.backward(self.objective, batch)
+        except torch.OutOfMemoryError as error:
+            traceback.clear_frames(error.__traceback__)  # or they would keep what did not fit
+            raise OutOfMemory(self.memory_advice(batch)) from error
 
+    def backward(self, loss, batch):
+        with runtime.autocast(self.device, self.precision):
+            value = loss(self.model, batch)
+        (value / self.accumulate).backward()
+        return value.detach()
 
-class _Losses:
-    """The losses of an epoch; `known` are those that were fetched so far."""
-
-    def __init__(self, device, title, epoch, steps, names):
-        self.title, self.epoch, self.steps, self.names = title, epoch, steps, names
-        self.every = 1 if device.type == "cpu" else LOSSES_FETCHED_EVERY
-        self.known, self.waiting = [], []
-
-    def add(self, loss, *where):
-        self.waiting.append((loss, *where))
-        if len(self.waiting) == self.every:
-            self.fetch()
-
-    def fetch(self):
-        """Raises TrainingDiverged at the first that is not finite, ValueError if its labels are unknown."""
-        if not self.waiting:
-            return
-        values = torch.stack([loss for loss, *_ in self.waiting]).tolist()
-        for value, (_, step, rates, indices, labels) in zip(values, self.waiting, strict=True):
-            if not math.isfinite(value):
-                known_labels(labels)
-                raise TrainingDiverged(
-                    f"{self.title}: the loss is {value} in epoch {self.epoch}, iteration {step} of "
-                    f"{self.steps}, at learning rate {rates}, on the images {_ids(indices, self.names)}. "
-                    f"{_REMEDY}"
-                )
-        self.known += values
-        self.waiting = []
-
-
-@contextmanager
-def _memory_advice(model, loss, batch, precision, title):
-    """Turns torch's error into one that names the batch, the images' size, and, having tried, what fits."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        traceback.clear_frames(error.__traceback__)  # or they would keep what did not fit
+    def memory_advice(self, batch):
+        """Names the batch, the images' size, and, having tried, what fits."""
+        self.model.zero_grad(set_to_none=True)
         count, _, height, width = batch.images.shape
-        fits = next((n for n in _halves(count) if _fits(model, loss, batch, precision, n)), None)
+        fits = count // 2
+        while fits and not self.fits(batch, fits):
+            fits //= 2
         advice = (
             f"A batch of {fits} fits: recipe.replace(batch={fits}, accumulate=...) with accumulate "
             f"{math.ceil(count / fits)} times as large takes the same steps"
             if fits
             else "Not even one such image fits: choose a smaller crop (or resize)"
         )
-        raise OutOfMemory(
-            f"{title}: a batch of {count} images of {height}x{width} does not fit into the memory of "
-            f"{batch.images.device}. {advice}. precision='bfloat16' takes about half the memory, and "
-            "whatever else uses the device takes its share."
-        ) from error
+        return (
+            f"{self.title}: a batch of {count} images of {height}x{width} does not fit into the memory of "
+            f"{self.device}. {advice}. precision='bfloat16' takes about half the memory, and whatever else "
+            "uses the device takes its share."
+        )
+
+    def fits(self, batch, count):
+        try:
+            self.backward(self.loss, Batch(*(None if part is None else part[:count] for part in batch)))
+            return True
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            self.model.zero_grad(set_to_none=True)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def report(self, losses):
+        loss = losses.known[-1] if losses.known else math.nan
+        if callable(self.progress):
+            self.progress(self.title, self.step, self.steps, losses.epoch, loss)
+        self.bar.update()
+        known = {} if math.isnan(loss) else {"loss": f"{loss:.4f}"}
+        self.bar.set_postfix(epoch=losses.epoch, **known, refresh=False)
+
+    def close(self):
+        if self.summing:
+            self.optimizer.zero_grad(set_to_none=True)
+        if self.compile is not None:
+            # The next network needs other code, of which torch keeps few versions, and CUDA graphs keep
+            # their memory.
+            torch.compiler.reset()
 
 
-def _halves(count):
-    while count > 1:
-        count //= 2
-        yield count
+def _compiled(loss, mode):
+    compiled = torch.compile(lambda model, batch: loss(model, batch), mode=mode)
+    # A copy, made outside: with CUDA graphs the next step overwrites what this one returns.
+    return lambda model, batch: compiled(model, batch).clone()
 
 
-def _fits(model, loss, batch, precision, count):
-    part = Batch(*(None if values is None else values[:count] for values in batch))
-    model.zero_grad(set_to_none=True)
-    try:
-        with autocast(batch.images.device, precision):
-            value = loss(model, part)
-        value.backward()
-    except torch.OutOfMemoryError:
-        return False
-    finally:
-        model.zero_grad(set_to_none=True)
-        if batch.images.device.type == "cuda":
-            torch.cuda.empty_cache()
-    return True
+class _Losses:
+    """The losses of an epoch of a `Training`; `known` are those that were fetched so far."""
 
+    def __init__(self, run):
+        self.run, self.epoch, self.known, self.waiting = run, len(run.history) + 1, [], []
+        self.every = 1 if run.device.type == "cpu" else LOSSES_FETCHED_EVERY
 
-@contextmanager
-def _reporting(progress, title, steps, done=0):
-    if callable(progress):
-        yield lambda step, epoch, loss: progress(title, step, steps, epoch, loss)
-        return
-    options = dict(initial=done, unit="step", disable=not progress, dynamic_ncols=True)
-    with tqdm(total=steps, desc=title, **options) as bar:
+    def add(self, loss, indices, labels):
+        rates = sorted({group["lr"] for group in self.run.optimizer.param_groups})
+        when = f"in epoch {self.epoch}, iteration {self.run.step + 1} of {self.run.steps}"
+        when += f", at learning rate {', '.join(f'{rate:.3g}' for rate in rates)}"
+        self.waiting.append((loss, when, indices, labels))
+        if len(self.waiting) == self.every:
+            self.fetch()
 
-        def report(step, epoch, loss):
-            bar.update()
-            known = {} if math.isnan(loss) else {"loss": f"{loss:.4f}"}
-            bar.set_postfix(epoch=epoch, **known, refresh=False)
-
-        yield report
+    def fetch(self):
+        """Raises TrainingDiverged at the first that is not finite, ValueError if its labels are unknown."""
+        values = torch.stack([loss for loss, *_ in self.waiting]).tolist() if self.waiting else []
+        for value, (_, when, indices, labels) in zip(values, self.waiting, strict=True):
+            if not math.isfinite(value):
+                known_labels(labels)
+                ids = [str(i if self.run.names is None else self.run.names[i]) for i in indices.tolist()]
+                images = ", ".join(ids[:10]) + (f" and {len(ids) - 10} more" if len(ids) > 10 else "")
+                raise TrainingDiverged(
+                    f"{self.run.title}: the loss is {value} {when}, on the images {images}. {_REMEDY}"
+                )
+        self.known += values
+        self.waiting = []
 
 
 _REMEDY = (
@@ -347,15 +254,6 @@ def _check_weights(model, when):
             raise TrainingDiverged(f"{when}, {name} is no longer finite. {_REMEDY}")
 
 
-def _rates(optimizer):
-    return ", ".join(f"{rate:.3g}" for rate in sorted({group["lr"] for group in optimizer.param_groups}))
-
-
-def _ids(indices, names):
-    ids = [str(i) if names is None else str(names[i]) for i in indices.tolist()]
-    return ", ".join(ids[:10]) + (f" and {len(ids) - 10} more" if len(ids) > 10 else "")
-
-
 def parameter_groups(model, recipe):
     """The model's trainable parameters as groups for an optimiser, in the order of PARAMETER_GROUPS.
 
@@ -364,46 +262,45 @@ def parameter_groups(model, recipe):
     norm's scales and shifts are among them, and `bias_decay=False` spares them from decay too. Empty groups
     are left out.
 
-    Raises ValueError when new_modules() lists a module twice or one that isn't in the model, or leaves out a
-    DRS controller or the head; when weights of either kind are missing altogether, or any group whose
-    learning rate the recipe multiplies.
+    Raises:
+        ValueError: new_modules() is wrong; weights of either kind are missing altogether, or a group whose
+            learning rate the recipe multiplies.
     """
-    new = [id(module) for listed in model.new_modules() for module in listed.modules()]
-    modules = {id(module): module for module in model.modules()}
-    if len(set(new)) < len(new):
-        twice = next(modules.get(i) for i in new if new.count(i) > 1)
-        raise ValueError(f"new_modules() of {_kind(model)} lists a {_kind(twice)} twice: list it once")
-    if not modules.keys() >= set(new):
-        raise ValueError(f"new_modules() of {_kind(model)} lists a module that is not part of the model")
-    for module in modules.values():
-        always_new = isinstance(module, LearnableController) or module is getattr(model, "head", None)
-        if always_new and id(module) not in new:
-            raise ValueError(f"new_modules() of {_kind(model)} leaves out its {_kind(module)}, which is new")
-
+    _check_new_modules(model)
     fresh = {id(p) for listed in model.new_modules() for p in listed.parameters()}
-    groups = {name: [] for name in PARAMETER_GROUPS}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            age = "new" if id(parameter) in fresh else "pretrained"
-            groups[f"{age} {'biases' if parameter.ndim == 1 else 'weights'}"].append(parameter)
-    multipliers = dict(zip(PARAMETER_GROUPS, recipe.lr_multipliers, strict=True))
-    for name, parameters in groups.items():
-        if not parameters and (name.endswith("weights") or multipliers[name] != 1):
+    members, groups = {name: [] for name in PARAMETER_GROUPS}, []
+    for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+        age = "new" if id(parameter) in fresh else "pretrained"
+        members[f"{age} {'biases' if parameter.ndim == 1 else 'weights'}"].append(parameter)
+    for (name, parameters), multiplier in zip(members.items(), recipe.lr_multipliers, strict=True):
+        weights = name.endswith("weights")
+        if parameters:
+            decay = recipe.weight_decay if recipe.bias_decay or weights else 0.0
+            groups.append(dict(params=parameters, name=name, lr=recipe.lr * multiplier, weight_decay=decay))
+        elif weights or multiplier != 1:
             raise ValueError(
                 f"{_kind(model)} has no trainable {name}, for which the recipe has the learning rate "
-                f"{recipe.lr:g} x {multipliers[name]:g}: its new_modules() is wrong, or the recipe is for "
-                "another network (then set that multiplier to 1)"
+                f"{recipe.lr:g} x {multiplier:g}: its new_modules() is wrong, or the recipe is for another "
+                "network (then set that multiplier to 1)"
             )
-    return [
-        dict(
-            params=parameters,
-            name=name,
-            lr=recipe.lr * multipliers[name],
-            weight_decay=recipe.weight_decay if recipe.bias_decay or name.endswith("weights") else 0.0,
-        )
-        for name, parameters in groups.items()
-        if parameters
-    ]
+    return groups
+
+
+def _check_new_modules(model):
+    new = [module for listed in model.new_modules() for module in listed.modules()]
+    modules = list(model.modules())
+    always = [m for m in modules if isinstance(m, LearnableController) or m is getattr(model, "head", None)]
+    twice = [module for module in new if new.count(module) > 1]
+    left_out = [module for module in always if module not in new]
+    if twice:
+        problem = f"lists a {_kind(twice[0])} twice: list it once"
+    elif not set(modules) >= set(new):
+        problem = "lists a module that is not part of the model"
+    elif left_out:
+        problem = f"leaves out its {_kind(left_out[0])}, which is new"
+    else:
+        return
+    raise ValueError(f"new_modules() of {_kind(model)} {problem}")
 
 
 def _kind(module):
@@ -418,14 +315,17 @@ def make_optimizer(model, recipe):
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer](groups, lr=recipe.lr)
 
 
-def train_classifier(recipe, dataset, seed=0, device=None, progress=True, **options):
+def train_classifier(recipe, dataset, seed=0, **options):
     """Train a classifier with DRS on image-level labels; Figure 3 (a).
 
-    recipe: ClassifyRecipe. dataset: see drs_lib.data; its masks can't be reached from here. device: None for
-    the best there is. options: further ones of `train_network`. The last epoch's weights are kept: choosing
-    an epoch by its masks' score would be supervision the method claims to do without.
+    Args:
+        recipe: ClassifyRecipe.
+        dataset: see `drs_lib.data`; its masks can't be reached from here.
+        options: device, progress and more, see `train_network`.
 
-    Returns (model in eval mode, history); see `fit` for the history. Raises TrainingDiverged.
+    Returns:
+        (model in eval mode, history), see `fit` for the history. The last epoch's weights are kept: choosing
+        an epoch by its masks' score would be supervision the method claims to do without.
     """
 
     def build(data):
@@ -433,73 +333,65 @@ def train_classifier(recipe, dataset, seed=0, device=None, progress=True, **opti
             recipe.backbone, data.num_classes, recipe.drs_layers, recipe.delta, weights=recipe.weights
         )
 
-    options |= dict(seed=seed, device=device, progress=progress)
-    return _train(ClassifyRecipe, recipe, dataset, build, classification_loss, **options)
+    return _train(ClassifyRecipe, recipe, dataset, build, classification_loss, seed=seed, **options)
 
 
-def train_refinement(recipe, dataset, targets, seed=0, device=None, progress=True, **options):
+def train_refinement(recipe, dataset, targets, seed=0, **options):
     """Train the refinement network on localization maps; Figure 3 (b).
 
     recipe: RefineRecipe. targets: a sequence with one float array (C, H, W) in [0, 1] for each image, read
     when it is needed; of another size than the image, it is upsampled. The rest as in `train_classifier`.
-    Raises ValueError for another number of targets than images, other shapes, or values outside [0, 1].
     """
 
     def build(data):
         return networks.refinement_network(recipe.backbone, data.num_classes, weights=recipe.weights)
 
     loss = functools.partial(refinement_loss, size=recipe.loss_size, label_mask=recipe.label_mask)
-    options |= dict(seed=seed, device=device, progress=progress, extra=TargetMaps(targets, dataset))
+    options |= dict(seed=seed, extra=TargetMaps(targets, dataset))
     return _train(RefineRecipe, recipe, dataset, build, loss, **options)
 
 
-def train_segmentation(recipe, dataset, labels, seed=0, device=None, progress=True, **options):
+def train_segmentation(recipe, dataset, labels, seed=0, **options):
     """Train a DeepLab on segmentation labels; Figure 3 (c).
 
     recipe: SegmentRecipe. labels: a sequence with one uint8 array (H, W) for each image: 0 background, 1..C
     the classes, 255 ignored. Pseudo labels give the weakly supervised network; a caller who hands over the
-    true masks gets the fully supervised one. The rest as in `train_classifier`. Raises ValueError for another
-    number of labels than images, another size than the image's, or a value that is none of these.
+    true masks gets the fully supervised one. The rest as in `train_classifier`.
     """
 
     def build(data):
         return networks.deeplab(recipe.kind, recipe.backbone, data.num_classes + 1, weights=recipe.weights)
 
     loss = functools.partial(segmentation_loss, size=recipe.loss_size)
-    options |= dict(seed=seed, device=device, progress=progress, extra=LabelMaps(labels, dataset))
-    return _train(SegmentRecipe, recipe, dataset, build, loss, **options)
+    return _train(SegmentRecipe, recipe, dataset, build, loss, seed=seed, labels=labels, **options)
+
+
+def _train(kind, recipe, dataset, build, loss, **options):
+    if not isinstance(recipe, kind):
+        raise TypeError(f"recipe is a {_kind(recipe)}: expected a {kind.__name__}")
+    title = kind.__name__.removesuffix("Recipe").lower()
+    return train_network(recipe, dataset, build, loss, title=title, **options)
 
 
 def train_network(
-    recipe,
-    dataset,
-    build,
-    loss,
-    *,
-    labels=None,
-    extra=None,
-    seed=0,
-    device=None,
-    progress=True,
-    on_epoch=None,
-    checkpoint=None,
-    image_cache=None,
-    title="training",
+    recipe, dataset, build, loss, *, labels=None, extra=None, seed=0, device=None, image_cache=None, **options
 ):
     """Train the network that ``build(dataset)`` returns: what the three stages and pretraining share.
 
-    loss(model, batch): a scalar, see `fit`. labels: what becomes ``batch.extra``, a sequence with one uint8
-    array (H, W) for each image. on_epoch(history): called after every epoch. checkpoint: see `fit`.
-    image_cache: a folder for decoded images, where the recipe keeps them in memory (``recipe.images``). The
-    rest as in `train_classifier`.
+    Args:
+        loss: ``loss(model, batch)``, a scalar.
+        labels: what becomes ``batch.extra``, a sequence with one uint8 array (H, W) for each image.
+        device: None for the best there is.
+        image_cache: a folder for decoded images, where the recipe keeps them in memory (``recipe.images``).
+        options: title, progress, on_epoch and checkpoint, see `fit` and `Training`.
     """
     dataset = without_masks(dataset)
     if labels is not None:
         extra = LabelMaps(labels, dataset)
-    device = pick_device(device)
+    device = runtime.pick_device(device)
     per_epoch, steps = recipe.steps(len(dataset))
-    with seeded(seed), threads(recipe.threads), tuned(device):
-        model = build(dataset).to(device=device, memory_format=memory_format(device))
+    with runtime.seeded(seed), runtime.threads(recipe.threads), runtime.tuned(device):
+        model = build(dataset).to(device=device, memory_format=runtime.memory_format(device))
         optimizer = make_optimizer(model, recipe)
         factor = functools.partial(recipe.lr_factor, per_epoch=per_epoch, total=steps)
         batches, streams = make_batches(dataset, recipe, extra, seed, device, image_cache)
@@ -513,21 +405,11 @@ def train_network(
             accumulate=min(recipe.accumulate, math.ceil(len(dataset) / recipe.batch)),
             precision=recipe.precision,
             names=dataset.names,
-            title=title,
-            progress=progress,
-            on_epoch=on_epoch,
-            checkpoint=checkpoint,
             streams=streams,
             compile=recipe.compile,
+            **options,
         )
     return model.eval(), history
-
-
-def _train(kind, recipe, dataset, build, loss, **options):
-    if not isinstance(recipe, kind):
-        raise TypeError(f"recipe is a {_kind(recipe)}: expected a {kind.__name__}")
-    title = kind.__name__.removesuffix("Recipe").lower()
-    return train_network(recipe, dataset, build, loss, title=title, **options)
 
 
 def predict_segmentation(model, dataset, *, batch_size=16, output="labels", progress=False):
@@ -535,56 +417,48 @@ def predict_segmentation(model, dataset, *, batch_size=16, output="labels", prog
 
     Images of one size are passed through the network together. Runs where the model is; its mode is restored.
 
-    Yields (index, result) in order; the result is a NumPy array: for output "labels" uint8 (H, W), for
-    "probabilities" float32 (C + 1, H, W), the softmax. Raises ValueError for another output.
+    Yields:
+        (index, result) in order, a NumPy array: for output "labels" uint8 (H, W), for "probabilities" float32
+        (C + 1, H, W), the softmax.
     """
     if output not in ("labels", "probabilities"):
         raise ValueError(f"output is {output!r}: expected 'labels' or 'probabilities'")
-    return _predict(model, dataset, batch_size, output, progress)
+
+    def results(images):
+        logits = resize_logits(_infer(model, images), images.shape[-2:])
+        found = logits.argmax(1).to(torch.uint8) if output == "labels" else logits.softmax(1)
+        return found.cpu().numpy()
+
+    batches = _image_batches(dataset, batch_size, None, "segmenting", progress)
+    return (one for indices, images, _ in batches for one in zip(indices, results(images), strict=True))
 
 
-def _predict(model, dataset, batch_size, output, progress):
-    for indices, images, _ in _image_batches(dataset, batch_size, None, "segmenting", progress):
-        logits = _resize_logits(_infer(model, images), images.shape[-2:])
-        results = logits.argmax(1).to(torch.uint8) if output == "labels" else logits.softmax(1)
-        yield from zip(indices, results.cpu().numpy(), strict=True)
-
-
-def evaluate_segmentation(
-    model, dataset, crf=None, jobs=None, *, engine="lattice", batch_size=16, progress=False
-):
+def evaluate_segmentation(model, dataset, crf=None, jobs=None, *, batch_size=16, progress=False):
     """Mean IoU of a segmentation network against the data set's masks.
 
-    crf: a CRFConfig to score the network's output after the dense CRF as well. engine: see `drs_lib.crf`;
-    "lattice" works on `jobs` processes, "attention" on the model's device. Returns dict(miou, iou), see
-    drs_lib.metrics.SegmentationScore; with crf also miou_crf and iou_crf. Raises RuntimeError when "lattice"
-    is asked for and pydensecrf is missing.
+    crf: a CRFConfig to score the network's output after the dense CRF as well, on `jobs` processes. Returns
+    dict(miou, iou), see drs_lib.metrics.SegmentationScore; with crf also miou_crf and iou_crf. Raises
+    RuntimeError when crf is given and pydensecrf is missing.
     """
-    plain = SegmentationScore(dataset.num_classes + 1)
+    plain, refined = (SegmentationScore(dataset.num_classes + 1) for _ in range(2))
+    options = dict(batch_size=batch_size, progress=progress)
     if crf is None:
-        for i, labels in predict_segmentation(model, dataset, batch_size=batch_size, progress=progress):
+        for i, labels in predict_segmentation(model, dataset, **options):
             plain.update(labels, dataset.mask(i))
         return plain.compute()
 
     def items():
-        predictions = predict_segmentation(
-            model, dataset, batch_size=batch_size, output="probabilities", progress=progress
-        )
-        for i, probabilities in predictions:
+        for i, probabilities in predict_segmentation(model, dataset, output="probabilities", **options):
             plain.update(probabilities.argmax(0), dataset.mask(i))
             yield probabilities, dataset[i][0].permute(1, 2, 0).numpy()
 
-    refined = SegmentationScore(dataset.num_classes + 1)
-    device = next(model.parameters()).device
-    results = iterate_crf(items(), crf, jobs, progress=False, engine=engine, device=device)
-    for i, labels in enumerate(results):
+    for i, labels in enumerate(iterate_crf(items(), crf, jobs, progress=False)):
         refined.update(labels, dataset.mask(i))
     return {**plain.compute(), **{f"{key}_crf": value for key, value in refined.compute().items()}}
 
 
 def evaluate_classifier(model, dataset, *, batch_size=32, resize=None, progress=False):
-    """Exact-match accuracy of a classifier: the fraction of images with every label right at a sigmoid of
-    0.5.
+    """The fraction of images with every label right at a sigmoid of 0.5.
 
     resize: side of the square that images are resized to; None: as they are.
     """
@@ -616,6 +490,6 @@ def _stack(items):
 
 def _infer(model, images):
     device = next(model.parameters()).device
-    with evaluating(model):
-        images = normalize(images.to(device)).contiguous(memory_format=memory_format(device))
-        return require_finite(model(images).float())
+    with runtime.evaluating(model):
+        images = normalize(images.to(device)).contiguous(memory_format=runtime.memory_format(device))
+        return runtime.require_finite(model(images).float())

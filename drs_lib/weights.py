@@ -13,6 +13,7 @@ from torch import nn
 from torchvision.models import ResNet101_Weights, VGG16_Weights
 from torchvision.models.segmentation import DeepLabV3_ResNet101_Weights
 
+from drs_lib.data import IMAGENET_MEAN, IMAGENET_STD
 from drs_lib.drs import DRS
 
 _DOWNLOADS = {
@@ -27,15 +28,12 @@ CAFFE_STYLE = "caffe_style"
 # The mean that a Caffe-style network's images are freed of, RGB on the 0..255 scale.
 CAFFE_MEAN = (122.675, 116.669, 104.008)
 _CAFFE_STEM = "layer1.conv1.conv.weight"
-_CAFFE_NAMES = {
-    ("reduce", "conv"): "conv1",
-    ("reduce", "bn"): "bn1",
-    ("conv3x3", "conv"): "conv2",
-    ("conv3x3", "bn"): "bn2",
-    ("increase", "conv"): "conv3",
-    ("increase", "bn"): "bn3",
-    ("shortcut", "conv"): "downsample.0",
-    ("shortcut", "bn"): "downsample.1",
+# A block's convolutions there, and what torchvision calls each and its batch norm.
+_CAFFE_UNITS = {
+    "reduce": {"conv": "conv1", "bn": "bn1"},
+    "conv3x3": {"conv": "conv2", "bn": "bn2"},
+    "increase": {"conv": "conv3", "bn": "bn3"},
+    "shortcut": {"conv": "downsample.0", "bn": "downsample.1"},
 }
 
 
@@ -56,10 +54,9 @@ def load_body_state_dict(network, state, source="the given state dict"):
     A body may hold more layers than the network takes (DeepLab stops at layer 5). Raises ValueError, naming
     the missing, unexpected and mis-shaped entries, if anything else does not fit.
     """
-    expected = body_state_dict(network)
     above = tuple(f"layers.layer{number}." for number in range(network.pretrained_layers + 1, 7))
     state = {k: v for k, v in state.items() if not k.startswith(above)}
-    _check_fit(expected, state, f"the body of {network.backbone!r}", source)
+    _check_fit(body_state_dict(network), state, f"the body of {network.backbone!r}", source)
     network.load_state_dict(state, strict=False)
     return network
 
@@ -69,23 +66,24 @@ def load_weights(network, weights):
 
     None: leave it as it is. "pretrained": ImageNet weights through torchvision for vgg16 and resnet101
     (downloaded once), the shipped weights for mini and mini_resnet. "coco" (resnet101): the body of
-    torchvision's DeepLab-v3.
-    A path (.safetensors, or a .pth with a state dict, by itself or as "model" or "state_dict" of a dict; what
-    data-parallel and compiled networks add to the names, "module." and "_orig_mod.", is left out): recognised
-    by its names as all of this network (`state_dict`), its body (`body_state_dict`), torchvision's file for
-    the backbone, or one of the files that the authors' release comes with:
+    torchvision's DeepLab-v3. Else a path of a .safetensors file, or a .pth with a state dict, by itself or as
+    "model" or "state_dict" of a dict, wrapped ("module.", "_orig_mod.") or not. It is recognised by its names
+    as all of this network (`state_dict`), its body (`body_state_dict`), torchvision's file for the backbone,
+    or one of the files that the authors' release comes with:
 
     - DRS_learnable.pth and Refine_DRS_learnable.pth: vgg16's classifier and refinement network. They began as
-      torchvision's VGG-16 and take RGB images normalised with ImageNet's mean and standard deviation, as ours
-      do.
+      torchvision's VGG-16 and take the images that ours do.
     - deeplabv1_resnet101-coco.pth: initial weights of the ResNet-101, trained on COCO *with pixel masks* and
       converted from Caffe. The network becomes Caffe-style, see `DilatedResNet`; the file's own head is left
       out. Other DeepLabs converted by the same code (github.com/kazuto1011/deeplab-pytorch) are read alike.
     - the release's DeepLab-v2, trained on its pseudo labels: "aspp" on resnet101 in that code's layout. Its
       head is taken too, by a network that has the same.
 
-    Raises FileNotFoundError if there is no such file, ValueError if it does not fit, holds Python objects, or
-    bears the name of a torchvision file and is another one, and RuntimeError if the download fails.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it does not fit, holds Python objects, or bears the name of a torchvision file and is
+            another one.
+        RuntimeError: the download fails.
     """
     if weights is None:
         return network
@@ -155,7 +153,7 @@ def _from_caffe(network, state, source):
             f"{network.backbone!r}: it is for deeplab(kind, 'resnet101', ...)"
         )
     prefix = first.removesuffix(_CAFFE_STEM)  # "base." or "scale.", of a network over several scales
-    block_entry = re.compile(r"layer([2-5])\.block(\d+)\.(\w+)\.(conv|bn)\.(\w+)")
+    block_entry = re.compile(rf"layer([2-5])\.block(\d+)\.({'|'.join(_CAFFE_UNITS)})\.(conv|bn)\.(\w+)")
     renamed, head = {f"layers.{CAFFE_STYLE}": torch.ones((), dtype=torch.uint8)}, {}
     for name, tensor in state.items():
         name = name.removeprefix(prefix)
@@ -163,12 +161,11 @@ def _from_caffe(network, state, source):
             head[name.replace("aspp.c", "head.")] = tensor
         if name.startswith(("fc.", "aspp.")) or name.endswith(".num_batches_tracked"):
             continue
-        if (match := block_entry.fullmatch(name)) and match.group(3, 4) in _CAFFE_NAMES:
-            layer, block, entry = int(match[1]) - 1, int(match[2]) - 1, match[5]
-            name = f"layers.layer{layer}.{block}.{_CAFFE_NAMES[match.group(3, 4)]}.{entry}"
-        elif name.startswith("layer1.conv1."):
-            name = name.replace("layer1.conv1.conv", "layers.conv1").replace("layer1.conv1.bn", "layers.bn1")
-        renamed[name] = tensor
+        if match := block_entry.fullmatch(name):
+            layer, block, unit, kind, entry = match.groups()
+            name = f"layers.layer{int(layer) - 1}.{int(block) - 1}.{_CAFFE_UNITS[unit][kind]}.{entry}"
+        stem = name.replace("layer1.conv1.conv", "layers.conv1").replace("layer1.conv1.bn", "layers.bn1")
+        renamed[stem] = tensor
     _check_fit(body_state_dict(network), renamed, f"the body of {network.backbone!r}", source)
     stem = ("layers.conv1.weight", "layers.bn1.weight", "layers.bn1.running_mean")
     renamed.update(zip(stem, _for_normalised_rgb(*(renamed[name] for name in stem)), strict=True))
@@ -181,25 +178,18 @@ def _for_normalised_rgb(weight, scale, running_mean):
     images.
 
     It was trained on v = 255 (x std + mean) - caffe_mean with reversed channels, where x is what ours take.
-    Its convolution of v is that of x with the weights reversed and times 255 std, plus the constant that the
-    weights make of 255 mean - caffe_mean. Batch norm subtracts the constant with its mean, and takes the
-    factor 255 std too, but for the little by which std differs between the channels: the weights keep their
-    size and thus learn as fast as in the original. Where the window leaves the image both are padded with
-    zeros, theirs with the colour caffe_mean and ours with ImageNet's mean, one grey level apart at most: only
-    there does the result differ.
+    Its convolution of v is that of x with the weights reversed and times 255 std, plus a constant. Batch norm
+    subtracts the constant with its mean, and takes the factor 255 std too, but for the little by which std
+    differs between the channels: the weights keep their size and thus learn as fast as in the original. Only
+    at the border does the result differ: outside, theirs sees the colour caffe_mean and ours ImageNet's mean,
+    one grey level apart at most.
     """
-    from drs_lib.data import IMAGENET_MEAN, IMAGENET_STD
-
-    weight = weight.double().flip(1)
+    weight, scale, running_mean = weight.double().flip(1), scale.double(), running_mean.double()
     mean, std, caffe = (weight.new_tensor(values) for values in (IMAGENET_MEAN, IMAGENET_STD, CAFFE_MEAN))
     constant = torch.einsum("ocij,c->o", weight, 255 * mean - caffe)
     factor = 255 * std.mean()
-    weight = weight * (std / std.mean())[:, None, None]
-    return (
-        weight.float(),
-        (scale.double() * factor).float(),
-        ((running_mean.double() - constant) / factor).float(),
-    )
+    ours = weight * (std / std.mean())[:, None, None], scale * factor, (running_mean - constant) / factor
+    return [tensor.float() for tensor in ours]
 
 
 def _download(weights):
@@ -218,9 +208,8 @@ def _download(weights):
 
 def _published_hash(name):
     """The first digits of the SHA-256 that a file of torchvision's has in its name; None for other names."""
-    if any(weights.url.endswith(f"/{name}") for weights in _DOWNLOADS.values()):
-        return name.removesuffix(".pth").rsplit("-", 1)[-1]
-    return None
+    published = any(weights.url.endswith(f"/{name}") for weights in _DOWNLOADS.values())
+    return name.removesuffix(".pth").rsplit("-", 1)[-1] if published else None
 
 
 def _read(path):

@@ -1,22 +1,14 @@
 """What the tests share: a tiny data set in memory, and a tiny tree in VOC's layout."""
 
-import os
-
 import numpy as np
 import pytest
+import released
 import torch
-import torchvision
 from PIL import Image
-from released import THIN_BLOCKS, THIN_VGG16
-from torchvision.models.resnet import Bottleneck
 
-from drs_lib import networks
 from drs_lib.data.voc import VOC_CLASSES, save_indexed_png
 
 torch.set_num_threads(1)
-if not torch.cuda.is_available():
-    # Triton's kernels then run in its interpreter. It reads this when it is imported, which torch may do.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 class TinyDataset:
@@ -130,15 +122,9 @@ def voc_tree(tmp_path_factory):
 
 @pytest.fixture
 def thin_resnet101(monkeypatch):
-    """ResNet-101 with two blocks in each layer and an eighth of the width inside of them."""
-
-    def build(**options):
-        return torchvision.models.ResNet(Bottleneck, list(THIN_BLOCKS), width_per_group=8, **options)
-
-    monkeypatch.setattr(torchvision.models, "resnet101", build)
+    released.thin_resnet101(monkeypatch.setattr)
 
 
 @pytest.fixture
 def thin_vgg16(monkeypatch):
-    """VGG-16 with a sixteenth of the channels."""
-    monkeypatch.setattr(networks, "VGG16", THIN_VGG16)
+    released.thin_vgg16(monkeypatch.setattr)

@@ -2,9 +2,28 @@
 ResNet-101 and the DeepLab-v2 that start from COCO. And the thin networks that they fit."""
 
 import torch
+import torchvision
+from torchvision.models.resnet import Bottleneck
+
+from drs_lib import networks
 
 THIN_BLOCKS = (2, 2, 2, 2)
 THIN_VGG16 = ((4, 2), (8, 2), (16, 3), (32, 3), (32, 3), (32, 3))
+
+
+def thin_resnet101(put=setattr):
+    """ResNet-101 with two blocks in each layer and an eighth of the width inside of them. put: `setattr`, or
+    a test's."""
+
+    def build(**options):
+        return torchvision.models.ResNet(Bottleneck, list(THIN_BLOCKS), width_per_group=8, **options)
+
+    put(torchvision.models, "resnet101", build)
+
+
+def thin_vgg16(put=setattr):
+    """VGG-16 with a sixteenth of the channels."""
+    put(networks, "VGG16", THIN_VGG16)
 
 
 def caffe_shapes(blocks=THIN_BLOCKS, width=8):

@@ -2,9 +2,7 @@
 
 import math
 
-from drs_course.tables import reference_table
-
-from .verdict import (
+from drs_course.checks.verdict import (
     Wrong,
     as_list,
     as_number,
@@ -18,6 +16,7 @@ from .verdict import (
     word,
     words,
 )
+from drs_course.tables import reference_table
 
 
 @check("00", "2", "two numbers: (pixel accuracy, mIoU)")

@@ -2,8 +2,8 @@
 
 import torch
 
-from .functions import Case, compare, one_number, randn
-from .verdict import check
+from drs_course.checks.functions import Case, compare, one_number, randn
+from drs_course.checks.verdict import check
 
 
 def _walk(grow, start=1, early=False):

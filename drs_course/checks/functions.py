@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from drs_course.checks.verdict import Wrong, as_number, as_numbers, found
 from drs_lib.runtime import threads
-
-from .verdict import Wrong, as_number, as_numbers, found
 
 RTOL, ATOL = 1e-3, 1e-5
 

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch.nn.functional import conv2d, interpolate
 
-from .functions import Case, called, compare, generator, randn, some_numbers
-from .verdict import Wrong, check, found
+from drs_course.checks.functions import Case, called, compare, generator, randn, some_numbers
+from drs_course.checks.verdict import Wrong, check, found
 
 _SMALL = torch.tensor([[[[-1.0, 0.0, 2.0], [-2.0, 4.0, 8.0]], [[-3.0, -1.0, -2.0], [-0.5, -4.0, -1.5]]]])
 

@@ -3,11 +3,10 @@
 import numpy as np
 import torch
 
+from drs_course.checks.functions import compare, generator, label_map, one_number
+from drs_course.checks.verdict import check
 from drs_lib.labels import pseudo_labels as librarys_labels
 from drs_lib.metrics import iou_per_class, mean_iou
-
-from .functions import compare, generator, label_map, one_number
-from .verdict import check
 
 
 def _score(of=mean_iou, ignored=255):

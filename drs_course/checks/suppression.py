@@ -6,10 +6,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from drs_course.checks.functions import Case, call, called, compare, generator, one_number, randn, sheltered
+from drs_course.checks.verdict import Wrong, check, found
 from drs_lib.drs import suppress_plain
-
-from .functions import Case, call, called, compare, generator, one_number, randn, sheltered
-from .verdict import Wrong, check, found
 
 # One image, two maps of 2x3: small enough to be printed in a message. The second has no positive value.
 SMALL = torch.tensor([[[[-1.0, 2.0, 0.4], [6.0, 10.0, 1.0]], [[-3.0, -1.0, -2.0], [-0.5, -4.0, -1.5]]]])

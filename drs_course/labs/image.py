@@ -1,7 +1,9 @@
 """The lab for an image of one's own: what a classifier sees in it, and where."""
 
 from collections.abc import Callable
-from functools import partial
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +14,7 @@ from torch.nn.functional import interpolate
 
 from drs_course.download import COMMAND, weights_file
 from drs_course.labs import networks, pictures
-from drs_course.labs.lab import Lab, View, picker, recent, show, slider, switch
+from drs_course.labs.lab import Lab, View, picker, show, slider, switch
 from drs_course.labs.upload import FORMATS, MOST_BYTES, ImageRefused, read_image
 from drs_course.paper import ALL_LAYERS
 from drs_course.plots import layer_mean, overlay
@@ -40,10 +42,9 @@ class ImageLab(Lab):
     and the lab says what that is worth.
 
     Args:
-        line: the `Pipeline`; its plain classifier is trained if it is not in the store (on VOC not if there
-            is the authors').
-        image: index of the validation image to begin with.
-        photo: an image file to begin with instead.
+        pipeline: the `Pipeline`; its plain classifier is trained if it is not in the store (on VOC not if
+            there is the authors').
+        image: index of the validation image to begin with. photo: an image file to begin with instead.
     """
 
     title = "Your own image"
@@ -53,21 +54,21 @@ class ImageLab(Lab):
         "inference: the same with every feature map cut at δ times its maximum."
     )
 
-    def __init__(self, line, image=0, photo=None):
-        super().__init__(line)
-        val, voc, downloaded = line.data.val, line.data.name == "voc", _downloaded()
-        self._own = _of_line(line)
-        if voc and not line.has("classify", networks.PLAIN) and AUTHORS in downloaded:
-            del self._own[PLAIN]  # a day's training, for a lab
-        if voc:
-            self._own |= downloaded
-        self._photo = self._own if voc else _voc_classifiers(line.store) | downloaded
-        self._image = recent(lambda index: val[index][0].permute(1, 2, 0).contiguous().numpy(), 8)
-        self._seen = recent(self._look, 8)
+    def __init__(self, pipeline, image=0, photo=None):
+        val, self._on_voc = pipeline.data.val, pipeline.data.name == "voc"
+        super().__init__(pipeline, val)
+        downloaded, own = _downloaded(), _of_pipeline(pipeline)
+        if self._on_voc:
+            if AUTHORS in downloaded and not pipeline.has("classify", networks.PLAIN):
+                del own[PLAIN]  # a day's training, for a lab
+            own |= downloaded
+        self._photo = own if self._on_voc else _voc_classifiers(pipeline) | downloaded
+        # By where the image is from.
+        self._models = {DRAWN: own, OWN: self._photo or own}
+        self._seen = lru_cache(8)(self._look)
         self._uploaded, self._uploads, self._refused = None, 0, ""
         self.upload = ipywidgets.FileUpload(
             accept=",".join(f"image/{kind.lower()}" for kind in FORMATS),
-            multiple=False,
             description=f"Upload an image (up to {MOST_BYTES // 1_000_000} MB)",
             tooltip="JPEG, PNG, WEBP, GIF or BMP; it stays on the machine that runs this page",
             layout={"width": "auto"},
@@ -75,30 +76,27 @@ class ImageLab(Lab):
         self.upload.observe(self._on_upload, "value")
         self.controls = {
             "source": picker("image from", [("the validation set", DRAWN), ("your upload", OWN)]),
-            "image": slider("image", image, 0, len(val) - 1, 1, "300px"),
-            "network": picker("maps of", list(self._own)),
+            "image": slider("image", image, 0, len(val) - 1, 1),
+            "network": picker("maps of", list(own)),
             "cap": switch("δ at inference"),
-            "delta": slider("δ", 0.55, 0.05, 1.0, 0.01, shown=False),
+            "delta": slider("δ", 0.55, 0.05, 1.0, 0.01, "330px"),
         }
-        at = self.controls
-        self._build([at["source"], at["image"], self.upload], [at["network"], at["cap"], at["delta"]])
+        self._build(["source", "image", self.upload], ["network", "cap", "delta"])
         if photo is not None:
             self.receive(Path(photo).expanduser().read_bytes(), Path(photo).name)
 
     def _on_upload(self, change):
-        if not change["new"]:
-            return
-        content = bytes(change["new"][0]["content"])
-        name = str(change["new"][0]["name"])
-        # The file's bytes are not kept, and the same file can be chosen again.
-        self.upload.value = ()
-        self.receive(content, name)
+        for file in change["new"]:
+            content = bytes(file["content"])
+            # The file's bytes are not kept, and the same file can be chosen again.
+            self.upload.value = ()
+            self.receive(content, file["name"])
 
     def receive(self, content: bytes, name: str = "upload") -> None:
         """What the upload button does with a file: shows it, or says why not and leaves the picture."""
         with self._lock:
             try:
-                side = LONGEST if self._photo else self._image(0).shape[1]
+                side = LONGEST if self._photo else self._scene(0).picture.shape[1]
                 self._uploaded, self._refused = read_image(content, side), ""
                 self._uploads += 1
                 self.controls["source"].value = OWN
@@ -110,14 +108,11 @@ class ImageLab(Lab):
     def adjust(self, name):
         at = self.controls
         self._refused = ""
-        names = list(self._models(at["source"].value))
-        if list(at["network"].options) != names:
+        names = tuple(self._models[at["source"].value])
+        if at["network"].options != names:
             at["network"].options = names
         at["image"].disabled = at["source"].value == OWN
         show(at["delta"], at["cap"].value)
-
-    def _models(self, source):
-        return self._photo or self._own if source == OWN else self._own
 
     def describe(self, state):
         source = f"validation image {state['image']}" if state["source"] == DRAWN else "uploaded image"
@@ -125,72 +120,63 @@ class ImageLab(Lab):
         return f"{source}, maps of {state['network']}{cap}"
 
     def _look(self, source, number, name, delta, classes=None):
-        """(probabilities or None, {caption: map (H, W)}) of a picture. delta: None for the network as it is.
-        classes: whose maps; None: those that it predicts. number: of the image or the upload."""
-        model = self._models(source)[name]
-        picture = self._uploaded if source == OWN else self._image(number)
+        """What a classifier sees in a picture. number: of the image or the upload; delta: None for the
+        network as it is; classes: whose maps, None: those that it predicts."""
+        model = self._models[source][name]
+        picture = self._uploaded if source == OWN else self._scene(number).picture
         image = torch.from_numpy(picture.transpose(2, 0, 1).copy())
         with threads(model.threads):
-            network = model.load().set([delta] * 6)
+            network = model.dial.set([delta] * 6)
             if not model.classes:
                 mean = torch.from_numpy(layer_mean(networks.layer_features(network, image, model.resize)[4]))
                 mean = interpolate(mean[None, None], picture.shape[:2], mode="bilinear")[0, 0]
-                return None, {"mean of layer 5": mean.float().numpy()}
+                return Seen(None, None, {"mean of layer 5": mean.float().numpy()})
             probabilities = networks.class_probabilities(network, image, model.resize)
             if classes is None:
                 order = probabilities.argsort()[::-1]
-                classes = [c for c in order if probabilities[c] >= 0.5][:MAPS] or [order[0]]
+                classes = tuple(c for c in order if probabilities[c] >= 0.5)[:MAPS] or (order[0],)
             maps = networks.class_maps(network, image, classes, model.resize)
         captions = [f"{model.classes[c]}, {100 * probabilities[c]:.1f} %" for c in classes]
-        return (probabilities, tuple(classes)), dict(zip(captions, maps, strict=True))
+        return Seen(probabilities, classes, dict(zip(captions, maps, strict=True)))
 
     def view(self, state):
         own, name = state["source"] == OWN, state["network"]
         if own and self._uploaded is None:
-            blank = np.full((pictures.SIDE, pictures.SIDE, 3), 235, np.uint8)
-            return View(
-                pictures.sheet([[("no image yet: use the upload button", blank)]], columns=3),
-                [],
-                "",
-                self._refused,
-            )
-        picture = self._uploaded if own else self._image(state["image"])
+            panel = {"no image yet: use the upload button": pictures.blank(pictures.SIDE, pictures.SIDE)}
+            return View(pictures.sheet(panel, columns=MAPS + 1), [], alert=self._refused)
+        picture = self._uploaded if own else self._scene(state["image"]).picture
         at = state["source"], self._uploads if own else state["image"], name
-        seen, maps = self._seen(*at, None)
-        rows = [[("image", picture), *((text, overlay(picture, values)) for text, values in maps.items())]]
-        columns = [seen]
+        seen = {"image": self._seen(*at, None)}
         if state["cap"]:
-            capped, maps = self._seen(*at, state["delta"], seen and seen[1])
-            columns.append(capped)
-            rows.append(
-                [(f"δ = {state['delta']:.2f}", picture)]
-                + [(text, overlay(picture, values)) for text, values in maps.items()]
-            )
-        numbers, classes = [], self._models(state["source"])[name].classes
+            classes = seen["image"].classes
+            seen[f"δ = {state['delta']:.2f}"] = self._seen(*at, state["delta"], classes)
+        rows = [
+            {title: picture} | {caption: overlay(picture, values) for caption, values in one.maps.items()}
+            for title, one in seen.items()
+        ]
+        numbers, probabilities = [], seen["image"].probabilities
+        classes = self._models[state["source"]][name].classes
         if classes:
-            heads = ["probability, %", f"with δ = {state['delta']:.2f}"]
-            numbers = [["class", *heads[: len(columns)]]]
-            for c in seen[0].argsort()[::-1][:6]:
-                numbers.append([classes[c], *(float(column[0][c]) for column in columns)])
-        note = self._note(own, name, state["cap"], not classes or seen[0].max() >= 0.5)
-        return View(pictures.sheet(rows, columns=MAPS + 1), numbers, note, self._refused)
+            numbers = [["class", "probability, %", *(f"with {title}" for title in [*seen][1:])]]
+            for c in probabilities.argsort()[::-1][:6]:
+                numbers.append([classes[c], *(float(one.probabilities[c]) for one in seen.values())])
+        note = self._note(own, name, state["cap"], not classes or probabilities.max() >= 0.5)
+        return View(pictures.sheet(*rows, columns=MAPS + 1), numbers, note, self._refused)
 
     def _note(self, own, name, cap, found):
-        texts = []
-        if not found:
-            texts.append("No class reaches 50 %; the map is that of the likeliest.")
+        texts = [] if found else ["No class reaches 50 %; the map is that of the likeliest."]
         if name == AUTHORS:
             texts.append("The network that the paper's authors trained on PASCAL VOC and published.")
         elif name == START:
             texts.append("It knows none of VOC's classes: the map is the mean of its features in layer 5.")
         elif own and not self._photo:
-            classes = ", ".join(self._own[name].classes)
+            classes = ", ".join(self._models[OWN][name].classes)
             texts.append(
                 "There is no VOC classifier with ImageNet weights in the run store, so this is the Critters "
                 f"classifier, which has seen nothing but drawn images of six animals ({classes}): on a "
                 "photograph its answer means nothing."
             )
-        elif own and self._photo is not self._own:
+        elif own and not self._on_voc:
             texts.append("The classifier was trained on PASCAL VOC from ImageNet weights.")
         if cap and name in (DRS, AUTHORS):
             texts.append(
@@ -199,72 +185,63 @@ class ImageLab(Lab):
             )
         elif cap:
             texts.append("The network was trained without suppression.")
-        if own and AUTHORS not in self._models(OWN):
+        if own and AUTHORS not in self._models[OWN]:
             texts.append(GET)
         return " ".join(texts)
 
 
-class _Model(NamedTuple):
-    """A classifier: a function that gives its `Dial`, its classes (none: its features are shown), the size of
-    its input, and on how many threads it runs."""
+class Seen(NamedTuple):
+    """What a classifier sees in an image: probabilities (C,) and the classes whose maps are shown (both None
+    where its features are), maps (H, W) by their captions."""
+
+    probabilities: np.ndarray | None
+    classes: tuple | None
+    maps: dict
+
+
+@dataclass
+class Model:
+    """A classifier: a function that loads it, its classes (none: its features are shown), the size of its
+    input, and on how many threads it runs."""
 
     load: Callable
     classes: tuple
     resize: int | None
     threads: int | None = None
 
-
-def _kept(load):
-    """The function, whose network is kept as a `Dial`."""
-    return recent(lambda: networks.Dial(load()), 1)
+    @cached_property
+    def dial(self):
+        return networks.Dial(self.load())
 
 
 def _downloaded():
     """The authors' classifier and ImageNet's VGG-16, if they are in the folder of downloaded weights."""
     found = {}
     for name, kind, layers, classes in ((AUTHORS, "drs", ALL_LAYERS, VOC_CLASSES), (START, "vgg16", (), ())):
-        try:
-            weights = weights_file(kind)
-        except FileNotFoundError:
-            continue
-        load = partial(classifier, "vgg16", len(VOC_CLASSES), layers, weights=weights)
-        found[name] = _Model(_kept(load), classes, VOC_SIDE)
+        with suppress(FileNotFoundError):
+            load = partial(classifier, "vgg16", len(VOC_CLASSES), layers, weights=weights_file(kind))
+            found[name] = Model(load, classes, VOC_SIDE)
     return found
 
 
-def _of_line(line):
-    options = line.data.val.classes, line.budget.resize, line.budget.classify.threads
-    models = {PLAIN: _Model(_kept(lambda: line.classifier(networks.PLAIN)), *options)}
-    if line.has("classify", networks.LEARNABLE):
-        load = partial(networks.stored_classifier, line, networks.LEARNABLE)
-        models[DRS] = _Model(_kept(load), *options)
-    return models
+def _of_pipeline(pipeline):
+    """The run's own classifiers."""
+    budget = pipeline.budget
+    options = pipeline.data.val.classes, budget.resize, budget.classify.threads
+    loads = {PLAIN: partial(pipeline.classifier, networks.PLAIN)}
+    if pipeline.has("classify", networks.LEARNABLE):
+        loads[DRS] = partial(networks.stored, pipeline, networks.LEARNABLE)
+    return {name: Model(load, *options) for name, load in loads.items()}
 
 
-def _voc_classifiers(store):
-    """The newest plain and learnable VOC classifiers in a store that began from ImageNet weights."""
-    found = {}
+def _voc_classifiers(pipeline):
+    """The newest plain and learnable VOC classifiers in the run store that began from ImageNet weights."""
+    found, store = {}, pipeline.store
     for meta in store.metas("classify"):
-        config = meta["config"]
-        inputs = meta["inputs"]
+        config, inputs = meta["config"], meta["inputs"]
         voc = inputs["data"].startswith("voc-") and inputs["weights"].startswith("torchvision vgg16")
-        if voc and meta["version"] == STAGE_VERSIONS["classify"] and config["delta"] is None:
-            name = {(): PLAIN, ALL_LAYERS: DRS}.get(tuple(config["drs_layers"]))
-            if name:
-                found[name] = _Model(_kept(_loader(store, meta)), VOC_CLASSES, VOC_SIDE)
+        name = {(): PLAIN, ALL_LAYERS: DRS}.get(tuple(config["drs_layers"]))
+        if voc and name and config["delta"] is None and meta["version"] == STAGE_VERSIONS["classify"]:
+            given = store, config, inputs, len(VOC_CLASSES), pipeline.device
+            found[name] = Model(partial(networks.stored_classifier, *given), VOC_CLASSES, VOC_SIDE)
     return found
-
-
-def _loader(store, meta):
-    def load():
-        config = meta["config"]
-        entry = store.get("classify", config, meta["inputs"], meta["version"])
-        if entry is None:
-            raise FileNotFoundError(
-                f"the VOC classifier in {store.folder('classify', meta['key'])} is damaged or gone."
-            )
-        model = classifier(config["backbone"], len(VOC_CLASSES), config["drs_layers"], config["delta"])
-        model.load_state_dict(entry.weights())
-        return model.eval()
-
-    return load

@@ -1,14 +1,9 @@
 """What every lab is built on: controls, one picture that is replaced, numbers beside it, and when to redraw.
 
-A lab is a function from a state to a `View`; this module does the rest:
-
-* a burst of changes is drawn once, with its last values: a drawing waits until no change has come for a few
-  milliseconds, though never long;
-* where a drawing takes longer than a moment (VGG-16 on a processor), it waits until the hand rests, and the
-  lab says that it is computing;
-* an error is shown in the place of the picture, which would be the wrong one;
-* when the kernel is gone, the page says that the lab has to be run again;
-* readers without a kernel find a picture of the lab in the notebook.
+A lab is a function from a state to a `View`; this module does the rest. A burst of changes is drawn once,
+with its last values; where a drawing takes longer than a moment (VGG-16 on a processor), it waits until the
+hand rests. An error is shown in the place of the picture, which would be the wrong one. When the kernel is
+gone, the page says so, and readers without a kernel find a picture of the lab in the notebook.
 """
 
 import asyncio
@@ -18,14 +13,17 @@ import logging
 import threading
 import time
 from collections import deque
-from functools import lru_cache
-from typing import Any, NamedTuple
+from contextlib import nullcontext, suppress
+from functools import lru_cache, partial
+from typing import NamedTuple
 
 import ipywidgets
 import numpy as np
+from IPython.display import display
 from traitlets import TraitError
 
 from drs_course.labs import pictures
+from drs_course.labs.scenes import scene
 
 _log = logging.getLogger(__name__)
 
@@ -33,6 +31,8 @@ _log = logging.getLogger(__name__)
 QUIET, LONGEST_WAIT = 0.004, 0.15
 # A drawing that takes longer than SLOW waits until nothing has changed for SETTLED.
 SLOW, SETTLED = 0.15, 0.35
+
+LABEL = {"description_width": "initial"}  # a control's label is as wide as its words
 
 STYLE = """<style>
 .drs-lab {border: 1px solid #8886; border-radius: 6px; padding: 8px 12px; max-width: 1120px; overflow: hidden}
@@ -79,42 +79,29 @@ class View(NamedTuple):
     alert: str = ""
 
 
-def recent(function, size):
-    """The function, which remembers its last ``size`` results by its arguments."""
-    return lru_cache(maxsize=size)(function)
-
-
 class Lab:
     """The base of the labs. A subclass fills ``self.controls`` (name: widget) before it calls `_build`.
 
-    ``title``, ``about``: what it is, in a line and in a sentence. ``view(state)`` draws, where a state is a
-    dict of the controls' values; ``describe(state)`` puts it into a line of text.
+    It has ``title`` and ``about``: what it is, in a line and in a sentence. ``view(state)`` gives the `View`
+    of a state, a dict of the controls' values, and ``describe(state)`` puts it into a line of text.
     """
 
-    title = ""
-    about = ""
-
-    def __init__(self, line):
-        self.line = line
-        self.controls: dict[str, Any] = {}
-        self.drawn: dict | None = None  # the state of the picture
-        self.shown: View | None = None
-        self.drawings = 0
+    def __init__(self, pipeline, images=None):
+        """images: the data set whose images are looked at; a control "label" follows the control "image"."""
+        self.pipeline = pipeline
+        self._scene = lru_cache(8)(partial(scene, images))
+        self.controls, self.shown, self.drawings = {}, None, 0
+        self.drawn = None  # the state of the picture
         self._took = deque(maxlen=2)
         self._adjusting = self._holding = False
         # Jupyter hands a page's changes to a thread of their own while cells run in the main one.
         self._lock = threading.RLock()
-        # The loop in which a drawing waits (None: none does), its number, the last change, the first.
-        self._loop, self._turn, self._changed, self._since = None, 0, 0.0, 0.0
-
-    def view(self, state: dict) -> View:
-        raise NotImplementedError
-
-    def describe(self, state: dict) -> str:
-        raise NotImplementedError
+        # Of a drawing that waits (None: none does): its loop, its timer, when the first change came.
+        self._loop, self._timer, self._since = None, None, 0.0
 
     def adjust(self, name: str) -> None:
-        """Called when a control was changed, before anything is drawn: brings the other controls in line."""
+        """Brings the other controls in line: called at the start with "", and with the name of a control that
+        was changed, before anything is drawn."""
 
     @property
     def state(self) -> dict:
@@ -135,53 +122,45 @@ class Lab:
             self._holding = True
             try:
                 # Twice: a control may follow another, or have its range from another, that comes later.
-                for last in (False, True):
+                for refusal in (suppress(TraitError), nullcontext()):
                     for name, value in values.items():
-                        try:
+                        with refusal:
                             self.controls[name].value = value
-                        except TraitError:
-                            if last:
-                                raise
             finally:
                 self._holding = False
                 self.draw()
         return self
 
-    def _build(self, *groups):
-        """groups: rows of controls, above the picture; the rest of the lab is the same for all."""
+    def _build(self, *rows):
+        """rows: above the picture, of controls' names and of other widgets; the rest is the same for all."""
+        self.adjust("")
         for name, control in self.controls.items():
-            control.observe(lambda change, name=name: self._on_change(name), "value")
+            control.observe(partial(self._on_change, name), "value")
         self.picture = ipywidgets.Image(format="jpeg")
-        self.numbers = ipywidgets.HTML()
-        self.numbers.add_class("drs-numbers")
-        self.note = ipywidgets.HTML()
-        self.busy = ipywidgets.HTML()
-        lost = ipywidgets.HTML(LOST)
-        lost.add_class("drs-lost")
-        picture = ipywidgets.Box([self.picture])
-        picture.add_class("drs-picture")
-        side = ipywidgets.VBox([self.numbers, self.note])
-        side.add_class("drs-side")
-        title = ipywidgets.HTML(f'{STYLE}<p class="drs-title">{html.escape(self.title)}</p>')
+        self.numbers, self.note, self.busy = (ipywidgets.HTML() for _ in range(3))
+        rows = [[self.controls.get(part, part) for part in row] for row in rows]
+        rows[-1].append(self.busy)
+        picture = ipywidgets.Box([self.picture]).add_class("drs-picture")
+        side = ipywidgets.VBox([self.numbers.add_class("drs-numbers"), self.note]).add_class("drs-side")
         self.widget = ipywidgets.VBox(
             [
-                title,
-                lost,
+                ipywidgets.HTML(f'{STYLE}<p class="drs-title">{html.escape(self.title)}</p>'),
+                ipywidgets.HTML(LOST).add_class("drs-lost"),
                 ipywidgets.HTML(html.escape(self.about)),
-                *(_row(group) for group in groups[:-1]),
-                _row([*groups[-1], self.busy]),
-                _row([picture, side], top=True),
+                *(_row(row, "center") for row in rows),
+                _row([picture, side], "flex-start"),
             ]
-        )
-        self.widget.add_class("drs-lab")
+        ).add_class("drs-lab")
         self.draw()
 
-    def _on_change(self, name):
+    def _on_change(self, name, change):
         with self._lock:
             if self._adjusting:
                 return
             self._adjusting = True
             try:
+                if name == "image" and "label" in self.controls:
+                    self._offer_classes()
                 self.adjust(name)
             except Exception:
                 # Of an image that can't be read, for example: drawing it fails in the same way, and shows it.
@@ -191,97 +170,79 @@ class Lab:
             if not self._holding:
                 self.request()
 
+    def _offer_classes(self):
+        classes, label = self._scene(self.controls["image"].value).classes, self.controls["label"]
+        if tuple(label.options) != tuple(classes):  # the same classes leave the choice as it is
+            label.options = classes
+
     def request(self) -> None:
         """Draws soon, once for all that is asked for until then; at once where no event loop runs."""
-        loop = _running_loop()
         with self._lock:
             # A loop may end with its page before it has drawn.
-            waiting = self._loop is not None and self._loop.is_running()
-            if not waiting and self.state == self.drawn:
+            waits = self._loop is not None and self._loop.is_running()
+            if not waits and self.state == self.drawn:
                 return
+            try:
+                loop = asyncio.get_running_loop()
+            except RuntimeError:
+                loop = None
             if loop is None:
                 self.draw()
                 return
-            self._changed = time.monotonic()
-            if not waiting:
-                self._since = self._changed
+            now = time.monotonic()
+            if waits:
+                self._timer.cancel()
+            else:
+                self._since = now
                 if self.slow:
                     self._say("Computing …")
-                self._loop = loop
-                loop.call_later(self._quiet, self._when_quiet, self._turn)
+            # A slow drawing waits for the hand to rest, a quick one is not put off for long.
+            wait = SETTLED if self.slow else max(0, min(QUIET, self._since + LONGEST_WAIT - now))
+            self._loop, self._timer = loop, loop.call_later(wait, self.draw)
 
     @property
     def slow(self) -> bool:
         """Whether a drawing takes longer than a moment; a single one, such as the first, does not count."""
         return len(self._took) == 2 and min(self._took) > SLOW
 
-    @property
-    def _quiet(self):
-        return SETTLED if self.slow else QUIET
-
-    def _when_quiet(self, turn):
-        with self._lock:
-            if turn != self._turn:
-                return
-            now = time.monotonic()
-            left = self._changed + self._quiet - now
-            # A slow drawing waits for the hand to rest, a quick one is not put off for long.
-            if left > 0 and (self.slow or now - self._since < LONGEST_WAIT):
-                self._loop.call_later(left, self._when_quiet, turn)
-            else:
-                self.draw()
-
     def draw(self) -> None:
         """Draws the state of the controls now."""
         with self._lock:
             self._stop_waiting()
-            self._draw()
+            state, began = self.state, time.perf_counter()
+            try:
+                self.shown = self.view(state)
+            except Exception as error:
+                # Nobody sees a callback's exception; the old picture, under the new values, would be a lie.
+                _log.exception("%s: drawing %s failed", self.title, state)
+                blank = pictures.blank(pictures.SIDE, 2 * pictures.SIDE)
+                self.shown, state = View(blank, [], alert=f"{type(error).__name__}: {error}"), None
+            self.picture.value = pictures.jpeg(self.shown.picture)
+            self.numbers.value, self.note.value = table(self.shown.numbers), html.escape(self.shown.note)
+            self._say(self.shown.alert, alert=True)
+            self.drawn = state
+            if state is not None:
+                self.drawings += 1
+                self._took.append(time.perf_counter() - began)
 
     def _stop_waiting(self):
-        self._turn += 1
-        self._loop = None
-
-    def _draw(self):
-        state, began = self.state, time.perf_counter()
-        try:
-            view = self.view(state)
-            data = pictures.jpeg(view.picture)
-        except Exception as error:
-            # Nobody sees an exception of a callback; the old picture, under the new values, would be a lie.
-            _log.exception("%s: drawing %s failed", self.title, state)
-            self._fail(error)
-            return
-        self.numbers.value, self.picture.value = table(view.numbers), data
-        note = html.escape(view.note)
-        if self.note.value != note:
-            self.note.value = note
-        self._say(view.alert, alert=True)
-        self.drawn, self.shown = state, view
-        self.drawings += 1
-        self._took.append(time.perf_counter() - began)
-
-    def _fail(self, error):
-        blank = np.full((pictures.SIDE, 2 * pictures.SIDE, 3), 235, np.uint8)
-        self.shown = View(blank, [], "", f"{type(error).__name__}: {error}")
-        self.picture.value, self.numbers.value, self.note.value = pictures.jpeg(blank), "", ""
-        self.drawn = None
-        self._say(self.shown.alert, alert=True)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._loop = self._timer = None
 
     def _say(self, text, alert=False):
         kind = 'class="drs-alert" role="alert"' if alert else 'role="status"'
-        value = f"<div {kind}>{html.escape(text)}</div>" if text else ""
-        if self.busy.value != value:
-            self.busy.value = value
+        self.busy.value = f"<div {kind}>{html.escape(text)}</div>" if text else ""
 
     def snapshot(self) -> bytes:
         """The lab as it stands, as PNG: for readers without a kernel."""
         with self._lock:
-            if self._loop is not None:
+            if self._timer is not None:
                 self.draw()
-            numbers = [[_cell(cell) for cell in row] for row in self.shown.numbers]
-            note = self.shown.alert or self.shown.note
-            texts = (self.title, self._described(), self.about)
-            return pictures.snapshot(*texts, self.shown.picture, numbers, note)
+            picture, numbers, note, alert = self.shown
+            numbers = [[_cell(cell) for cell in row] for row in numbers]
+            texts = self.title, self._described(), self.about
+        return pictures.snapshot(*texts, picture, numbers, alert or note)
 
     def _described(self):
         try:
@@ -293,14 +254,9 @@ class Lab:
         """Removes the lab from the page and from memory."""
         with self._lock:
             self._stop_waiting()
-        for widget in (*_all(self.widget), self.widget):
-            for part in (getattr(widget, "style", None), widget.layout, widget):
-                if part is not None:
-                    part.close()
+        _close(self.widget)
 
     def _ipython_display_(self):
-        from IPython.display import display
-
         bundle = self._repr_mimebundle_()
         data = base64.b64encode(pictures.jpeg(self.shown.picture)).decode()
         stored = STORED.format(text=html.escape(bundle["text/plain"]), data=data)
@@ -308,20 +264,18 @@ class Lab:
         display(bundle, raw=True)
 
     def _repr_mimebundle_(self, include=None, exclude=None):
-        bundle = {
-            "text/plain": f"{self.title}: {self._described()} (run the cell to use the controls)",
-            "image/png": self.snapshot(),
-        }
-        return bundle | {
-            kind: data for kind, data in self.widget._repr_mimebundle_().items() if kind not in bundle
-        }
+        text = f"{self.title}: {self._described()} (run the cell to use the controls)"
+        return {**self.widget._repr_mimebundle_(), "text/plain": text, "image/png": self.snapshot()}
 
 
-def _running_loop():
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
+def _close(widget):
+    """Closes a widget with what it is made of."""
+    for part in (*getattr(widget, "children", ()), getattr(widget, "style", None), widget.layout):
+        if hasattr(part, "layout"):
+            _close(part)
+        elif part is not None:
+            part.close()
+    widget.close()
 
 
 def show(control, visible):
@@ -329,69 +283,42 @@ def show(control, visible):
     control.layout.display = None if visible else "none"
 
 
-def _row(children, top=False):
-    layout = {
-        "flex_flow": "row wrap",
-        "align_items": "flex-start" if top else "center",
-        "grid_gap": "2px 14px",
-    }
-    return ipywidgets.Box(list(children), layout=layout)
-
-
-def _all(widget):
-    for child in getattr(widget, "children", ()):
-        yield from _all(child)
-        yield child
+def _row(children, align):
+    layout = {"flex_flow": "row wrap", "align_items": align, "grid_gap": "2px 14px"}
+    return ipywidgets.Box(children, layout=layout)
 
 
 def table(rows):
     """The numbers as an HTML table; the first row is its heading. Without rows: nothing."""
     if not rows:
         return ""
-    head, *body = (["" if cell is None else html.escape(_cell(cell)) for cell in row] for row in rows)
+    head, *body = ([html.escape(_cell(cell)) for cell in row] for row in rows)
     lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in body)
     return f"<table><tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>{lines}</table>"
 
 
 def _cell(value):
     """Text as it is, shares in percent; what is not defined is a dash."""
-    if value is None:
-        return ""
     if isinstance(value, str):
         return value
     return "–" if np.isnan(value) else f"{100 * value:.1f}"
 
 
-def slider(description, value, low, high, step, width="330px", shown=True, **options):
+def slider(description, value, low, high, step, width="300px"):
     """A slider that reports while it is dragged; arrow keys move it by ``step``."""
     kind = ipywidgets.IntSlider if isinstance(step, int) else ipywidgets.FloatSlider
-    options = {"readout_format": ".2f"} | options if kind is ipywidgets.FloatSlider else options
-    return kind(
-        value=value,
-        min=low,
-        max=high,
-        step=step,
-        description=description,
-        continuous_update=True,
-        layout={"width": width, "display": None if shown else "none"},
-        style={"description_width": "initial"},
-        **options,
-    )
+    limits = {"value": value, "min": low, "max": high, "step": step}
+    return kind(description=description, layout={"width": width}, style=LABEL, **limits)
 
 
-def picker(description, options, value=None, shown=True, **more):
+def picker(description, options, **more):
     """A list to choose one from: labels, or (label, value) pairs."""
-    more = more if value is None else more | {"value": value}
     return ipywidgets.Dropdown(
-        options=options,
-        description=description,
-        layout={"width": "auto", "display": None if shown else "none"},
-        style={"description_width": "initial"},
-        **more,
+        options=options, description=description, layout={"width": "auto"}, style=LABEL, **more
     )
 
 
-def switch(description, value=False, shown=True, **options):
+def switch(description, value=False, **more):
     """A check box with its label beside it."""
-    layout = {"width": "auto", "display": None if shown else "none"}
-    return ipywidgets.Checkbox(value=value, description=description, indent=False, layout=layout, **options)
+    layout = {"width": "auto"}
+    return ipywidgets.Checkbox(value=value, description=description, indent=False, layout=layout, **more)

@@ -7,14 +7,14 @@ are (H, W, 3) uint8; colours are those of `drs_course.plots`.
 import io
 import textwrap
 from functools import lru_cache
+from itertools import zip_longest
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from drs_course.plots import outline
-from drs_course.plots.colors import colored
+from drs_course.plots.colors import colored, painted, rgb
 
 SIDE = 256  # pixels: the longer side of a panel, twice a Critters image
 GAP, LINE = 6, 21  # a page may show the sheet at three quarters of its size
@@ -22,12 +22,13 @@ INK, PAPER = (40, 40, 40), (255, 255, 255)
 RIGHT, WRONG, MISSED = "#0072B2", "#D55E00", "#F0C000"
 SUPPRESSED, KEPT = "#E69F00", "#CCCCCC"
 PEAK, TAU = "#B0528A", "#0072B2"
+NO_CLASS = "image: it shows none of the classes"
 DIFFERENCES = "PuOr_r"  # lower is violet, higher is orange; the colour-blind tell them apart
 
 
-def rgb(color):
-    """A matplotlib colour as three integers of 0..255."""
-    return tuple(round(255 * part) for part in matplotlib.colors.to_rgb(color))
+def blank(height, width):
+    """A light grey picture (height, width, 3), for where there is nothing to show."""
+    return np.full((height, width, 3), 235, np.uint8)
 
 
 def difference(values):
@@ -41,67 +42,40 @@ def heat(values, top=1.0):
     return colored(share.clip(0, 1))
 
 
-def compared_cue(image, cue, on_object, ignored, strength=0.7):
+def compared_cue(image, cue, on_object, ignored):
     """An object cue against the truth, over its image: right, wrong and missed pixels in their colours.
 
     image: uint8 (H, W, 3); cue, on_object, ignored: bool (H, W), ignored being what the mask leaves open.
     Returns uint8 (H, W, 3).
     """
-    result = image.astype(np.float32)
-    for where, color in (
-        (cue & on_object, RIGHT),
-        (cue & ~on_object, WRONG),
-        (~cue & on_object, MISSED),
-    ):
-        where = where & ~ignored
-        result[where] = (1 - strength) * result[where] + strength * np.array(rgb(color), np.float32)
-    return np.round(result).astype(np.uint8)
-
-
-def outlined(image, region, color=(255, 255, 255)):
-    """The image (H, W, 3) with the outline of a region, bool (H, W), drawn on it."""
-    result = image.copy()
-    result[outline(region)] = color
-    return result
+    kinds = np.select([ignored, cue & on_object, cue, on_object], [0, 1, 2, 3])
+    return painted(image, kinds, rgb("black", RIGHT, WRONG, MISSED), 0.7)
 
 
 def fitted(picture, side=SIDE):
     """A picture resized so that its longer side is ``side``: whole multiples keep their pixels sharp."""
-    height, width = picture.shape[:2]
-    factor = side / max(height, width)
-    if factor == 1:
-        return picture
-    size = (max(1, round(width * factor)), max(1, round(height * factor)))
-    how = Image.Resampling.NEAREST if factor == int(factor) else Image.Resampling.BILINEAR
-    return np.asarray(Image.fromarray(picture).resize(size, how))
+    longest = max(picture.shape[:2])
+    how = Image.Resampling.NEAREST if side % longest == 0 else Image.Resampling.BILINEAR
+    return np.asarray(ImageOps.contain(Image.fromarray(picture), (side, side), how))
 
 
-def sheet(rows, side=SIDE, columns=None):
+def sheet(*rows, side=SIDE, columns=None):
     """Panels in rows under their captions.
 
-    rows: lists of (caption, picture uint8 (H, W, 3)); a caption may be an empty string. columns: how many
-    panels wide the sheet is (None: as the longest row). Returns uint8 (H, W, 3).
+    rows: dicts from a caption to a picture, uint8 (H, W, 3). columns: how many panels wide the sheet is
+    (None: as the longest row). Returns uint8 (H, W, 3).
     """
     columns = columns or max(map(len, rows))
     strips = []
     for row in rows:
-        panels = [_panel(caption, fitted(picture, side), side) for caption, picture in row]
-        tall = max(panel.shape[0] for panel in panels)
-        strip = np.full((tall + GAP, columns * (side + GAP) - GAP, 3), 255, np.uint8)
-        for column, panel in enumerate(panels):
-            left = column * (side + GAP)
-            strip[: panel.shape[0], left : left + panel.shape[1]] = panel
+        panels = [(_written(caption, side), fitted(picture, side)) for caption, picture in row.items()]
+        tall = LINE + max(len(picture) for _, picture in panels) + GAP
+        strip = np.full((tall, columns * (side + GAP) - GAP, 3), 255, np.uint8)
+        for left, (caption, picture) in zip(range(0, strip.shape[1], side + GAP), panels, strict=False):
+            strip[:LINE, left : left + side] = caption
+            strip[LINE : LINE + len(picture), left : left + picture.shape[1]] = picture
         strips.append(strip)
     return np.concatenate(strips)
-
-
-def _panel(caption, picture, side):
-    height, width = picture.shape[:2]
-    panel = np.full((LINE + height, side, 3), 255, np.uint8)
-    panel[LINE:, :width] = picture
-    if caption:
-        panel[:LINE] = _written(caption, side)
-    return panel
 
 
 @lru_cache(maxsize=512)
@@ -134,53 +108,35 @@ def profile_picture(values, control, width=2 * SIDE + GAP, height=SIDE):
     scale = 2  # drawn at twice the size and reduced, which smooths the lines
     image = Image.new("RGB", (scale * width, scale * height), PAPER)
     draw = ImageDraw.Draw(image)
-    left, right, top, bottom = 10, width - 135, 28, height - 28
-
-    def x(position):
-        return scale * (left + (right - left) * position / len(values))
+    left, right, bottom = scale * 10, scale * (width - 135), scale * (height - 28)
+    x = left + (right - left) / len(values) * np.arange(len(values) + 1)
 
     def y(value):
-        return scale * (bottom - (bottom - top) * value / (peak or 1))
+        return bottom - (bottom - scale * 28) * value / (peak or 1)
 
-    for k, value in enumerate(values):
-        draw.rectangle((x(k), y(min(value, tau)), x(k + 1), y(0)), fill=rgb(KEPT))
+    def write(across, down, text, color):
+        draw.text((across, down), text, color, font(14 * scale), anchor="lm")
+
+    for start, end, value in zip(x[:-1], x[1:], values, strict=True):
+        draw.rectangle((start, y(min(value, tau)), end, bottom), fill=KEPT)
         if value > tau:
-            draw.rectangle((x(k), y(value), x(k + 1), y(tau)), fill=rgb(SUPPRESSED))
-    stairs = [(x(k + end), y(value)) for k, value in enumerate(values) for end in (0, 1)]
-    draw.line(stairs, fill=INK, width=scale + 1)
-    draw.line((x(0), y(0), x(len(values)), y(0)), fill=INK, width=scale)
-    _dashed(draw, x(0), x(len(values)), y(peak), rgb(PEAK), dash=4 * scale)
-    _dashed(draw, x(0), x(len(values)), y(tau), rgb(TAU), dash=10 * scale)
-    apart = scale * 18
-    middle = y(tau) if y(tau) - y(peak) >= apart else y(peak) + apart
-    place = x(len(values)) + scale * 6
-    for at, text, color in (
-        (y(peak), f"X_max = {peak:.2f}", PEAK),
-        (middle, f"τ = {control:.2f} X_max", TAU),
+            draw.rectangle((start, y(value), end, y(tau)), fill=SUPPRESSED)
+    steps = np.stack([x[:-1], x[1:]], 1).ravel()
+    draw.line([*zip(steps, map(y, np.repeat(values, 2)), strict=True)], fill=INK, width=scale + 1)
+    draw.line((left, bottom, right, bottom), fill=INK, width=scale)
+    middle = max(y(tau), y(peak) + 18 * scale)
+    for level, place, text, color, dash in (
+        (peak, y(peak), f"X_max = {peak:.2f}", PEAK, 4 * scale),
+        (tau, middle, f"τ = {control:.2f} X_max", TAU, 10 * scale),
     ):
-        draw.text((place, at), text, rgb(color), font(14 * scale), anchor="lm")
-    for at, text, color in (
-        (0, "■ kept, min(X, τ)", "#8A8A8A"),
-        (165, "■ suppressed", SUPPRESSED),
-        (295, "▔ X", INK),
-    ):
-        fill = rgb(color) if isinstance(color, str) else color
-        draw.text((scale * (left + at), scale * 9), text, fill, font(14 * scale), anchor="lm")
-    draw.text(
-        (scale * left, scale * (height - 10)),
-        "position in the marked row",
-        INK,
-        font(14 * scale),
-        anchor="lm",
-    )
+        for start in np.arange(left, right, 2 * dash):
+            draw.line((start, y(level), min(start + dash, right), y(level)), fill=color, width=3)
+        write(right + 6 * scale, place, text, color)
+    legend = (0, "■ kept, min(X, τ)", "#8A8A8A"), (165, "■ suppressed", SUPPRESSED), (295, "▔ X", INK)
+    for across, text, color in legend:
+        write(left + scale * across, 9 * scale, text, color)
+    write(left, scale * (height - 10), "position in the marked row", INK)
     return np.asarray(image.resize((width, height), Image.Resampling.BOX))
-
-
-def _dashed(draw, x0, x1, y, color, dash):
-    at = x0
-    while at < x1:
-        draw.line((at, y, min(at + dash, x1), y), fill=color, width=3)
-        at += 2 * dash
 
 
 def jpeg(picture):
@@ -196,29 +152,27 @@ def snapshot(title, description, about, picture, numbers, note=""):
     numbers: rows of text, the first one the heading. Bytes, in 256 colours.
     """
     width = max(picture.shape[1], 480)
-    canvas = np.full((picture.shape[0] + GAP, width, 3), 255, np.uint8)
-    canvas[GAP:, : picture.shape[1]] = picture
-    rows = [_written(title, width, 17, 26), _written(description, width, 13, 20)]
-    rows += [_written(line, width, 13, 20) for line in textwrap.wrap(about, width // 8)]
-    rows.append(canvas)
-    if numbers:
-        rows.append(_columns(numbers, width))
-    if note:
-        rows += [_written(line, width, 13, 20) for line in textwrap.wrap(note, width // 8)]
-    image = Image.fromarray(np.concatenate(rows))
+
+    def text(words):
+        return [_written(line, width, 13, 20) for line in textwrap.wrap(words, width // 8)]
+
+    shown = np.pad(picture, ((GAP, 0), (0, width - picture.shape[1]), (0, 0)), constant_values=255)
+    rows = [_written(title, width, 17, 26), _written(description, width, 13, 20), *text(about), shown]
+    rows += [_columns(numbers, width)] * bool(numbers) + text(note)
     buffer = io.BytesIO()
-    image.quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    image = Image.fromarray(np.concatenate(rows)).quantize(256, dither=Image.Dither.NONE)
+    image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
 def _columns(rows, width, line=20):
+    """A table as pixels: its first column left-justified, the others right-justified."""
     image = Image.new("RGB", (width, line * len(rows) + 4), PAPER)
     draw, left = ImageDraw.Draw(image), 0
-    for column in range(max(map(len, rows))):
-        cells = [row[column] if column < len(row) else "" for row in rows]
-        wide = max(draw.textlength(cell, font(13)) for cell in cells)
-        for number, cell in enumerate(cells):
-            at, anchor = (left, "ls") if column == 0 else (left + wide, "rs")
-            draw.text((at, line * (number + 1) - 4), cell, INK, font(13), anchor=anchor)
-        left += wide + 18
+    for column, cells in enumerate(zip_longest(*rows, fillvalue="")):
+        right = left + max(draw.textlength(cell, font(13)) for cell in cells)
+        for number, cell in enumerate(cells, 1):
+            at, anchor = (left, "ls") if column == 0 else (right, "rs")
+            draw.text((at, line * number - 4), cell, INK, font(13), anchor=anchor)
+        left = right + 18
     return np.asarray(image)

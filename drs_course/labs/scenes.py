@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from drs_lib.data import IGNORED
 from drs_lib.metrics import map_quality
@@ -13,13 +14,12 @@ SCORES = {"recall": "recall", "precision": "precision", "iou": "IoU"}
 class Scene(NamedTuple):
     """One image of a data set.
 
-    image: uint8 tensor (3, H, W); picture: the same as an array (H, W, 3); labels: float (C,); mask: uint8
-    (H, W); classes: [(name, index)] of the classes that the image shows.
+    image: uint8 tensor (3, H, W); picture: the same as an array (H, W, 3); mask: uint8 (H, W); classes:
+    [(name, index)] of the classes that the image shows.
     """
 
-    image: object
+    image: torch.Tensor
     picture: np.ndarray
-    labels: object
     mask: np.ndarray
     classes: list
 
@@ -38,26 +38,15 @@ def scene(dataset, index):
     image, labels = dataset[index]
     picture = image.permute(1, 2, 0).contiguous().numpy()
     classes = [(dataset.classes[c], c) for c in labels.nonzero().flatten().tolist()]
-    return Scene(image, picture, labels, np.asarray(dataset.mask(index)), classes)
+    return Scene(image, picture, np.asarray(dataset.mask(index)), classes)
 
 
-def offer_classes(control, scene):
-    """Lets a list of classes follow the image: the same classes leave the choice as it is."""
-    if tuple(control.options) != tuple(scene.classes):
-        control.options = scene.classes
-
-
-def cue_scores(values, scene, label, alpha):
-    """Recall, precision and IoU of "map > alpha" for one class of one image, as `MapScore` defines them."""
-    maps = np.zeros((1, len(scene.labels), *values.shape), np.float32)
-    maps[0, label] = values
-    labels = np.zeros((1, len(scene.labels)), np.float32)
-    labels[0, label] = 1
-    scores = map_quality(maps, scene.mask[None], labels, alpha)["per_class"]
-    return {name: float(scores[key][label]) for key, name in SCORES.items()}
-
-
-def score_table(columns):
-    """Rows for a lab's numbers; columns: from a heading to the scores of one cue."""
-    rows = [["in % of this image", *columns]]
-    return rows + [[name, *(scores[name] for scores in columns.values())] for name in SCORES.values()]
+def score_table(maps, scene, label, alpha):
+    """Rows for a lab's numbers: recall, precision and IoU of "map > alpha" for one class, as `MapScore`
+    defines them. maps: from a heading to a map (H, W)."""
+    mask = np.where(scene.unlabelled, IGNORED, scene.on_object(label)).astype(np.uint8)[None]
+    scores = [
+        map_quality(one[None, None], mask, np.ones((1, 1)), alpha)["per_class"] for one in maps.values()
+    ]
+    rows = [[name, *(float(column[key][0]) for column in scores)] for key, name in SCORES.items()]
+    return [["in % of this image", *maps], *rows]

@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 import warnings
 from contextlib import suppress
 
@@ -17,10 +18,11 @@ MOST_WORK = 8_000_000_000
 # What cameras, browsers and screenshots write; no format that starts another program to be read. Pillow's
 # JPEG reads the MPO of cameras too.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-# What else is uploaded by mistake, by how it begins.
+# What else is uploaded by mistake, by how it begins: patterns.
 OTHERS = {
-    b"%PDF": "a PDF", b"%!PS": "PostScript", b"II*\0": "a TIFF", b"MM\0*": "a TIFF", b"\0\0\1\0": "an icon",
-    b"<svg": "an SVG", b"<?xml": "XML (an SVG?)", b"PK": "a ZIP archive",
+    rb"\Z": "empty", rb"%PDF": "a PDF", rb"%!PS": "PostScript", rb"II\*\0|MM\0\*": "a TIFF",
+    rb"\0\0\x01\0": "an icon", rb"<svg": "an SVG", rb"<\?xml": "XML (an SVG?)", rb"PK": "a ZIP archive",
+    rb"....ftyp": "a HEIC or AVIF image or a film", rb"": "damaged or of another kind",
 }  # fmt: skip
 # Of EXIF's orientation: what brings the picture upright.
 TURNS = {
@@ -45,33 +47,19 @@ def read_image(data, longest):
         ImageRefused: no image, an unknown format, damaged or truncated, too many bytes or pixels, too small.
     """
     if len(data) > MOST_BYTES:
-        raise ImageRefused(
-            f"The file has {math.ceil(len(data) / 1e5) / 10} MB; at most {MOST_BYTES / 1e6:.0f} MB are read. "
-            "Make a smaller copy of it and upload that."
-        )
-    try:
-        with warnings.catch_warnings():
-            # Pillow warns of sizes between its limit and twice that; the sizes are checked below.
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.DecompressionBombError:
-        raise _too_large("far more than 100 million pixels") from None
-    except Exception:
-        # A damaged header makes Pillow's readers raise errors of almost any kind.
-        raise ImageRefused(
-            f"The file is {_kind(data)}, not an image that can be read here. Upload one of "
-            f"{', '.join(FORMATS)}."
-        ) from None
+        size = f"{math.ceil(len(data) / 1e5) / 10} MB; at most {MOST_BYTES / 1e6:.0f} MB are read"
+        raise ImageRefused(f"The file has {size}. Make a smaller copy of it and upload that.")
+    image = _opened(data)
     width, height = image.size
-    if width * height > MOST_PIXELS:
-        raise _too_large(f"{width} x {height} pixels")
-    if min(width, height) < SMALLEST:
-        raise ImageRefused(
-            f"The image has {width} x {height} pixels; both sides must have {SMALLEST} or more. Upload a "
-            "larger one."
-        )
+    size = f"{width} x {height} pixels"
     # A pass begins with these two bytes, which coded pixels never hold.
     passes = data.count(b"\xff\xda") if data.startswith(b"\xff\xd8") else 1
+    if width * height > MOST_PIXELS:
+        raise _too_large(size)
+    if min(width, height) < SMALLEST:
+        raise ImageRefused(
+            f"The image has {size}; both sides must have {SMALLEST} or more. Upload a larger one."
+        )
     if width * height * passes > MOST_WORK:
         raise ImageRefused(
             f"The image is coded in {passes} passes, which could take minutes to read. Save it again, as an "
@@ -85,28 +73,30 @@ def read_image(data, longest):
         ) from None
     if min(picture.shape[:2]) < SMALLEST:
         raise ImageRefused(
-            f"The image is a strip of {width} x {height} pixels; nothing would be left of its short side. "
-            "Crop it."
+            f"The image is a strip of {size}; nothing would be left of its short side. Crop it."
         )
     return picture
 
 
+def _opened(data):
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of sizes between its limit and twice that; `read_image` checks them.
+            warnings.simplefilter("ignore")
+            return Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise _too_large("far more than 100 million pixels") from None
+    except Exception:
+        # A damaged header makes Pillow's readers raise errors of almost any kind.
+        kind = next(name for start, name in OTHERS.items() if re.match(start, data, re.DOTALL))
+        raise ImageRefused(
+            f"The file is {kind}, not an image that can be read here. Upload one of {', '.join(FORMATS)}."
+        ) from None
+
+
 def _too_large(size):
-    return ImageRefused(
-        f"The image has {size}; at most {MOST_PIXELS // 1_000_000} million are read. Make a smaller copy of "
-        "it and upload that."
-    )
-
-
-def _kind(data):
-    if not data:
-        return "empty"
-    if data[4:8] == b"ftyp":
-        return "a HEIC or AVIF image or a film"
-    for start, name in OTHERS.items():
-        if data.startswith(start):
-            return name
-    return "damaged or of another kind"
+    most = f"at most {MOST_PIXELS // 1_000_000} million are read"
+    return ImageRefused(f"The image has {size}; {most}. Make a smaller copy of it and upload that.")
 
 
 def _small(image, longest):

@@ -1,14 +1,12 @@
 """Figures with axes: Table 1 as a curve, a score over a threshold, a loss, named points."""
 
-import matplotlib
 import numpy as np
-import seaborn as sns
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from drs_course.plots.colors import OKABE_ITO
-from drs_course.plots.layout import DPI, STYLE, NotebookFigure, chart
+from drs_course.plots.layout import chart
 
 
 def table1_curve(table):
@@ -124,15 +122,12 @@ def loss_curve(history, title=""):
     """The loss of each epoch, as `Pipeline.history` or a training of `drs_lib.train` returns them."""
     if not history:
         raise ValueError("There is no epoch in this history, so nothing to draw.")
-    with matplotlib.rc_context(STYLE):
-        figure = NotebookFigure(figsize=(4.2, 2.2), dpi=DPI, layout="constrained")
-        ax = figure.subplots()
+    with chart(4.2, 2.2) as (figure, ax):
         epochs = [entry["epoch"] for entry in history]
         ax.plot(epochs, [entry["loss"] for entry in history], marker="o", markersize=3, color=OKABE_ITO[6])
         ax.set(xlabel="epoch", ylabel="loss, mean of the epoch", title=title)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set_ylim(bottom=0)
-        sns.despine(figure)
     return figure
 
 

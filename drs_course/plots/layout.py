@@ -9,6 +9,7 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 import seaborn as sns
+from IPython.display import display
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -36,8 +37,6 @@ class NotebookFigure(Figure):
 
     def _ipython_display_(self):
         # The only way that goes before pyplot's own, which a notebook may have switched on for all figures.
-        from IPython.display import display
-
         display({"image/png": self._repr_png_(), "text/plain": "<Figure>"}, raw=True)
 
 

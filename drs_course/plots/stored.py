@@ -1,14 +1,23 @@
 """The figures of README and notebooks, drawn from the networks in the run store."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from drs_course.paper import Configuration, table_rows
 from drs_course.plots.charts import table1_curve
 from drs_course.plots.drs_figure import suppression
 from drs_course.plots.grids import figure1, figure4, figure5, figure6, show_samples
 from drs_course.plots.layout import save_figure
+from drs_course.stages import Pipeline
+from drs_course.tables import run_table
+from drs_lib.data import normalize
 from drs_lib.drs import DRS
+from drs_lib.train import predict_segmentation
+
+CAM, LEARNABLE, REFINED = Configuration(drs_layers=()), Configuration(), Configuration(refine=True)
+CONTROLLERS = {row.label.removeprefix("non-learnable with "): row.configuration for row in table_rows(1)}
 
 
 def make_figures(out_dir, store=None, data="critters", budget=None, seed=0, voc_root=None, seeds=None):
@@ -24,62 +33,17 @@ def make_figures(out_dir, store=None, data="critters", budget=None, seed=0, voc_
     Returns:
         the paths of the files written.
     """
-    from drs_course.paper import Configuration, table_rows
-    from drs_course.stages import Pipeline
-
     pipeline = Pipeline(data, budget, seed=seed, voc_root=voc_root, store=store)
     seeds = (seed,) if seeds is None else tuple(seeds)
-    cam, learnable, refined = Configuration(drs_layers=()), Configuration(), Configuration(refine=True)
-    controllers = {row.label.removeprefix("non-learnable with "): row.configuration for row in table_rows(1)}
     singles = first_of_each_class(pipeline.data.val, 3)
-
-    def draw_suppression():
-        image = pipeline.data.val[singles[0]][0]
-        return suppression(image, *_strongest_channel(pipeline.classifier(learnable), image))
-
-    def draw_figure1():
-        maps = [_val_maps(pipeline, c, singles) for c in (cam, learnable, refined)]
-        images, names = zip(*(_image_and_class(pipeline.data.val, i) for i in singles), strict=True)
-        return figure1(images, *maps, names)
-
-    def draw_figure4():
-        maps = {label: _val_maps(pipeline, c, singles[:1])[0] for label, c in controllers.items()}
-        return figure4(pipeline.data.val[singles[0]][0], maps)
-
-    def draw_figure5():
-        image = pipeline.data.val[singles[0]][0]
-        return figure5(image, *(_features(pipeline.classifier(c), image) for c in (cam, learnable)))
-
-    def draw_figure6():
-        from drs_lib.train import predict_segmentation
-
-        val = pipeline.data.val
-        first = torch.utils.data.Subset(val, range(min(4, len(val))))
-        networks = [pipeline.segmentation_network(c) for c in (learnable, refined)]
-        labels = [[one for _, one in predict_segmentation(network, first)] for network in networks]
-        images, masks = [image for image, _ in first], [val.mask(i) for i in first.indices]
-        return figure6(images, masks, *labels, val.classes)
-
-    def draw_table1():
-        from drs_course.tables import run_table
-
-        options = dict(
-            budget=budget, seeds=seeds, voc_root=voc_root, store=pipeline.store, progress=False, jobs=1
-        )
-        return table1_curve(run_table(1, data, **options))
-
     drawings = {
-        "samples": (lambda: show_samples(pipeline.data.val, range(min(6, len(pipeline.data.val)))), []),
-        "suppression": (draw_suppression, [("classify", learnable)]),
-        "figure1": (draw_figure1, [("classify", cam), ("classify", learnable), ("refine", refined)]),
-        "figure4": (draw_figure4, [("classify", c) for c in controllers.values()]),
-        "figure5": (draw_figure5, [("classify", cam), ("classify", learnable)]),
-        "figure6": (draw_figure6, [("segment", learnable), ("segment", refined)]),
-        "table1": (draw_table1, None),
+        name: (_missing_stage(pipeline, needs), partial(draw, pipeline, singles))
+        for name, (draw, needs) in FIGURES.items()
     }
+    quiet = dict(budget=budget, seeds=seeds, voc_root=voc_root, store=pipeline.store, progress=False, jobs=1)
+    drawings["table1"] = _missing_row(pipeline, seeds), lambda: table1_curve(run_table(1, data, **quiet))
     written = []
-    for name, (draw, needs) in drawings.items():
-        missing = _missing_rows(pipeline, seeds) if needs is None else _missing_stages(pipeline, needs)
+    for name, (missing, draw) in drawings.items():
         if missing:
             options = "" if data == "critters" else " --data voc --voc-root DIR"
             command = f"python -m drs_course tables{options}"
@@ -89,17 +53,11 @@ def make_figures(out_dir, store=None, data="critters", budget=None, seed=0, voc_
     return written
 
 
-def _missing_stages(pipeline, needs):
-    for name, configuration in needs:
-        if not pipeline.has(name, configuration):
-            return pipeline.stage(name, configuration).title
-    return None
+def _missing_stage(pipeline, needs):
+    return next((pipeline.stage(*need).title for need in needs if not pipeline.has(*need)), None)
 
 
-def _missing_rows(pipeline, seeds):
-    from drs_course.paper import table_rows
-    from drs_course.stages import Pipeline
-
+def _missing_row(pipeline, seeds):
     for seed in seeds:
         of_seed = Pipeline(pipeline.data, pipeline.budget, seed=seed, store=pipeline.store)
         for row in table_rows(1):
@@ -109,6 +67,7 @@ def _missing_rows(pipeline, seeds):
 
 
 def first_of_each_class(dataset, count):
+    """The indices of the first images that show a single class, no class twice. Raises ValueError: none."""
     found = {}
     for i in range(len(dataset)):
         labels = dataset[i][1]
@@ -123,9 +82,49 @@ def first_of_each_class(dataset, count):
     return sorted(found.values())
 
 
-def _image_and_class(dataset, index):
-    image, labels = dataset[index]
-    return image, dataset.classes[int(labels.argmax())]
+def _samples(pipeline, singles):
+    return show_samples(pipeline.data.val, range(min(6, len(pipeline.data.val))))
+
+
+def _suppression(pipeline, singles):
+    image = pipeline.data.val[singles[0]][0]
+    return suppression(image, *_strongest_channel(pipeline.classifier(LEARNABLE), image))
+
+
+def _figure1(pipeline, singles):
+    val = pipeline.data.val
+    images, labels = zip(*(val[i] for i in singles), strict=True)
+    names = [val.classes[int(shown.argmax())] for shown in labels]
+    return figure1(images, *(_val_maps(pipeline, c, singles) for c in (CAM, LEARNABLE, REFINED)), names)
+
+
+def _figure4(pipeline, singles):
+    maps = {label: _val_maps(pipeline, c, singles[:1])[0] for label, c in CONTROLLERS.items()}
+    return figure4(pipeline.data.val[singles[0]][0], maps)
+
+
+def _figure5(pipeline, singles):
+    image = pipeline.data.val[singles[0]][0]
+    return figure5(image, *(_features(pipeline.classifier(c), image) for c in (CAM, LEARNABLE)))
+
+
+def _figure6(pipeline, singles):
+    val = pipeline.data.val
+    first = torch.utils.data.Subset(val, range(min(4, len(val))))
+    networks = [pipeline.segmentation_network(c) for c in (LEARNABLE, REFINED)]
+    labels = [[one for _, one in predict_segmentation(network, first)] for network in networks]
+    return figure6([image for image, _ in first], [val.mask(i) for i in first.indices], *labels, val.classes)
+
+
+# Of each figure: what draws it, and the stages whose networks it shows.
+FIGURES = {
+    "samples": (_samples, []),
+    "suppression": (_suppression, [("classify", LEARNABLE)]),
+    "figure1": (_figure1, [("classify", CAM), ("classify", LEARNABLE), ("refine", REFINED)]),
+    "figure4": (_figure4, [("classify", c) for c in CONTROLLERS.values()]),
+    "figure5": (_figure5, [("classify", CAM), ("classify", LEARNABLE)]),
+    "figure6": (_figure6, [("segment", LEARNABLE), ("segment", REFINED)]),
+}
 
 
 def _val_maps(pipeline, configuration, indices):
@@ -134,23 +133,22 @@ def _val_maps(pipeline, configuration, indices):
     return [of_image[int(labels.argmax())] for _, labels, of_image in maps]
 
 
+def _batch(model, image):
+    return normalize(image[None].to(next(model.parameters()).device))
+
+
 @torch.no_grad()
 def _features(model, image):
-    from drs_lib.data import normalize
-
-    images = normalize(image[None].to(next(model.parameters()).device))
-    return [features[0] for features in model.layer_outputs(images)]
+    return [features[0] for features in model.layer_outputs(_batch(model, image))]
 
 
 @torch.no_grad()
 def _strongest_channel(model, image):
     """In layer 6, which has two DRS modules: the first one's map with the highest peak, and its G."""
-    from drs_lib.data import normalize
-
     first_of_last_layer = [module for module in model.modules() if isinstance(module, DRS)][-2]
     seen = []
     hook = first_of_last_layer.register_forward_hook(lambda module, given, _: seen.append(given[0][0].relu()))
-    model(normalize(image[None].to(next(model.parameters()).device)))
+    model(_batch(model, image))
     hook.remove()
     [features] = seen
     channel = int(features.amax((1, 2)).argmax())

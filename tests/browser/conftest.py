@@ -52,30 +52,30 @@ def store(tmp_path_factory):
         return model, history
 
     folder = tmp_path_factory.mktemp("runs")
-    line = Pipeline("critters", "ci", store=folder)
-    with patch("drs_lib.train.train_classifier", raised):
+    pipeline = Pipeline("critters", "ci", store=folder)
+    with patch("drs_course.stages.train_classifier", raised):
         for configuration in (
             Configuration(drs_layers=()),
             Configuration(),
             *map(lambda d: Configuration(delta=d), TRAINED),
         ):
-            line.classifier(configuration)
+            pipeline.classifier(configuration)
     return folder
 
 
 @pytest.fixture(scope="package")
-def line(store):
+def pipeline(store):
     return Pipeline("critters", "ci", store=store)
 
 
 @pytest.fixture(scope="package")
-def library(line):
+def library(pipeline):
     """The lab of a class in this process, which computes what the page should show: ``library(DeltaLab)``."""
     made = {}
 
     def lab(kind):
         if kind not in made:
-            made[kind] = kind(line)
+            made[kind] = kind(pipeline)
         return made[kind]
 
     return lab

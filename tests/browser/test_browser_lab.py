@@ -4,8 +4,8 @@ import pytest
 
 from browser.pages import MAIN, eventually
 from drs_course.labs import CueLab, DeltaLab, FeatureMapLab, ImageLab, LayerLab
-from drs_course.labs.networks import PLAIN, Dial, class_map, layer_presets
-from drs_course.labs.scenes import cue_scores, scene
+from drs_course.labs.networks import PLAIN, PRESETS, Dial, class_maps
+from drs_course.labs.scenes import scene, score_table
 from drs_lib.crf import available
 
 FOCUSABLE = 'select, input, button, [tabindex="0"], [contenteditable="true"]'
@@ -113,17 +113,18 @@ def _nodes(element):
     return element.evaluate("element => element.getElementsByTagName('*').length")
 
 
-def test_the_numbers_are_the_librarys(subject, line):
+def test_the_numbers_are_the_librarys(subject, pipeline):
     lab = subject(DeltaLab)
-    network = Dial(line.classifier(PLAIN))
-    what = scene(line.data.val, 0)
+    network = Dial(pipeline.classifier(PLAIN))
+    what = scene(pipeline.data.val, 0)
     label = what.classes[0][1]
     found = []
     for key in ("Home", "End", "PageDown", "PageDown", "PageDown", "PageDown"):
         lab.press("delta", key)
         lab.reaches_kernel("delta")
-        values = class_map(network.set([lab.readout("delta")] * 6), what.image, label, line.budget.resize)
-        scores = cue_scores(values, what, label, line.budget.alpha).values()
+        network.set([lab.readout("delta")] * 6)
+        (values,) = class_maps(network.model, what.image, [label], pipeline.budget.resize)
+        scores = [row[1] for row in score_table({"": values}, what, label, pipeline.budget.alpha)[1:]]
         wanted = ["–" if score != score else f"{100 * score:.1f}" for score in scores]
         eventually(lambda w=wanted: [row[-1] for row in lab.on_page.numbers()] == w, f"the scores {wanted}")
         found.append(wanted)
@@ -136,7 +137,7 @@ def test_delta_lab_one_slider_per_layer(subject):
     assert lab.slider("delta").is_visible() and not lab.slider("layer3").is_visible()
     lab.tick("per_layer")
     lab.slider("layer6").wait_for()
-    rows = layer_presets()
+    rows = PRESETS
     name = next(name for name, layers in rows.items() if layers == (5, 6))
     lab.choose("preset", name)
     eventually(lambda: [lab.readout(f"layer{n}") for n in range(1, 7)] == [1] * 4 + [0.8] * 2, "the preset")
@@ -172,10 +173,10 @@ def test_delta_lab_switches_between_trained_classifiers(subject):
     lab.agrees()
 
 
-def test_choosing_an_image_offers_its_classes(subject, line):
+def test_choosing_an_image_offers_its_classes(subject, pipeline):
     lab = subject(DeltaLab)
-    index = next(i for i in range(len(line.data.val)) if len(scene(line.data.val, i).classes) == 2)
-    names = [name for name, _ in scene(line.data.val, index).classes]
+    index = next(i for i in range(len(pipeline.data.val)) if len(scene(pipeline.data.val, i).classes) == 2)
+    names = [name for name, _ in scene(pipeline.data.val, index).classes]
     lab.press("image", "ArrowRight", index)
     options = lab.on_page.control("dropdown", lab.label("label")).locator("option")
     eventually(lambda: [text.strip() for text in options.all_inner_texts()] == names, f"the classes {names}")
@@ -183,7 +184,7 @@ def test_choosing_an_image_offers_its_classes(subject, line):
     before = lab.on_page.settled_picture()
     lab.on_page.choose(lab.label("label"), names[1])
     lab.on_page.changes_from(before)
-    assert lab.state()["label"] == scene(line.data.val, index).classes[1][1]
+    assert lab.state()["label"] == scene(pipeline.data.val, index).classes[1][1]
     lab.agrees()
 
 
@@ -209,10 +210,10 @@ def test_layer_lab_boxes_and_rows_of_table_2(subject):
     lab.tick("layer4")
     before = lab.on_page.changes_from(before)
     chosen = lab.on_page.control("dropdown", lab.label("preset")).get_by_role("combobox")
-    name = next(name for name, layers in layer_presets().items() if layers == (4, 5, 6))
+    name = next(name for name, layers in PRESETS.items() if layers == (4, 5, 6))
     eventually(lambda: chosen.input_value() == name, f"the list says {name}")
     lab.agrees()
-    lab.choose("preset", next(name for name, layers in layer_presets().items() if layers == (6,)))
+    lab.choose("preset", next(name for name, layers in PRESETS.items() if layers == (6,)))
     lab.on_page.changes_from(before)
     boxes = [lab.on_page.control("checkbox", lab.label(f"layer{n}")) for n in range(1, 7)]
     ticked = [box.get_by_role("checkbox") for box in boxes]

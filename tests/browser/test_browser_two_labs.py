@@ -9,10 +9,10 @@ from drs_course.labs import CueLab, DeltaLab
 CELLS = (
     "from drs_course.notebook import open_course\n"
     "from drs_course.labs import CueLab, DeltaLab\n"
-    "line = open_course()",
-    "first = DeltaLab(line)\nfirst",
-    "second = DeltaLab(line)\nsecond",
-    "cue = CueLab(line)\ncue",
+    "pipeline = open_course()",
+    "first = DeltaLab(pipeline)\nfirst",
+    "second = DeltaLab(pipeline)\nsecond",
+    "cue = CueLab(pipeline)\ncue",
 )
 
 

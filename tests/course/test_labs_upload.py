@@ -297,10 +297,10 @@ def test_no_damage_breaks_out_of_the_refusal():
 
 
 @pytest.fixture(scope="module")
-def line(tmp_path_factory):
-    line = Pipeline("critters", "ci", store=tmp_path_factory.mktemp("runs"))
-    line.classifier(Configuration(drs_layers=()))
-    return line
+def pipeline(tmp_path_factory):
+    pipeline = Pipeline("critters", "ci", store=tmp_path_factory.mktemp("runs"))
+    pipeline.classifier(Configuration(drs_layers=()))
+    return pipeline
 
 
 @pytest.fixture(autouse=True)
@@ -313,8 +313,8 @@ def hub(tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture
-def lab(line):
-    lab = ImageLab(line, image=3)
+def lab(pipeline):
+    lab = ImageLab(pipeline, image=3)
     yield lab
     lab.close()
 
@@ -326,14 +326,14 @@ def upload(lab, data, name="photo.png"):
     lab.upload.set_trait("value", (file,))
 
 
-def test_an_uploaded_photo_is_shown_with_its_classes(lab, line):
+def test_an_uploaded_photo_is_shown_with_its_classes(lab, pipeline):
     drawn = bytes(lab.picture.value)
     upload(lab, PNG)
     assert lab.state["source"] == "own" and "uploaded image" in lab.describe(lab.state)
     assert bytes(lab.picture.value) != drawn and lab.busy.value == "" and lab.upload.value == ()
     assert "drawn images of six animals" in lab.note.value and "means nothing" in lab.note.value
     classes = {row[0] for row in lab.shown.numbers[1:]}
-    assert classes == set(line.data.val.classes)
+    assert classes == set(pipeline.data.val.classes)
     assert all(0 <= row[1] <= 1 for row in lab.shown.numbers[1:])
     assert lab.controls["image"].disabled
     lab.set(source="drawn")
@@ -387,8 +387,8 @@ def test_the_upload_button_is_labelled(lab):
     assert lab.upload.multiple is False
 
 
-def test_a_voc_classifier_of_the_store_is_used_and_one_that_is_damaged_is_said(line, tmp_path):
-    store = type(line.store)(tmp_path)
+def test_a_voc_classifier_of_the_store_is_used_and_one_that_is_damaged_is_said(pipeline, tmp_path):
+    store = type(pipeline.store)(tmp_path)
     recipe = get_budget("paper", "voc").classify.replace(drs_layers=(), backbone="mini")  # for speed
     config = recipe.to_dict()
     config.pop("weights")
@@ -438,10 +438,10 @@ def expected_views(network, data):
     )
 
 
-def test_the_authors_network_is_used_for_photographs(line, released, monkeypatch):
+def test_the_authors_network_is_used_for_photographs(pipeline, released, monkeypatch):
     drawn = []
     monkeypatch.setattr(image_module, "overlay", lambda picture, values: drawn.append(values) or picture)
-    lab = ImageLab(line)
+    lab = ImageLab(pipeline)
     lab.receive(JPEG, "photo.jpg")
     assert lab.controls["network"].options == (AUTHORS,) and lab.busy.value == ""
     assert "authors trained on PASCAL VOC" in lab.note.value and "97 MB" not in lab.note.value
@@ -473,28 +473,28 @@ def test_the_authors_network_is_used_for_photographs(line, released, monkeypatch
     lab.close()
 
 
-def test_a_lab_may_begin_with_a_photograph(line, released, tmp_path):
+def test_a_lab_may_begin_with_a_photograph(pipeline, released, tmp_path):
     path = tmp_path / "photo.jpg"
     path.write_bytes(JPEG)
-    lab = ImageLab(line, photo=path)
+    lab = ImageLab(pipeline, photo=path)
     assert lab.state["source"] == "own" and lab.state["network"] == AUTHORS and lab.busy.value == ""
     lab.close()
 
 
-def test_without_the_authors_network_one_sentence_says_how_to_get_it(line, lab):
+def test_without_the_authors_network_one_sentence_says_how_to_get_it(pipeline, lab):
     lab.receive(JPEG, "photo.jpg")
     assert "python -m drs_course download --only drs" in lab.shown.note and "97 MB" in lab.shown.note
     lab.set(source="drawn")
     assert "97 MB" not in lab.shown.note
 
 
-def test_of_an_imagenet_network_the_features_are_shown(line, hub, thin_vgg16, monkeypatch):
+def test_of_an_imagenet_network_the_features_are_shown(pipeline, hub, thin_vgg16, monkeypatch):
     network = classifier("vgg16", 20, ())
     monkeypatch.setitem(FILES, "vgg16", Remote("https://example.org/thin.pth"))  # torchvision's is checked
     torch.save(network.state_dict(), hub / "thin.pth")
     drawn = []
     monkeypatch.setattr(image_module, "overlay", lambda picture, values: drawn.append(values) or picture)
-    lab = ImageLab(line)
+    lab = ImageLab(pipeline)
     lab.receive(JPEG, "photo.jpg")
     assert lab.controls["network"].options == (START,) and lab.shown.numbers == []
     assert "none of VOC" in lab.shown.note and "97 MB" in lab.shown.note
@@ -512,16 +512,16 @@ def test_of_an_imagenet_network_the_features_are_shown(line, hub, thin_vgg16, mo
 
 
 def test_on_voc_the_authors_network_spares_the_training(voc_tree, released, tmp_path):
-    line = Pipeline("voc", "ci", voc_root=voc_tree, store=tmp_path / "runs")
-    lab = ImageLab(line)
+    pipeline = Pipeline("voc", "ci", voc_root=voc_tree, store=tmp_path / "runs")
+    lab = ImageLab(pipeline)
     assert lab.state["network"] == AUTHORS and lab.busy.value == ""
-    assert not list(line.store.metas("classify")) and lab.shown.numbers[1][0] in VOC_CLASSES
+    assert not list(pipeline.store.metas("classify")) and lab.shown.numbers[1][0] in VOC_CLASSES
     lab.close()
 
 
-def test_a_damaged_file_of_the_authors_is_said(line, released):
+def test_a_damaged_file_of_the_authors_is_said(pipeline, released):
     released.write_bytes(released.read_bytes()[:1000])
-    lab = ImageLab(line)
+    lab = ImageLab(pipeline)
     lab.receive(JPEG, "photo.jpg")
     assert "alert" in lab.busy.value and "DRS_learnable.pth cannot be read" in lab.busy.value
     lab.set(source="drawn")
@@ -530,12 +530,12 @@ def test_a_damaged_file_of_the_authors_is_said(line, released):
 
 
 @pytest.mark.parametrize("text", ["[1]", "null", "{}", '{"made_at": null, "key": "x"}', "{"])
-def test_a_damaged_entry_in_the_store_does_not_keep_the_lab_from_opening(line, text):
-    folder = line.store.root / "classify" / "damaged"
+def test_a_damaged_entry_in_the_store_does_not_keep_the_lab_from_opening(pipeline, text):
+    folder = pipeline.store.root / "classify" / "damaged"
     folder.mkdir()
     (folder / "meta.json").write_text(text, encoding="utf-8")
     try:
-        lab = ImageLab(line)
+        lab = ImageLab(pipeline)
         assert lab.drawn == lab.state
         lab.close()
     finally:

@@ -1,8 +1,8 @@
 """Every notebook on a small tree in VOC's layout, exercises' solutions included: no cell fails.
 
-The tree's images differ in size, its masks have 255, and the networks are the paper's, for a few steps: the
-budget "ci". A notebook with trainings that no table needs runs twice: as at the paper's budget, without
-them, and then with them.
+The tree's images differ in size, its masks have 255, and the networks are the paper's with fewer channels,
+for a few steps: the budget "ci". A notebook with trainings that no table needs runs twice: as at the paper's
+budget, without them, and then with them.
 """
 
 import os
@@ -27,19 +27,25 @@ NOTEBOOKS = sorted(
     (Path(__file__).parents[2] / "notebooks").glob("*.ipynb"),
     key=lambda path: (path.name[:2] not in ("03", "04", "06", "07"), path.name),
 )
-PARAMETERS = 'DATA = "voc"\nBUDGET = "ci"\nVOC_ROOT = {!r}'
-OPENING = re.compile(r"^line = open_course\(DATA, BUDGET, VOC_ROOT\)$", re.M)
-AS_PAPER = r"\g<0>\nline.budget = line.budget.replace(name='paper')"
+PARAMETERS = """
+import sys
+sys.path.append({tests!r})
+import released
+released.thin_vgg16(), released.thin_resnet101()
+DATA, BUDGET, VOC_ROOT = "voc", "ci", {tree!r}
+"""
+OPENING = re.compile(r"^pipeline = open_course\(DATA, BUDGET, VOC_ROOT\)$", re.M)
+AS_PAPER = r"\g<0>\npipeline.budget = pipeline.budget.replace(name='paper')"
 
 # What a notebook's variables must hold at its end: 255 is no label, and sizes are each image's own.
 AT_THE_END = {
     "03": """
-masks = [line.data.val.mask(i) for i in range(len(shares))]
+masks = [pipeline.data.val.mask(i) for i in range(len(shares))]
 assert np.allclose(shares, [np.isin(mask, range(1, 21)).mean() for mask in masks])""",
     "04": """
 assert cases
 for (index, c), found in zip(cases, heads, strict=True):
-    places, (h, w) = np.nonzero(regions(index, c)["discriminative"]), line.data.val.mask(index).shape
+    places, (h, w) = np.nonzero(regions(index, c)["discriminative"]), pipeline.data.val.mask(index).shape
     assert np.isclose(found, max((np.ptp(places[0]) + 1) * 64 / h, (np.ptp(places[1]) + 1) * 64 / w))""",
     "06": """
 scored = sum(int((train.mask(i) != 255).sum()) for i in counted)
@@ -65,13 +71,13 @@ def failures(request, tree, tmp_path_factory):
     asked = [path for path in NOTEBOOKS if {"voc_notebook": path} in parameters]
     with ThreadPoolExecutor(2) as pool:
         yield dict(zip(asked, pool.map(lambda path: failure(path, tree, store), asked), strict=True))
-    shutil.rmtree(store)  # gigabytes: some fifty networks
+    shutil.rmtree(store)
 
 
 def failure(path, tree, store):
     notebook = nbformat.read(path, as_version=4)
     [parameters] = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    parameters.source = PARAMETERS.format(str(tree))
+    parameters.source = PARAMETERS.format(tests=str(Path(__file__).parents[1]), tree=str(tree))
     if "TRAIN_MORE" in path.read_text(encoding="utf-8"):
         without = deepcopy(notebook.cells)
         [opening] = [cell for cell in without if OPENING.search(cell.source)]

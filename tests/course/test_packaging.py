@@ -180,7 +180,7 @@ def test_makefile_hands_its_settings_on():
     ):
         assert part in course
     assert "--voc-root" not in command("course")
-    assert "-m pytest -x" in command("test", "PYTEST_ARGS=-x")
+    assert "-m pytest -n 2 --dist loadfile --no-loadscope-reorder -x" in command("test", "PYTEST_ARGS=-x")
     assert "make course" in subprocess.check_output(["make"], cwd=ROOT, env=WITHOUT_MAKE, text=True)
 
 

@@ -560,14 +560,13 @@ def test_make_figures_names_what_is_not_in_the_store(run, tmp_path, capsys):
 
 
 def test_notebooks_show_our_own_picture_of_a_figure(monkeypatch):
-    import IPython.display
     from IPython.core.formatters import DisplayFormatter
 
     figure, shown = plots.panels([{"grey": np.full((40, 40, 3), 128, np.uint8)}]), []
     formatter = DisplayFormatter()
     # What "%matplotlib inline" does, and importing pyplot in a notebook.
     formatter.formatters["image/png"].for_type(type(figure).__mro__[1], lambda figure: b"pyplot's")
-    monkeypatch.setattr(IPython.display, "display", lambda data, raw: shown.append(data))
+    monkeypatch.setattr(layout, "display", lambda data, raw: shown.append(data))
     assert formatter.format(figure) == ({}, {})
     assert [data["image/png"] for data in shown] == [figure._repr_png_()]
 

@@ -627,30 +627,6 @@ def test_without_the_crf_its_columns_are_empty_and_say_why(finished, monkeypatch
     pd.testing.assert_series_equal(table["measured"], tables[4]["measured"])
 
 
-def test_the_crf_s_engine_is_part_of_the_stage_s_key(finished, monkeypatch):
-    """A score stored by one engine is never shown for the other's, whatever device and package there are."""
-    store, tables, splits, budget = finished
-    by = {engine: budget.replace(crf_engine=engine) for engine in ("lattice", "attention")}
-    assert budget == by["lattice"] and get_budget("paper", "voc").crf_engine == "lattice"
-    lines = {engine: Pipeline(splits, by[engine], store=store) for engine in by}
-    stages = {engine: {s.name: s.key for s in line.stages(CAM, ("crf",))} for engine, line in lines.items()}
-    crf_keys = {engine: keys.pop("evaluate_crf") for engine, keys in stages.items()}
-    assert len(set(crf_keys.values())) == 2 and stages["lattice"] == stages["attention"]
-    for device in (None, "cpu", "cuda"):
-        line = Pipeline(splits, budget, store=store, device=device)
-        assert line.stage("evaluate_crf", CAM).key == crf_keys["lattice"]
-    monkeypatch.setattr("drs_lib.crf.available", lambda: False)
-    with monkeypatch.context() as patch:
-        patch.setattr("torch.cuda.is_available", lambda: True)
-        assert "crf" not in experiments._measures((4,), budget)[4], "no silent change to the other engine"
-    assert lines["attention"].scores(CAM, ("crf",))["crf"]["miou"] >= 0
-    table = experiments.stored_table(4, lines["attention"])
-    assert "CRF engine: attention" in format_table(table) and "not available" not in format_table(table)
-    assert "CRF engine" not in format_table(tables[4])
-    with pytest.raises(ValueError, match="crf_engine is 'dense'"):
-        budget.replace(crf_engine="dense")
-
-
 def test_with_the_crf_it_has_a_column_of_its_own(finished):
     pytest.importorskip("pydensecrf")
     _, tables, _, _ = finished
@@ -751,7 +727,7 @@ def test_the_command_line(finished, tmp_path, monkeypatch, capsys):
     arguments = ["--tables", "1", "3", "--seeds", "0", "1", "--jobs", "2", "--budget", "ci"]
     assert main(["tables", *arguments, "--out", str(out), "--no-figures"]) == 0
     assert seen["numbers"] == [1, 3] and seen["seeds"] == [0, 1] and seen["jobs"] == 2
-    assert seen["overwrite"] is None and seen["budget"].crf_engine == "lattice"
+    assert seen["overwrite"] is None
     assert sorted(p.name for p in out.iterdir()) == ["table1.csv", "table1.json", "table3.csv", "table3.json"]
     output = capsys.readouterr().out
     assert "Table 1" in output and "Table 3" in output and "minutes" in output and str(out) in output
@@ -760,10 +736,7 @@ def test_the_command_line(finished, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiments, "REFERENCE", tmp_path / "reference")
     assert main(["reference", "--tables", "3"]) == 0
     pd.testing.assert_frame_equal(reference_table(3), tables[3])
-    assert main(["tables", "--crf-engine", "attention", "--out", str(out), "--no-figures"]) == 0
-    assert seen["budget"].crf_engine == "attention"
     for bad in (
-        ["--crf-engine", "dense"],
         ["--tables", "5"],
         ["--jobs", "0"],
         ["--seeds", "-1"],

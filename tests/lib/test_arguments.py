@@ -73,7 +73,7 @@ def test_numpy_numbers_do_what_pythons_do(call, plain):
 
 def test_numpy_numbers_in_what_is_stored_are_pythons():
     assert CRFConfig(iterations=np.int64(5)) == CRFConfig(iterations=5)
-    assert list(iterate_crf([], jobs=np.int64(1), progress=False, engine="attention")) == []
+    assert list(iterate_crf([], jobs=np.int64(1), progress=False)) == []
     recipe = ClassifyRecipe(batch=np.int64(4), milestones=np.array([3, 4]), crop=np.int64(9))
     assert (
         json.loads(json.dumps(recipe.to_dict()))

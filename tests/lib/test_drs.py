@@ -11,15 +11,8 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 from drs_lib import kernels
-from drs_lib.drs import (
-    DRS,
-    ConstantController,
-    DRSCalls,
-    LearnableController,
-    plug_drs,
-    suppress,
-    suppress_plain,
-)
+from drs_lib.drs import DRS, ConstantController, LearnableController, suppress, suppress_plain
+from drs_lib.plug import DRSCalls, plug_drs
 
 BOTH = pytest.mark.parametrize("form", [suppress, suppress_plain])
 FORMATS = pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

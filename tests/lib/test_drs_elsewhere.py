@@ -15,8 +15,9 @@ from torch.func import functional_call, grad, vmap
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from drs_lib import kernels
-from drs_lib.drs import DRS, LearnableController, plug_drs, suppress
+from drs_lib.drs import DRS, LearnableController, suppress
 from drs_lib.networks import classifier, deeplab, refinement_network
+from drs_lib.plug import plug_drs
 
 DELTAS = pytest.mark.parametrize("delta", [None, 0.5], ids=["learnable", "constant"])
 

@@ -420,7 +420,7 @@ def test_checkpoint_kept(monkeypatch):
         return built[-1]
 
     monkeypatch.setattr(networks, "classifier", keep)
-    recipe = ClassifyRecipe.ci().replace(weights=None, epochs=3, batch=4)
+    recipe = ClassifyRecipe.laptop().replace(weights=None, epochs=3, batch=4)
     dataset = TinyDataset(length=8, size=32, forbid_masks=True)
     model, history = train.train_classifier(
         recipe,
@@ -651,7 +651,7 @@ def test_crf(budget, network):
     assert budget.crf(network) == CRFConfig(10, *widths)
     # It is never handed a mean-subtracted image.
     with pytest.raises(ValueError, match="0..255 scale"):
-        dense_crf(np.full((2, 4, 4), 0.5), np.zeros((4, 4, 3), np.float32), engine="attention")
+        dense_crf(np.full((2, 4, 4), 0.5), np.zeros((4, 4, 3), np.float32))
 
 
 @row(DEEPLAB_ROWS, "fully supervised val mIoU without / with CRF")

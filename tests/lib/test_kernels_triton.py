@@ -75,7 +75,9 @@ def exactly(x, g, control, dtype):
 def test_suppress_is_the_formula(shape, memory_format, dtype, tiles):
     x, g = tensors(shape, dtype, memory_format)
     generator = torch.Generator().manual_seed(2)
-    control = (0.1 + 0.85 * torch.rand(shape[:2], generator=generator)).to(DEVICE).requires_grad_()
+    # Of the maps' precision: Triton's interpreter cuts tau off where a GPU rounds it.
+    control = (0.1 + 0.85 * torch.rand(shape[:2], generator=generator)).to(dtype).float().to(DEVICE)
+    control.requires_grad_()
     y = cuda.suppress(x, control)
     y.backward(g)
     expected, gx, g_control = exactly(x, g, control.detach().cpu().double().numpy(), dtype)

@@ -116,13 +116,6 @@ def test_memory_format():
     assert runtime.memory_format("mps") is torch.contiguous_format
 
 
-def test_deterministic_is_undone():
-    assert not torch.are_deterministic_algorithms_enabled()
-    with runtime.deterministic():
-        assert torch.are_deterministic_algorithms_enabled()
-    assert not torch.are_deterministic_algorithms_enabled()
-
-
 def test_evaluating_restores_every_modules_own_mode():
     model = torch.nn.Sequential(torch.nn.BatchNorm2d(1), torch.nn.Dropout())
     model[0].eval()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from drs_lib import networks, runtime, train
+from drs_lib import losses, networks, runtime, train
 from drs_lib.data import MaskAccessError, without_masks
 from drs_lib.train import ClassifyRecipe, RefineRecipe, SegmentRecipe, TrainingDiverged
 
@@ -127,7 +127,7 @@ def test_refinement_loss_at_the_maps_size_in_the_image_and_over_present_classes(
     rng = np.random.default_rng(0)
     n, small = rng.normal(size=(2, 3, 5, 5)).astype(np.float32), rng.random((2, 3, 5, 5), np.float32)
     labels = torch.tensor([[1.0, 0, 0], [1, 0, 1]])
-    upsampled = train.resize_maps(torch.from_numpy(small), (33, 33))
+    upsampled = losses.resize_maps(torch.from_numpy(small), (33, 33))
     batch = batch_of(labels, upsampled)
     # 33 = 8 x 4 + 1: with aligned corners the small map's nodes are pixels of the upsampled one.
     assert np.allclose(upsampled[..., ::8, ::8], small, atol=1e-6)
@@ -135,7 +135,7 @@ def test_refinement_loss_at_the_maps_size_in_the_image_and_over_present_classes(
         ((n - small) ** 2).mean(), rel=1e-4
     )
 
-    large = train.resize_maps(torch.from_numpy(n), (33, 33)).numpy()
+    large = losses.resize_maps(torch.from_numpy(n), (33, 33)).numpy()
     expected = ((large - upsampled.numpy()) ** 2).mean()
     assert train.refinement_loss(Outputs(n), batch, size="image").item() == pytest.approx(expected, rel=1e-5)
 
@@ -364,7 +364,7 @@ def test_targets_and_labels_are_augmented_with_their_image(squares):
         (lambda: networks.classifier("mini", 3, (5, 6), delta=0.5), CLASSIFY),
         (lambda: networks.classifier("vgg16", 20), ClassifyRecipe(lr_multipliers=(1, 2, 10, 20))),
         (lambda: networks.refinement_network("vgg16", 20), RefineRecipe(lr_multipliers=(1, 2, 10, 20))),
-        (lambda: networks.deeplab("largefov", "vgg16", 21), SegmentRecipe.largefov_vgg16()),
+        (lambda: networks.deeplab("largefov", "vgg16", 21), SegmentRecipe()),
         (lambda: networks.deeplab("largefov", "resnet101", 21), SegmentRecipe.largefov_resnet101()),
         (lambda: networks.deeplab("aspp", "resnet101", 21), SegmentRecipe.aspp_resnet101()),
         (lambda: networks.deeplab("aspp", "mini_resnet", 4), SegmentRecipe.laptop("aspp", "mini_resnet")),

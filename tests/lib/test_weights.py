@@ -17,11 +17,12 @@ from torch.nn import functional as F
 
 from conftest import TinyDataset
 from drs_course.checkpoint import Checkpoint
-from drs_lib import networks, weights
+from drs_lib import weights
 from drs_lib.data import IMAGENET_MEAN, normalize
-from drs_lib.networks import body_state_dict, classifier, deeplab, load_body_state_dict, refinement_network
+from drs_lib.networks import classifier, deeplab, refinement_network
 from drs_lib.recipes import SegmentRecipe
 from drs_lib.train import train_segmentation
+from drs_lib.weights import body_state_dict, load_body_state_dict, load_weights
 
 MARKER = "layers.caffe_style"
 # RGB on the 0..255 scale; the networks themselves take BGR.
@@ -211,7 +212,7 @@ def test_other_weights_bring_the_other_style_back(coco, thin_resnet101, tmp_path
     network.load_state_dict(plain.state_dict())
     assert not network.layers.caffe_style and torch.equal(features(network, images), expected)
     save_file(body_state_dict(plain), tmp_path / "body.safetensors")
-    network = networks.load_weights(build(path), tmp_path / "body.safetensors")
+    network = load_weights(build(path), tmp_path / "body.safetensors")
     assert torch.equal(features(network, images), expected)
     # Part of a state dict, without the body, leaves the style alone.
     network = build(path)
@@ -301,7 +302,7 @@ def test_a_caffe_file_in_the_wrong_place_is_refused(coco, thin_resnet101, thin_v
     network = build()
     before = copy.deepcopy(network.state_dict())
     with pytest.raises(ValueError) as error:
-        networks.load_weights(network, tmp_path / "broken.pth")
+        load_weights(network, tmp_path / "broken.pth")
     message = str(error.value)
     assert "broken.pth does not fit the body of 'resnet101'" in message
     assert "1 missing: layers.bn1.running_mean;" in message
@@ -399,7 +400,7 @@ def test_what_is_no_weights_file_at_all_is_refused(content, tmp_path):
     path = tmp_path / "bad.pth"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="bad.pth"):
-        networks.classifier("mini", 3, weights=path)
+        classifier("mini", 3, weights=path)
 
 
 @pytest.mark.parametrize("wrappers", [(), ("model",), ("state_dict",), ("model", "state_dict")])
