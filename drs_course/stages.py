@@ -15,7 +15,6 @@ import hashlib
 import math
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 
 from drs_course.checkpoint import Checkpoint
 from drs_course.paper import Configuration
-from drs_course.store import Entry, RunStore
+from drs_course.store import RunStore
 from drs_lib.archives import LabelArchive, MapArchive, TrueMasks
 from drs_lib.data import VOC2012, Critters, without_masks
 from drs_lib.maps import iterate_maps
@@ -43,29 +42,17 @@ from drs_lib.weights import SHIPPED
 
 # Raised when the code of a stage changes what it produces: entries of an older version are then made again.
 # What each version produces is in tests/course/test_stage_values.py.
-STAGE_VERSIONS = {
-    "classify": 1,
-    "accuracy": 1,
-    "map_score": 1,
-    "target": 1,
-    "refine": 1,
-    "labels": 1,
-    "label_score": 1,
-    "segment": 1,
-    "evaluate": 1,
-    "evaluate_crf": 1,
-}
+STAGE_VERSIONS = dict(
+    classify=1, accuracy=1, map_score=1, target=1, refine=1, labels=1, label_score=1, segment=1, evaluate=1,
+    evaluate_crf=1,
+)  # fmt: skip
 # Rough work in each stage, for the order of the jobs and the progress bar.
 STAGE_COST = {"classify": 10, "refine": 10, "segment": 10, "evaluate_crf": 5}
 TRAININGS = ("classify", "refine", "segment")
 # What can be measured of a configuration, and the stage that holds it.
-MEASURES = {
-    "miou": "evaluate",
-    "crf": "evaluate_crf",
-    "accuracy": "accuracy",
-    "labels": "label_score",
-    "maps": "map_score",
-}
+MEASURES = dict(
+    miou="evaluate", crf="evaluate_crf", accuracy="accuracy", labels="label_score", maps="map_score"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,21 +66,16 @@ class Splits:
     accuracy: Any = None
 
     @property
-    def accuracy_images(self) -> Any:
+    def accuracy_images(self):
         return self.val if self.accuracy is None else self.accuracy
 
 
 @lru_cache(maxsize=4)
-def open_data(
-    data: str, budget: Budget, voc_root: str | None = None, cache_dir: Path | None = None
-) -> Splits:
+def open_data(data, budget, voc_root=None, cache_dir=None):
     """The data sets that `data` names; kept, so that a process with several rows draws its images once."""
     if data == "critters":
-        return Splits(
-            data,
-            Critters("train", size=budget.image_size, length=budget.train_images),
-            Critters("val", size=budget.image_size, length=budget.val_images),
-        )
+        lengths = {"train": budget.train_images, "val": budget.val_images}
+        return Splits(data, *(Critters(s, size=budget.image_size, length=n) for s, n in lengths.items()))
     if data == "voc":
         if voc_root is None:
             raise ValueError(
@@ -121,10 +103,10 @@ class Stage:
     parents: tuple["Stage", ...] = ()
 
     @cached_property
-    def key(self) -> str:
+    def key(self):
         return RunStore.key(self.name, self.config, self.inputs, STAGE_VERSIONS[self.name])
 
-    def chain(self) -> Iterator["Stage"]:
+    def chain(self):
         """This stage and all before it, first to last."""
         for parent in self.parents:
             yield from parent.chain()
@@ -147,19 +129,9 @@ class Pipeline:
     """
 
     def __init__(
-        self,
-        data: str | Splits = "critters",
-        budget: str | Budget | None = None,
-        *,
-        seed: int = 0,
-        voc_root: str | None = None,
-        store: RunStore | str | Path | None = None,
-        device: str | None = None,
-        crf_jobs: int = 1,
-        run: str | None = None,
-        report: Callable[[str], None] | None = None,
-        progress: bool | Callable[..., None] = False,
-    ):
+        self, data="critters", budget=None, *, seed=0, voc_root=None, store=None, device=None, crf_jobs=1,
+        run=None, report=None, progress=False,
+    ):  # fmt: skip
         kind = data if isinstance(data, str) else "critters"
         self.budget = budget if isinstance(budget, Budget) else get_budget(budget, kind)
         self.store = store if isinstance(store, RunStore) else RunStore(store)
@@ -174,52 +146,54 @@ class Pipeline:
         self._parent = os.getppid() if multiprocessing.parent_process() is not None else None
 
     @cached_property
-    def device(self) -> Any:
+    def device(self):
         """The torch.device of the trainings."""
         return pick_device(self._device)
 
     @cached_property
-    def weak_train(self) -> Any:
+    def weak_train(self):
         """The training images, without their masks."""
         return without_masks(self.data.train)
 
-    def scores(self, configuration: Configuration, measures: Iterable[str] = ("miou",)) -> dict[str, Any]:
+    def scores(self, configuration, measures=("miou",)):
         """The measures (keys of MEASURES) of a configuration, made where they are missing: {measure: what its
         stage stored}; ``["miou"]["miou"]`` is a fraction."""
         return {m: self.get(self.stage(MEASURES[m], configuration)).json("scores.json") for m in measures}
 
-    def stored_scores(self, configuration: Configuration, measures: Iterable[str] = ("miou",)) -> dict | None:
+    def stored_scores(self, configuration, measures=("miou",)):
         """`scores` if all of them are in the store, else None; makes nothing."""
         found = {}
         for measure in measures:
-            entry = self._found(self.stage(MEASURES[measure], configuration))
+            stage = self.stage(MEASURES[measure], configuration)
+            version = STAGE_VERSIONS[stage.name]
+            entry = self.store.get(stage.name, stage.config, stage.inputs, version, self.run)
             if entry is None:
                 return None
             found[measure] = entry.json("scores.json")
         return found
 
-    def classifier(self, configuration: Configuration, overwrite: bool = False) -> Any:
+    def classifier(self, configuration, overwrite=False):
         """The trained classifier, in evaluation mode on the device. overwrite: train it again."""
         recipe = classify_recipe(self.budget, configuration)
         model = classifier(recipe.backbone, self.data.train.num_classes, recipe.drs_layers, recipe.delta)
         return self._load(model, "classify", configuration, overwrite)
 
-    def refinement_network(self, configuration: Configuration, overwrite: bool = False) -> Any:
+    def refinement_network(self, configuration, overwrite=False):
         """The trained refinement network, in evaluation mode on the device. overwrite: train it again."""
         model = refinement_network(self.budget.refine.backbone, self.data.train.num_classes)
         return self._load(model, "refine", configuration, overwrite)
 
-    def segmentation_network(self, configuration: Configuration, overwrite: bool = False) -> Any:
+    def segmentation_network(self, configuration, overwrite=False):
         """The trained DeepLab, in evaluation mode on the device. overwrite: train it again."""
         recipe = self.budget.segment(configuration.network)
         model = deeplab(recipe.kind, recipe.backbone, self.data.train.num_classes + 1)
         return self._load(model, "segment", configuration, overwrite)
 
-    def map_network(self, configuration: Configuration) -> Any:
+    def map_network(self, configuration):
         """The network that maps come from: the refinement network with ``refine``, else the classifier."""
         return (self.refinement_network if configuration.refine else self.classifier)(configuration)
 
-    def maps(self, configuration: Configuration, dataset: Any = None, indices: Any = None) -> Iterator[tuple]:
+    def maps(self, configuration, dataset=None, indices=None):
         """(index, labels, maps) of images, made as for pseudo labels: the classifier's or, with ``refine``,
         the refinement network's. dataset: None for the training images. indices, and what is yielded: see
         `drs_lib.maps.iterate_maps`."""
@@ -229,15 +203,15 @@ class Pipeline:
             options["cache_dir"] = self.image_cache
         return present_maps_of(self.map_network(configuration), dataset, self.budget, **options)
 
-    def labels(self, configuration: Configuration) -> Sequence:
+    def labels(self, configuration):
         """The pseudo labels of the training images: a sequence of uint8 (H, W)."""
         return LabelArchive(self.get(self.stage("labels", configuration)).file("labels.zip"))
 
-    def history(self, stage: str, configuration: Configuration) -> list[dict]:
+    def history(self, stage, configuration):
         """dict(epoch, loss, lr, seconds) of each epoch of "classify", "refine" or "segment"."""
         return self.get(self.stage(stage, configuration)).json("history.json")
 
-    def stage(self, name: str, configuration: Configuration) -> Stage:
+    def stage(self, name, configuration):
         """The stage of that name for this configuration. Raises ValueError where it has none."""
         if name not in STAGE_VERSIONS:
             raise ValueError(f"unknown stage {name!r}; expected one of {', '.join(STAGE_VERSIONS)}.")
@@ -248,7 +222,7 @@ class Pipeline:
         plan, _ = STAGES[name]
         return plan(self, configuration)
 
-    def stages(self, configuration: Configuration, measures: Iterable[str] = ("miou",)) -> list[Stage]:
+    def stages(self, configuration, measures=("miou",)):
         """All stages that these measures need, in an order in which they can be made, each once."""
         found = {}
         for measure in measures:
@@ -256,12 +230,12 @@ class Pipeline:
                 found.setdefault((stage.name, stage.key), stage)
         return list(found.values())
 
-    def has(self, name: str, configuration: Configuration) -> bool:
+    def has(self, name, configuration):
         """Whether this configuration's stage of that name is in the store, unverified; makes nothing."""
         stage = self.stage(name, configuration)
         return self.store.has(stage.name, stage.key, self.run)
 
-    def get(self, stage: Stage, overwrite: bool = False) -> Entry:
+    def get(self, stage, overwrite=False):
         """The stage's entry, made if it is not in the store. overwrite: made again, from the stored stages
         that it reads."""
         _expect_a_main_guard()
@@ -288,29 +262,25 @@ class Pipeline:
             self.checkpoint(stage).remove()  # only now that the entry is published
         return entry
 
-    def _found(self, stage):
-        version = STAGE_VERSIONS[stage.name]
-        return self.store.get(stage.name, stage.config, stage.inputs, version, self.run)
-
     def _load(self, model, name, configuration, overwrite):
         model.load_state_dict(self.get(self.stage(name, configuration), overwrite).weights())
         return model.eval().to(device=self.device, memory_format=memory_format(self.device))
 
-    def checkpoint(self, stage: Stage) -> Checkpoint:
+    def checkpoint(self, stage):
         """Where the stage's training keeps what it needs to go on after an interruption."""
         return Checkpoint(self.store.root / "checkpoints" / f"{stage.name}-{stage.key}.pt", self.run)
 
     @property
-    def image_cache(self) -> Path:
+    def image_cache(self):
         """The folder of decoded images."""
         return self.store.root / "decoded"
 
     @property
-    def orphaned(self) -> bool:
+    def orphaned(self):
         """Whether this is a worker process whose run was killed. (Windows doesn't tell.)"""
         return self._parent is not None and os.getppid() != self._parent
 
-    def stop_if_orphaned(self) -> None:
+    def stop_if_orphaned(self):
         """Raises RuntimeError: it would otherwise train on, unseen, until its row is finished."""
         if self.orphaned:
             raise RuntimeError("the run that this worker process belongs to has ended; stopping.")
@@ -328,24 +298,24 @@ def _expect_a_main_guard():
 # ---- what each stage is made from, and how it is made
 
 
-def classify_recipe(budget: Budget, configuration: Configuration) -> Any:
+def classify_recipe(budget, configuration):
     """The budget's recipe with the configuration's layers and controller."""
     return budget.classify.replace(drs_layers=configuration.drs_layers, delta=configuration.delta)
 
 
-def _planned(pipeline, name, configuration, config, parents=None, **inputs):
-    inputs |= {role: parent.key for role, parent in (parents or {}).items()}
+def _planned(pipeline, name, configuration, config, parents=(), **inputs):
+    """A `Stage` that reads, besides its inputs, the configuration's stages of the parents' names."""
+    read = tuple(pipeline.stage(parent, configuration) for parent in parents)
+    inputs |= {parent.name: parent.key for parent in read}
     seed = f", seed {pipeline.seed}" if pipeline.seed else ""
     title = f"{configuration}{seed}: {name.replace('_', ' ')}"
-    return Stage(name, configuration, title, config, inputs, tuple((parents or {}).values()))
+    return Stage(name, configuration, title, config, inputs, read)
 
 
-def _training(pipeline, name, configuration, recipe, parents=None, **inputs):
+def _training(pipeline, name, configuration, recipe, parents=(), **inputs):
     config = recipe.to_dict()
-    inputs |= {
-        "data": _content(pipeline.data.train),
-        "weights": weights_identity(recipe.backbone, config.pop("weights")),
-    }
+    inputs["weights"] = weights_identity(recipe.backbone, config.pop("weights"))
+    inputs["data"] = _content(pipeline.data.train)
     return _planned(pipeline, name, configuration, config | {"seed": pipeline.seed}, parents, **inputs)
 
 
@@ -355,24 +325,15 @@ def _train(pipeline, stage, writer, train, recipe, *data):
         last = history[-1]
         pipeline.report(f"{stage.title}, epoch {last['epoch']}, loss {last['loss']:.3f}")
 
-    model, history = train(
-        recipe,
-        pipeline.weak_train,
-        *data,
-        seed=pipeline.seed,
-        device=pipeline.device,
-        progress=pipeline.progress,
-        on_epoch=on_epoch,
-        checkpoint=pipeline.checkpoint(stage),
-        image_cache=pipeline.image_cache,
-    )
+    options = {"seed": pipeline.seed, "device": pipeline.device, "progress": pipeline.progress}
+    options |= {"checkpoint": pipeline.checkpoint(stage), "image_cache": pipeline.image_cache}
+    model, history = train(recipe, pipeline.weak_train, *data, on_epoch=on_epoch, **options)
     writer.weights("model.safetensors", model)
     writer.json("history.json", history)
 
 
-def _map_source(pipeline, configuration):
-    name = "refine" if configuration.refine else "classify"
-    return {name: pipeline.stage(name, configuration)}
+def _map_source(configuration):
+    return ["refine" if configuration.refine else "classify"]
 
 
 def plan_classify(pipeline, configuration):
@@ -385,10 +346,8 @@ def make_classify(pipeline, stage, writer):
 
 
 def plan_accuracy(pipeline, configuration):
-    parents = {"classify": pipeline.stage("classify", configuration)}
-    images = _content(pipeline.data.accuracy_images)
-    config = {"resize": pipeline.budget.resize}
-    return _planned(pipeline, "accuracy", configuration, config, parents, images=images)
+    config, images = {"resize": pipeline.budget.resize}, _content(pipeline.data.accuracy_images)
+    return _planned(pipeline, "accuracy", configuration, config, ["classify"], images=images)
 
 
 def make_accuracy(pipeline, stage, writer):
@@ -402,7 +361,7 @@ def make_accuracy(pipeline, stage, writer):
 def plan_map_score(pipeline, configuration):
     rule = label_rule(pipeline.budget, configuration.refine)
     config = map_options(pipeline.budget, configuration.refine) | {"alpha": rule["alpha"]}
-    parents, data = _map_source(pipeline, configuration), _content(pipeline.data.train)
+    parents, data = _map_source(configuration), _content(pipeline.data.train)
     return _planned(pipeline, "map_score", configuration, config, parents, data=data)
 
 
@@ -420,7 +379,7 @@ def plan_target(pipeline, configuration):
     plain = replace(configuration, refine=False)
     config = map_options(pipeline.budget, False) | {"target": pipeline.budget.target}
     data = _content(pipeline.data.train)
-    return _planned(pipeline, "target", plain, config, _map_source(pipeline, plain), data=data)
+    return _planned(pipeline, "target", plain, config, _map_source(plain), data=data)
 
 
 def make_target(pipeline, stage, writer):
@@ -431,8 +390,7 @@ def make_target(pipeline, stage, writer):
 
 
 def plan_refine(pipeline, configuration):
-    parents = {"target": pipeline.stage("target", configuration)}
-    return _training(pipeline, "refine", configuration, pipeline.budget.refine, parents)
+    return _training(pipeline, "refine", configuration, pipeline.budget.refine, ["target"])
 
 
 def make_refine(pipeline, stage, writer):
@@ -444,7 +402,7 @@ def make_refine(pipeline, stage, writer):
 def plan_labels(pipeline, configuration):
     budget, refined = pipeline.budget, configuration.refine
     config = map_options(budget, refined) | label_rule(budget, refined)
-    parents, data = _map_source(pipeline, configuration), pipeline.data.train.fingerprint
+    parents, data = _map_source(configuration), pipeline.data.train.fingerprint
     return _planned(pipeline, "labels", configuration, config, parents, data=data)
 
 
@@ -455,8 +413,8 @@ def make_labels(pipeline, stage, writer):
 
 
 def plan_label_score(pipeline, configuration):
-    parents, data = {"labels": pipeline.stage("labels", configuration)}, _content(pipeline.data.train)
-    return _planned(pipeline, "label_score", configuration, {}, parents, data=data)
+    data = _content(pipeline.data.train)
+    return _planned(pipeline, "label_score", configuration, {}, ["labels"], data=data)
 
 
 def make_label_score(pipeline, stage, writer):
@@ -473,8 +431,7 @@ def plan_segment(pipeline, configuration):
     recipe = pipeline.budget.segment(configuration.network)
     if configuration.supervised:
         return _training(pipeline, "segment", configuration, recipe, labels="masks")
-    parents = {"labels": pipeline.stage("labels", configuration)}
-    return _training(pipeline, "segment", configuration, recipe, parents)
+    return _training(pipeline, "segment", configuration, recipe, ["labels"])
 
 
 def make_segment(pipeline, stage, writer):
@@ -486,8 +443,8 @@ def make_segment(pipeline, stage, writer):
 
 
 def plan_evaluate(pipeline, configuration):
-    parents, data = {"segment": pipeline.stage("segment", configuration)}, _content(pipeline.data.val)
-    return _planned(pipeline, "evaluate", configuration, {}, parents, data=data)
+    data = _content(pipeline.data.val)
+    return _planned(pipeline, "evaluate", configuration, {}, ["segment"], data=data)
 
 
 def make_evaluate(pipeline, stage, writer):
@@ -496,10 +453,9 @@ def make_evaluate(pipeline, stage, writer):
 
 
 def plan_evaluate_crf(pipeline, configuration):
-    crf = pipeline.budget.crf(configuration.network)
-    parents, data = {"segment": pipeline.stage("segment", configuration)}, _content(pipeline.data.val)
+    data, crf = _content(pipeline.data.val), pipeline.budget.crf(configuration.network)
     config = asdict(crf) | {"engine": "lattice"}  # so that the key of what stores hold stays the same
-    return _planned(pipeline, "evaluate_crf", configuration, config, parents, data=data)
+    return _planned(pipeline, "evaluate_crf", configuration, config, ["segment"], data=data)
 
 
 def make_evaluate_crf(pipeline, stage, writer):
@@ -536,7 +492,7 @@ def _content(dataset):
     return getattr(dataset, "fingerprint_without_saliency", dataset.fingerprint)
 
 
-def weights_identity(backbone: str, weights: str | None) -> str:
+def weights_identity(backbone, weights):
     """What initial weights a recipe's ``weights`` means, as an input of a stage: the content of a file, or
     the name of torchvision's. Raises FileNotFoundError."""
     if weights is None:

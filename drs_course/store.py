@@ -4,16 +4,14 @@ An entry is a folder ``<root>/<stage>/<key>/`` with the stage's files, ``meta.js
 versions, seconds, date) and ``manifest.json`` (size and SHA-256 of every file). It is written beside its
 final place and renamed, so that an entry is there completely or not at all, whenever the process is killed;
 what a power cut takes from it, the manifest tells. One process makes an entry while others that want it wait
-and then read it; that is the file system's locks' doing, which on a network file system may hold between the
-processes of one machine only, or be missing. Then work may be done twice, and nothing worse: the entry that
-is published first is kept. ``joblib.Memory`` was considered: it neither locks an entry that several processes
-want at once nor notices a damaged one.
+and then read it. Where a network file system's locks hold on one machine only, or are missing, work may be
+done twice, and nothing worse: the entry that is published first is kept. (``joblib.Memory`` neither locks an
+entry that several processes want at once nor notices a damaged one.)
 """
 
 import errno
 import hashlib
 import importlib.metadata
-import io
 import json
 import logging
 import os
@@ -30,7 +28,6 @@ from functools import lru_cache
 from itertools import count
 from pathlib import Path
 
-import numpy as np
 import pooch
 import psutil
 from filelock import FileLock, Timeout
@@ -47,9 +44,8 @@ META, MANIFEST = "meta.json", "manifest.json"
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
-_THERE = {errno.EEXIST, errno.ENOTEMPTY}
-# Seconds after which what another machine left unfinished counts as given up: no stage takes a week.
-_GIVEN_UP = 7 * 24 * 3600
+_TAKEN = {errno.EEXIST, errno.ENOTEMPTY}
+_DAY = 24 * 3600
 # How often to look for an entry that is being replaced or kept from moving, and the seconds in between.
 _LOOKS, _PAUSE = 20, 0.05
 _log = logging.getLogger(__name__)
@@ -62,8 +58,8 @@ class _Damaged(Exception):
 class EntryWriter:
     """What a stage's ``make(writer)`` writes through: files of an entry that is not published yet."""
 
-    def __init__(self, path, store):
-        self.path, self.notes, self._store = path, {}, store
+    def __init__(self, path, root):
+        self.path, self.root, self.notes = path, root, {}
 
     def note(self, **facts):
         """Adds facts (device, threads, ...) to the entry's ``meta.json``; they do not enter its key."""
@@ -74,21 +70,17 @@ class EntryWriter:
             (self.path / name).write_bytes(data)
         except OSError as error:
             if error.errno in _FULL:
-                raise self._store._full(f"{name} needs {_size(len(data))}") from error
+                raise _full(self.root, f"{name} needs {_size(len(data))}") from error
             raise
 
     def json(self, name, value):
         self.bytes(name, json.dumps(value, indent=1, allow_nan=False).encode())
 
     def weights(self, name, model):
-        """The model's parameters and buffers as safetensors."""
+        """The model's parameters and buffers as safetensors, on the disk before the checkpoint goes."""
         self.bytes(name, save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}))
-
-    def array(self, name, array):
-        """One array as compressed npz."""
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, array=array)
-        self.bytes(name, buffer.getvalue())
+        with open(self.path / name, "rb+") as file:
+            os.fsync(file.fileno())
 
     def open(self, name):
         """A file to stream into; the caller closes it."""
@@ -96,14 +88,13 @@ class EntryWriter:
 
 
 class Entry:
-    """A complete, verified entry of a :class:`RunStore`. files: size and hash of each, by name."""
+    """A complete, verified entry of a `RunStore`. files: size and hash of each, by name."""
 
     def __init__(self, path, meta, files):
-        self.path, self.meta, self.files = path, meta, files
+        self.path, self.meta, self.files, self.key = path, meta, files, meta["key"]
 
-    @property
-    def key(self):
-        return self.meta["key"]
+    def __repr__(self):
+        return f"Entry({self.path})"
 
     def file(self, name):
         if name not in self.files:
@@ -116,13 +107,6 @@ class Entry:
     def weights(self, name="model.safetensors"):
         """The state dict, on the CPU."""
         return load_file(self.file(name), device="cpu")
-
-    def array(self, name):
-        with np.load(self.file(name)) as stored:
-            return stored["array"]
-
-    def __repr__(self):
-        return f"Entry({self.path})"
 
 
 def course_store():
@@ -168,7 +152,7 @@ class RunStore:
                 (self.root / marks[0]).touch()
             return marks[0]
         except OSError as error:
-            self._refuse(error, "it has to be marked for the other machines")
+            _refuse(self.root, error, "it has to be marked for the other machines")
 
     def tidy(self, days=30):
         """Deletes what killed processes left behind: unfinished entries, checkpoints older than the entry of
@@ -188,9 +172,7 @@ class RunStore:
         stage, _, key = checkpoint.stem.rpartition("-")
         entry = self.folder(stage, key) / META
         # One that is newer than the entry is of a training that is being made again.
-        return touched < time.time() - days * 24 * 3600 or (
-            entry.exists() and touched <= entry.stat().st_mtime
-        )
+        return touched < time.time() - days * _DAY or (entry.exists() and touched <= entry.stat().st_mtime)
 
     def made_at(self, stage, key):
         """When the making of this entry began (seconds since 1970), unverified; None if it is not there."""
@@ -204,17 +186,16 @@ class RunStore:
     def metas(self, stage):
         """What ``meta.json`` says of every entry of a stage (configuration, inputs, date, ...), oldest first;
         the entries themselves are not verified."""
-        # Another folder's name: being written, or set aside.
-        found = [(path, _meta(path)) for path in self.root.glob(f"{stage}/*/{META}")]
-        found = [meta for path, meta in found if meta.get("key") == path.parent.name]
-        found = [meta for meta in found if meta.get("made_at") is not None]
+        found = [(path.parent.name, _meta(path)) for path in self.root.glob(f"{stage}/*/{META}")]
+        # Under another name it is being written, or was set aside.
+        found = [meta for name, meta in found if meta.get("key") == name and meta.get("made_at") is not None]
         return sorted(found, key=lambda meta: (meta["made_at"], meta["key"]))
 
     def get(self, stage, config, inputs, version=1, run=None):
         """The verified entry, or None where there is none, none of that run if one is named, or a damaged one
         (which is left as it is)."""
         try:
-            entry = self._read(self.folder(stage, self.key(stage, config, inputs, version)))
+            entry = _read(self.folder(stage, self.key(stage, config, inputs, version)))
         except _Damaged as damage:
             _log.info("%s", damage)
             return None
@@ -241,8 +222,8 @@ class RunStore:
             return entry
         key = self.key(stage, config, inputs, version)
         folder = self.folder(stage, key)
-        with self._lock(stage, key):
-            entry = self._whole(folder)
+        with _lock(self.root, stage, key):
+            entry = _whole(folder)
             if entry is not None and not overwrite and _made_by(entry.meta, run):
                 return entry
             meta = {"stage": stage, "version": version, "key": key, "config": config, "inputs": inputs}
@@ -254,7 +235,7 @@ class RunStore:
         began, clock = time.time(), time.perf_counter()
         try:
             temporary.mkdir()
-            writer = EntryWriter(temporary, self)
+            writer = EntryWriter(temporary, self.root)
             make(writer)
             facts = {
                 "seconds": round(time.perf_counter() - clock, 3),
@@ -265,145 +246,156 @@ class RunStore:
                 "notes": writer.notes,
             }
             writer.json(META, meta | facts)
-            writer.json(
-                MANIFEST, {p.relative_to(temporary).as_posix(): _facts(p) for p in _files_of(temporary)}
-            )
-            self._publish(temporary, folder, meta["run"], replaced)
+            files = {p.relative_to(temporary).as_posix(): _facts(p) for p in _files_of(temporary)}
+            writer.json(MANIFEST, files)
+            _publish(temporary, folder, meta["run"], replaced)
         except OSError as error:
             if error.errno in _FULL:
-                written = sum(p.stat().st_size for p in _files_of(temporary))
-                raise self._full(f"{meta['stage']} had written {_size(written)} of its files") from error
+                written = _size(sum(p.stat().st_size for p in _files_of(temporary)))
+                raise _full(self.root, f"{meta['stage']} had written {written} of its files") from error
             raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        entry = self._whole(folder)
+        entry = _whole(folder)
         if entry is None:
-            raise StoreError(
-                f"{folder} was finished and is gone: does another program delete or move what is in the run "
-                "store? Run the same command again."
-            )
+            raise StoreError(f"{folder} was finished and is gone: does another program delete or move it?")
         return entry
 
-    def _publish(self, temporary, folder, run, replaced):
-        """Moves a finished entry to its place, and the one it replaces away. One that another process put
-        there meanwhile, which happens without locks, is kept."""
-        moved = []
-        for attempt in count(1):
-            try:
-                _rename(temporary, folder)
-                break
-            except OSError as error:
-                if error.errno not in _THERE or attempt == 100 * _LOOKS:
-                    raise
-            found = self._whole(folder)
-            if found is None:
-                time.sleep(_PAUSE)  # a network file system shows it later
-            elif _made_by(found.meta, run) and (replaced is None or found.meta != replaced.meta):
-                _log.info("another process was first with %s; its entry is kept", folder)
-                break
-            else:
-                moved.append(temporary.with_name(f"{temporary.name}-old{len(moved)}"))
-                with suppress(FileNotFoundError):  # another process is replacing it, too
-                    _rename(folder, moved[-1])
-        for old in moved:
-            shutil.rmtree(old, ignore_errors=True)
 
-    def _whole(self, folder):
-        """The entry; None where there is none, or a damaged one, which is set aside."""
+def _publish(temporary, folder, run, replaced):
+    """Moves a finished entry to its place, and the one it replaces away. One that another process put there
+    meanwhile, which happens without locks, is kept."""
+    moved = []
+    for attempt in count(1):
         try:
-            return self._read(folder)
-        except _Damaged as damage:
-            self._set_aside(folder, str(damage))
-            return None
+            _rename(temporary, folder)
+            break
+        except OSError as error:
+            if error.errno not in _TAKEN or attempt == 100 * _LOOKS:
+                raise
+        found = _whole(folder)
+        if found is None:
+            time.sleep(_PAUSE)  # a network file system shows it later
+        elif _made_by(found.meta, run) and (replaced is None or found.meta != replaced.meta):
+            _log.info("another process was first with %s; its entry is kept", folder)
+            break
+        else:
+            moved.append(temporary.with_name(f"{temporary.name}-old{len(moved)}"))
+            with suppress(FileNotFoundError):  # another process is replacing it, too
+                _rename(folder, moved[-1])
+    for old in moved:
+        shutil.rmtree(old, ignore_errors=True)
 
-    def _read(self, folder):
-        """The entry, checked against its manifest; None where there is none. Raises _Damaged."""
-        for _ in range(_LOOKS):
-            before, entry, damage = _identity(folder), None, None
-            if before is not None:
-                try:
-                    entry = self._verified(folder)
-                except _Damaged as error:
-                    damage = error
-            if (before is not None or not _between(folder)) and _identity(folder) == before:
-                if damage is not None:
-                    raise damage
-                return entry
-            time.sleep(_PAUSE)  # another process is replacing it
-        return None
 
-    def _verified(self, folder):
-        try:
-            files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            for name, facts in files.items():
-                found = (folder / name).stat().st_size
-                if found != facts["bytes"]:
-                    raise _Damaged(f"{name} has {found} bytes instead of {facts['bytes']}")
-                if _facts(folder / name) != facts:
-                    raise _Damaged(f"{name} was altered")
-            meta = json.loads((folder / META).read_text(encoding="utf-8"))
-            if folder.name != self.key(meta["stage"], meta["config"], meta["inputs"], meta["version"]):
-                raise _Damaged(f"{META} describes another entry")
-        except FileNotFoundError as error:
-            raise _Damaged(f"{Path(error.filename).name} is missing") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _Damaged(f"{MANIFEST} or {META} cannot be read ({error})") from error
-        return Entry(folder, meta, files)
-
-    def _set_aside(self, folder, reason):
-        asides = (folder.with_name(f"{folder.name}.damaged-{number}") for number in count(1))
-        aside = next(path for path in asides if not path.exists())
-        try:
-            _rename(folder, aside)
-        except FileNotFoundError:  # another process was first
-            return
+def _whole(folder):
+    """The entry; None where there is none, or a damaged one, which is set aside."""
+    try:
+        return _read(folder)
+    except _Damaged as damage:
+        reason = str(damage)
+    asides = (folder.with_name(f"{folder.name}.damaged-{number}") for number in count(1))
+    aside = next(path for path in asides if not path.exists())
+    with suppress(FileNotFoundError):  # another process was first
+        _rename(folder, aside)
         warnings.warn(
             f"{folder.parent.name}/{folder.name} in the run store is damaged ({reason}); "
             f"it was set aside as {aside.name} and is made again.",
-            stacklevel=5,
+            stacklevel=4,
         )
+    return None
 
-    def _lock(self, stage, key):
-        """The entry's lock, taken: the operating system's, so a killed holder's is free again at once. Where
-        there are no locks, a warning and a context that does nothing."""
-        path = self.root / stage / ".locks" / f"{key}.lock"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if reason := _locks_missing(path):
-                warnings.warn(
-                    f"The run store {self.root} is on a file system without locks ({reason}). Processes that "
-                    "want the same entry at the same time all make it, and the first one's is kept.",
-                    stacklevel=4,
-                )
-                return nullcontext()
+
+def _read(folder):
+    """The entry, checked against its manifest; None where there is none. Raises _Damaged."""
+    for _ in range(_LOOKS):
+        before, entry, damage = _identity(folder), None, None
+        if before is not None:
             try:
-                return FileLock(path).acquire(timeout=1)
-            except Timeout:
-                _log.info("another process is making %s/%s; waiting for it", stage, key)
-                return FileLock(path).acquire()
-        except OSError as error:
-            if error.errno in _FULL:
-                raise self._full(f"{stage} has not begun") from error
-            self._refuse(error, f"{stage}/{key} is not in it")
+                entry = _verified(folder)
+            except _Damaged as error:
+                damage = error
+        if (before is not None or not _between(folder)) and _identity(folder) == before:
+            if damage is not None:
+                raise damage
+            return entry
+        time.sleep(_PAUSE)  # another process is replacing it
+    return None
 
-    def _refuse(self, error, wanted):
-        if error.errno in _READ_ONLY:
-            what = f"cannot be written ({error.strerror}), and {wanted}"
-        elif isinstance(error, (FileExistsError, NotADirectoryError)):
-            what = "is not a folder"
-        else:
-            raise error
-        message = f"The run store {self.root} {what}. Set DRS_STORE to a folder of your own."
-        raise StoreError(message) from error
 
-    def _full(self, needed):
-        """The error that says that the disk is full."""
-        free = shutil.disk_usage(self.root).free
-        return StoreError(
-            f"The disk of the run store {self.root} is full: {needed}, {_size(free)} are free. Everything "
-            "that was finished is kept. Free some room, or move the store to a larger disk and set DRS_STORE "
-            "to it, and run the same command again: it goes on from here."
-        )
+def _verified(folder):
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        for name, facts in files.items():
+            found = (folder / name).stat().st_size
+            if found != facts["bytes"]:
+                raise _Damaged(f"{name} has {found} bytes instead of {facts['bytes']}")
+            if _facts(folder / name) != facts:
+                raise _Damaged(f"{name} was altered")
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        if folder.name != RunStore.key(meta["stage"], meta["config"], meta["inputs"], meta["version"]):
+            raise _Damaged(f"{META} describes another entry")
+    except FileNotFoundError as error:
+        raise _Damaged(f"{Path(error.filename).name} is missing") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _Damaged(f"{MANIFEST} or {META} cannot be read ({error})") from error
+    return Entry(folder, meta, files)
+
+
+def _lock(root, stage, key):
+    """The entry's lock, taken: the operating system's, so a killed holder's is free again at once. Where
+    there are no locks, a warning and a context that does nothing."""
+    path = root / stage / ".locks" / f"{key}.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if reason := _locks_missing(path):
+            warnings.warn(
+                f"The run store {root} is on a file system without locks ({reason}). Processes that "
+                "want the same entry at the same time all make it, and the first one's is kept.",
+                stacklevel=4,
+            )
+            return nullcontext()
+        try:
+            return FileLock(path).acquire(timeout=1)
+        except Timeout:
+            _log.info("another process is making %s/%s; waiting for it", stage, key)
+            return FileLock(path).acquire()
+    except OSError as error:
+        if error.errno in _FULL:
+            raise _full(root, f"{stage} has not begun") from error
+        _refuse(root, error, f"{stage}/{key} is not in it")
+
+
+def _locks_missing(path):
+    """Why no process can lock this file; None if they can. (`filelock` would try for ever, or make do with
+    files that lock for ever when their process is killed.)"""
+    if fcntl is not None:
+        with open(path, "a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                return error.strerror if error.errno in _NO_LOCKS else None
+    return None
+
+
+def _refuse(root, error, wanted):
+    """Raises the error that says that the store can't be written; another error as it is."""
+    if error.errno in _READ_ONLY:
+        what = f"cannot be written ({error.strerror}), and {wanted}"
+    elif isinstance(error, (FileExistsError, NotADirectoryError)):
+        what = "is not a folder"
+    else:
+        raise error
+    raise StoreError(f"The run store {root} {what}. Set DRS_STORE to a folder of your own.") from error
+
+
+def _full(root, needed):
+    """The error that says that the disk is full."""
+    free = shutil.disk_usage(root).free
+    return StoreError(
+        f"The disk of the run store {root} is full: {needed}, {_size(free)} are free. Everything "
+        "that was finished is kept. Free some room, or move the store to a larger disk and set DRS_STORE "
+        "to it, and run the same command again: it goes on from here."
+    )
 
 
 def writer_tag():
@@ -413,12 +405,12 @@ def writer_tag():
 
 def abandoned(path):
     """Whether a temporary, whose name ends in a `writer_tag`, was surely left behind: its process was one of
-    this machine's and is gone, or nobody touched it for a week."""
+    this machine's and is gone, or nobody touched it for a week, which no stage takes."""
     tag = re.search(r"([0-9a-f]{8})-([0-9]+)-[0-9a-f]{8}(-old[0-9]+)?$", path.name)
     if tag and tag[1] == _machine() and not psutil.pid_exists(int(tag[2])):
         return True
     try:
-        return max(p.stat().st_mtime for p in (path, *path.rglob("*"))) < time.time() - _GIVEN_UP
+        return max(p.stat().st_mtime for p in (path, *path.rglob("*"))) < time.time() - 7 * _DAY
     except FileNotFoundError:  # it is being finished right now
         return False
 
@@ -451,9 +443,7 @@ def _rename(source, target):
 
 def _identity(folder):
     """What is different once another folder took this one's place; None if there is none."""
-    if not folder.is_dir():
-        return None
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError, NotADirectoryError):
         found = folder.stat()
         return found.st_ino, found.st_mtime_ns
 
@@ -466,18 +456,6 @@ def _between(folder):
             if name.startswith(f".tmp-{folder.name}-") and "-old" in name:
                 return not abandoned(folder.with_name(name))
     return False
-
-
-def _locks_missing(path):
-    """Why no process can lock this file; None if they can. (`filelock` would try for ever, or make do with
-    files that lock for ever when their process is killed.)"""
-    if fcntl is not None:
-        with open(path, "a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                return error.strerror if error.errno in _NO_LOCKS else None
-    return None
 
 
 def run_name(overwrite):

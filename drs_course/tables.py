@@ -1,42 +1,27 @@
 """Tables 1 to 4, run: every row a job, every job a chain of stored stages, beside the paper's numbers.
 
 ``run_table(1)`` gives a DataFrame; ``run_tables()`` runs what all four tables need, each thing once. Rows are
-independent jobs for joblib: the same call runs in one process, on all cores and GPUs of a machine, or, under
-``joblib.parallel_config(backend="dask")``, on the workers of a cluster that all see the store. The numbers
-don't depend on it.
+independent jobs (`drs_course.jobs`): the same call runs in one process, on all cores and GPUs of a machine,
+or on a cluster. The numbers don't depend on it.
 """
 
 import copy
 import json
 import math
-import multiprocessing
-import os
-import platform
 import statistics
-import tempfile
-import threading
-import time
-import traceback
-import uuid
-from collections import Counter, deque
-from collections.abc import Iterable, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
-from drs_course.paper import AFTER_CRF, NETWORKS, SOURCE, TITLES, Configuration, Row, table_rows
-from drs_course.stages import STAGE_COST, TRAININGS, Pipeline, Splits
-from drs_course.store import RunStore, StoreError, run_name
+from drs_course.jobs import Job, in_order, run_jobs
+from drs_course.paper import AFTER_CRF, NETWORKS, SOURCE, TITLES, table_rows
+from drs_course.stages import Pipeline
+from drs_course.store import RunStore, run_name
 from drs_lib import crf
 from drs_lib.arguments import whole
 from drs_lib.files import write_text
 from drs_lib.recipes import Budget, get_budget
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 TABLES = (1, 2, 3, 4)
 REFERENCE = Path(__file__).with_name("reference")
@@ -55,54 +40,24 @@ class RowsFailed(RuntimeError):
     """Some rows failed; all others were finished and stored. ``tables`` holds what there is, ``failures`` by
     row the error and its traceback."""
 
-    def __init__(self, message: str, tables: dict, failures: dict[str, tuple[str, str]]):
+    def __init__(self, message, tables, failures):
         super().__init__(message)
         self.tables, self.failures = tables, failures
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One row for one seed, with everything that any of the tables measures of it."""
-
-    configuration: Configuration
-    seed: int
-    measures: tuple[str, ...]
-
-    def __str__(self):
-        return f"{self.configuration} (seed {self.seed})"
-
-
-def run_table(
-    number: int,
-    data: str | Splits = "critters",
-    budget: str | Budget | None = None,
-    seeds: Sequence[int] = (0,),
-    voc_root: str | os.PathLike | None = None,
-    store: RunStore | str | os.PathLike | None = None,
-    jobs: int | None = None,
-    overwrite: bool | str = False,
-    progress: bool = True,
-) -> "pd.DataFrame":
-    """One of the paper's tables, measured; see `run_tables`."""
-    options = dict(voc_root=voc_root, store=store, jobs=jobs, overwrite=overwrite, progress=progress)
+def run_table(number, data="critters", budget=None, seeds=(0,), **options):
+    """One of the paper's tables, measured: a DataFrame. Arguments: see `run_tables`."""
     return run_tables((number,), data, budget, seeds, **options)[number]
 
 
 def run_tables(
-    numbers: Iterable[int] = TABLES,
-    data: str | Splits = "critters",
-    budget: str | Budget | None = None,
-    seeds: Sequence[int] = (0,),
-    voc_root: str | os.PathLike | None = None,
-    store: RunStore | str | os.PathLike | None = None,
-    jobs: int | None = None,
-    overwrite: bool | str = False,
-    progress: bool = True,
-) -> "dict[int, pd.DataFrame]":
+    numbers=TABLES, data="critters", budget=None, seeds=(0,), voc_root=None, store=None, jobs=None,
+    overwrite=False, progress=True,
+):  # fmt: skip
     """Tables by number, every row trained and scored once for all of them. What the store has is only read.
 
     Args:
-        data: "critters", "voc" (with ``voc_root``) or a `Splits` of your own.
+        data: "critters", "voc" (with ``voc_root``) or a `drs_course.stages.Splits` of your own.
         budget: a name, see `get_budget`, or a `Budget`; None: "laptop" on Critters, "paper" on VOC.
         seeds: each row is trained once with each.
         store: see `RunStore`.
@@ -114,7 +69,7 @@ def run_tables(
         progress: show a progress bar over all rows.
 
     Returns:
-        A DataFrame for each number, a row for each of the paper's, in percent throughout. Columns:
+        {number: DataFrame}, a row for each of the paper's, in percent throughout. Columns:
         ``configuration``, ``paper``, ``measured`` (mean over seeds), ``sd`` (NaN for one seed), ``seeds``
         (how many), ``pseudo-label mIoU`` and, with an sd each where they are measured,
         1: ``delta``, ``accuracy``, ``paper accuracy``; 2: ``layer1`` to ``layer6``; 3: ``suppression
@@ -131,36 +86,30 @@ def run_tables(
     store = store if isinstance(store, RunStore) else RunStore(store)
     if not isinstance(budget, Budget):
         budget = get_budget(budget, data if isinstance(data, str) else "critters")
-    common = dict(
-        data=data,
-        budget=budget,
-        voc_root=None if voc_root is None else str(Path(voc_root).expanduser().absolute()),
-        store=store,
-        run=run_name(overwrite),
-    )
+    root = None if voc_root is None else str(Path(voc_root).expanduser().absolute())
+    common = dict(data=data, budget=budget, voc_root=root, store=store, run=run_name(overwrite))
     pipelines = {seed: Pipeline(seed=seed, **common) for seed in seeds}
     measures = _measures(numbers)
     work = _jobs_of(measures, seeds)
-    results = {}
-    for job in work:
-        found = pipelines[job.seed].stored_scores(job.configuration, job.measures)
-        if found is not None:
-            results[job] = found
-    missing = _in_order([job for job in work if job not in results], pipelines)
+    results = _stored(work, pipelines)
+    missing = in_order([job for job in work if job not in results], pipelines)
     if missing:
         store.tidy()
-    failures = _run(missing, pipelines, common, jobs, progress, results)
-    scores = {(job.configuration, job.seed): found for job, found in results.items()}
+    failures = run_jobs(missing, pipelines, common, jobs, progress, results)
     conditions = _conditions(pipelines[seeds[0]], seeds)
-    tables = {number: _table(number, measures[number], scores, seeds, conditions) for number in numbers}
+    tables = {number: _table(number, measures[number], results, seeds, conditions) for number in numbers}
     if failures:
         raise RowsFailed(_failure_message(failures, len(work), common["run"]), tables, failures)
     return tables
 
 
-def run_row(
-    number: int, configuration: Configuration, pipeline: Pipeline, overwrite: bool | str = False
-) -> "pd.DataFrame":
+def _stored(jobs, pipelines):
+    """{job: its scores} of those that the store has."""
+    found = {job: pipelines[job.seed].stored_scores(job.configuration, job.measures) for job in jobs}
+    return {job: scores for job, scores in found.items() if scores is not None}
+
+
+def run_row(number, configuration, pipeline, overwrite=False):
     """One row of a table, trained and scored in this process: a DataFrame as of `run_tables` with that row.
 
     Raises ValueError for a configuration that the table doesn't have.
@@ -179,16 +128,12 @@ def run_row(
     return row
 
 
-def stored_table(number: int, pipeline: Pipeline) -> "pd.DataFrame":
+def stored_table(number, pipeline):
     """A table with what the pipeline's store has of it, for the pipeline's seed; rows that are not measured
     yet are empty. Makes nothing; columns as for `run_tables`."""
     measures, seeds = _measures((number,)), [pipeline.seed]
-    scores = {}
-    for job in _jobs_of(measures, seeds):
-        found = pipeline.stored_scores(job.configuration, job.measures)
-        if found is not None:
-            scores[job.configuration, job.seed] = found
-    return _table(number, measures[number], scores, seeds, _conditions(pipeline, seeds))
+    found = _stored(_jobs_of(measures, seeds), {pipeline.seed: pipeline})
+    return _table(number, measures[number], found, seeds, _conditions(pipeline, seeds))
 
 
 def _measures(numbers):
@@ -218,284 +163,7 @@ def _jobs_of(measures, seeds):
                 # The upper bound has masks where the others have pseudo labels, so these have no score.
                 names_here = [m for m in names if not (m == "labels" and row.configuration.supervised)]
                 wanted.setdefault(row.configuration, {}).update(dict.fromkeys(names_here))
-    return [_Job(c, seed, tuple(names)) for seed in seeds for c, names in wanted.items()]
-
-
-def _in_order(jobs, pipelines):
-    """Jobs in the order in which to start them, so that workers seldom wait for each other.
-
-    The first job of those that share a training makes it for the others: such jobs come first, long ones
-    before short ones; then those that share nothing; last the sharers, who then find what they need.
-    """
-    trainings, cost = {}, {}
-    for job in jobs:
-        stages = pipelines[job.seed].stages(job.configuration, job.measures)
-        trainings[job] = {(s.name, s.key) for s in stages if s.name in TRAININGS}
-        cost[job] = sum(STAGE_COST.get(s.name, 1) for s in stages)
-    claimed, makers, sharers = set(), [], []
-    for job in sorted(jobs, key=lambda job: -cost[job]):
-        (sharers if trainings[job] & claimed else makers).append(job)
-        claimed |= trainings[job]
-    wanted = set().union(*(trainings[job] for job in sharers))
-    return (
-        [j for j in makers if trainings[j] & wanted]
-        + [j for j in makers if not trainings[j] & wanted]
-        + sharers
-    )
-
-
-def _run(jobs, pipelines, common, requested, progress, results):
-    """Runs the jobs, puts scores into ``results`` and returns the failures, {job: (error, traceback)}."""
-    if not jobs:
-        return {}
-    client = _dask_client() if requested != 1 else None
-    if client is not None:
-        processes, concurrent, devices = 1, max(1, len(client.nthreads())), [None]
-    else:
-        processes, concurrent, devices = _processes(requested, len(jobs), common["budget"])
-    failures = {}
-    with _progress(jobs, pipelines, common["run"], progress, concurrent) as report:
-        if client is not None:
-            outcomes = _on_cluster(client, jobs, common)
-        elif concurrent == 1:
-            common = common | {"crf_jobs": processes, "report": report}
-            outcomes = ((job, _run_job(job, common)) for job in jobs)
-        else:
-            common = common | {"crf_jobs": max(1, processes // concurrent)}
-            outcomes = zip(jobs, _parallel(jobs, common, concurrent, devices), strict=True)
-        for job, (found, error, trace) in outcomes:
-            if error is None:
-                results[job] = found
-            else:
-                failures[job] = (error, trace)
-    return {str(job): failures[job] for job in jobs if job in failures}
-
-
-def _run_job(job, common, device=None):
-    """(scores, None, None), or (None, error, traceback): an error must not cost the other rows theirs."""
-    pipeline = Pipeline(seed=job.seed, device=device, **common)
-    try:
-        return pipeline.scores(job.configuration, job.measures), None, None
-    except StoreError:
-        raise  # on a full disk every other row would train in vain
-    except Exception as error:
-        if pipeline.orphaned:
-            os._exit(1)  # nobody is left to hand a result to, and the worker would idle on for minutes
-        return None, f"{type(error).__name__}: {error}", traceback.format_exc()
-
-
-def _processes(requested, jobs, budget):
-    """(processes in all, jobs at a time, devices to spread the jobs over)."""
-    import joblib
-    from joblib.parallel import get_active_backend
-
-    backend, configured = get_active_backend()
-    if requested is None and configured is not None:
-        requested = joblib.effective_n_jobs(configured)
-    elif requested is None and not isinstance(backend, joblib.parallel.LokyBackend):
-        requested = joblib.effective_n_jobs(-1)
-    cores = joblib.cpu_count(only_physical_cores=True)
-    if requested == 1 or jobs == 1:
-        return requested or cores, 1, [None]
-    if getattr(backend, "uses_threads", False):
-        raise ValueError(
-            "the joblib backend 'threading' can't run rows side by side: threads share one random generator, "
-            "and the numbers would depend on their timing. Use 'loky' (the default), 'dask' with one thread "
-            "per worker, or jobs=1."
-        )
-    from drs_lib.runtime import pick_device
-
-    devices = [None]
-    device = pick_device()
-    if device.type == "cuda" and device.index is None:
-        import torch
-
-        devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    at_once = requested
-    if requested is None:
-        at_once = cores
-        if device.type != "cpu":
-            # A paper-sized training fills a GPU, a Critters one leaves most of it idle.
-            at_once = min(cores, len(devices) * (1 if budget.name in ("paper", "release") else 4))
-    return requested or cores, min(at_once, jobs), devices
-
-
-def _parallel(jobs, common, concurrent, devices):
-    import joblib
-    from joblib.externals.loky.process_executor import TerminatedWorkerError
-
-    try:
-        with tempfile.TemporaryDirectory(prefix="drs-rows-") as folder:
-            slots = [(Path(folder, f"{k}.lock"), devices[k % len(devices)]) for k in range(concurrent)]
-            calls = (joblib.delayed(_run_in_slot)(job, common, slots) for job in jobs)
-            # One by one and not in batches: rows differ in length, and their order was chosen.
-            return joblib.Parallel(n_jobs=concurrent, batch_size=1, pre_dispatch="n_jobs")(calls)
-    except TerminatedWorkerError as error:
-        raise RuntimeError(
-            f"a worker process was killed, most likely because {concurrent} rows at once need more memory "
-            "than there is. Finished stages are kept: run the same command again with fewer jobs (--jobs 1)."
-        ) from error
-
-
-def _run_in_slot(job, common, slots):
-    """`_run_job` on a device with room: each slot, (lock file, device), is one row's at a time."""
-    from filelock import FileLock, Timeout
-
-    for path, device in slots:
-        try:
-            with FileLock(path, timeout=0):
-                return _run_job(job, common, device)
-        except Timeout:
-            continue  # another row's
-    raise AssertionError(f"more than {len(slots)} rows at a time")
-
-
-def _dask_client():
-    """The Dask client of a surrounding ``joblib.parallel_config(backend="dask")``, or None."""
-    from joblib.parallel import get_active_backend
-
-    backend, _ = get_active_backend()
-    return backend.client if type(backend).__name__ == "DaskDistributedBackend" else None
-
-
-def _on_cluster(client, jobs, common):
-    """Yields (job, what `_run_job` returns) as the rows are finished.
-
-    Not by `joblib.Parallel`, for which the first row that the cluster can't run is the end of all. No more
-    rows are handed out than there are workers: Dask holds a worker's death against all that waits at it.
-    """
-    from distributed import CancelledError, KilledWorker
-
-    mark, run = common["store"].mark(), uuid.uuid4().hex
-    waiting, running = deque(jobs), {}
-    try:
-        while waiting or running:
-            workers = client.nthreads()
-            for address, threads in workers.items():
-                _expect_a_process(address, threads)
-            beside = max(Counter(address.rpartition(":")[0] for address in workers).values(), default=1)
-            while waiting and len(running) < max(1, len(workers)):
-                job, key = waiting.popleft(), f"drs-row-{run}-{len(waiting)}"
-                running[client.submit(_run_on_worker, job, common, mark, beside, key=key)] = job
-            time.sleep(0.2)
-            for future in [future for future in running if future.done()]:
-                job = running.pop(future)
-                try:
-                    yield job, future.result()
-                except KilledWorker as error:
-                    yield job, (None, _DEADLY.format(error.allowed_failures + 1), str(error))
-    except CancelledError as error:
-        raise RuntimeError(
-            "the Dask cluster was closed or lost its scheduler before all rows were finished. Finished "
-            "stages are kept: start a cluster and run the same command again."
-        ) from error
-    finally:
-        if client.status == "running":
-            client.cancel(list(running))
-
-
-_DEADLY = (
-    "KilledWorker: {} workers died while they ran this row, of its need of memory or at the end of their time"
-)
-
-
-def _run_on_worker(job, common, mark, beside):
-    """`_run_job` in a Dask worker, on the device that the worker finds. Its machine's errors name it.
-
-    mark: see `RunStore.mark`. beside: how many workers share a machine.
-    """
-    import joblib
-    from distributed import get_worker
-
-    worker, host, store = get_worker(), platform.node(), common["store"]
-    _expect_a_process(worker.address, worker.state.nthreads)
-    if not (store.root / mark).exists():
-        raise StoreError(
-            f"the Dask worker on {host} has another folder, or none, where the run store {store.root} should "
-            "be. Keep the store on a file system that all machines share, and set DRS_STORE to it."
-        )
-    crf_jobs = 1
-    if not multiprocessing.current_process().daemon:
-        # A worker that is bound to cores of its own, as SLURM does it, has all that it sees.
-        bound = joblib.cpu_count() < os.cpu_count()
-        crf_jobs = max(1, joblib.cpu_count(only_physical_cores=True) // (1 if bound else beside))
-    elif _readers(job, common["budget"]):
-        raise ValueError(
-            f"the Dask worker on {host} may not start processes, and this budget's images are read by some. "
-            "Set DASK_DISTRIBUTED__WORKER__DAEMON=False in the environment in which the workers are started."
-        )
-    try:
-        return _run_job(job, common | {"crf_jobs": crf_jobs})
-    except (StoreError, FileNotFoundError) as error:
-        raise type(error)(f"on the Dask worker on {host}: {error}") from error
-
-
-def _readers(job, budget):
-    """How many processes a job's trainings want for reading images."""
-    recipes = budget.classify, budget.refine, budget.segment(job.configuration.network)
-    return max(recipe.workers for recipe in recipes)
-
-
-def _expect_a_process(address, threads):
-    """Raises ValueError for a Dask worker that runs rows in threads."""
-    if threads > 1 or address.startswith("inproc:"):
-        what = f"{threads} threads" if threads > 1 else "threads of this process"
-        raise ValueError(
-            f"the Dask worker {address} runs rows in {what}: they share one random generator, and the "
-            "numbers would depend on their timing. Start workers that are processes with one thread each: "
-            "LocalCluster(threads_per_worker=1, processes=True), SLURMCluster(cores=1, processes=1), or "
-            "'dask worker --nthreads 1'."
-        )
-
-
-@contextmanager
-def _progress(jobs, pipelines, run, shown, concurrent):
-    """A bar over the work of all jobs, and a function that says what is being done.
-
-    A thread looks into the store for what is finished: that works alike for one process, for many, and on a
-    cluster.
-    """
-    if not shown:
-        yield None
-        return
-    from tqdm.auto import tqdm
-
-    store = next(iter(pipelines.values())).store
-    waiting = {}
-    for job in jobs:
-        for stage in pipelines[job.seed].stages(job.configuration, job.measures):
-            waiting[stage.name, stage.key] = stage
-    total = sum(STAGE_COST.get(name, 1) for name, _ in waiting)
-    layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-    bar = tqdm(total=total, desc=f"{len(jobs)} rows", bar_format=layout, dynamic_ncols=True)
-    doing, over = [], threading.Event()
-
-    def look():
-        finished = None
-        for name, key in list(waiting):
-            if store.has(name, key, run):
-                finished = waiting.pop((name, key))
-                bar.update(STAGE_COST.get(name, 1))
-        if doing:
-            bar.set_description_str(f"{len(jobs)} rows | {doing[-1]}")
-        elif finished is not None:
-            bar.set_description_str(f"{len(jobs)} rows, {concurrent} at a time | done: {finished.title}")
-
-    def watch():
-        while not over.wait(1):
-            look()
-
-    look()
-    bar.initial = bar.n  # what a former run did says nothing about this one's speed
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield lambda text: doing.__setitem__(slice(None), [text])
-    finally:
-        over.set()
-        watcher.join()
-        look()
-        bar.close()
+    return [Job(c, seed, tuple(names)) for seed in seeds for c, names in wanted.items()]
 
 
 def _failure_message(failures, total, run):
@@ -513,8 +181,7 @@ def _failure_message(failures, total, run):
 
 
 def _table(number, measures, scores, seeds, conditions):
-    import pandas as pd
-
+    scores = {(job.configuration, job.seed): found for job, found in scores.items()}
     rows = table_rows(number)
     records, per_seed, iou = [], [], []
     for row in rows:
@@ -531,7 +198,7 @@ def _table(number, measures, scores, seeds, conditions):
     return table
 
 
-def _record(number, row: Row, values):
+def _record(number, row, values):
     own = dict(row.columns)
     miou = values["miou"]
     mean, sd = _mean_sd(miou)
@@ -539,12 +206,8 @@ def _record(number, row: Row, values):
     record["configuration"] = row.label
     if number == 1:
         record["delta"] = _float(own["delta"])
-    elif number == 2:
-        record |= own
-    elif number == 3:
-        record |= own
     else:
-        record["S"] = own["S"]
+        record |= {"S": own["S"]} if number == 4 else own
     record |= {"paper": _float(row.paper), "measured": mean, "sd": sd, "seeds": len(miou)}
     if number == 4:
         record["with CRF"], record["with CRF sd"] = _mean_sd(values.get("crf", []))
@@ -615,7 +278,7 @@ def _conditions(pipeline, seeds):
     }
 
 
-def save_table(table: "pd.DataFrame", path: str | os.PathLike) -> None:
+def save_table(table, path):
     """Writes ``path`` as JSON (rows and conditions) and, beside it, as CSV, each complete or not at all."""
     path = Path(path).with_suffix(".json")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -625,10 +288,8 @@ def save_table(table: "pd.DataFrame", path: str | os.PathLike) -> None:
     write_text(path.with_suffix(".csv"), table.to_csv(index=False, float_format="%.3f", lineterminator="\n"))
 
 
-def load_table(path: str | os.PathLike) -> "pd.DataFrame":
+def load_table(path):
     """The DataFrame that `save_table` wrote, conditions in ``attrs``."""
-    import pandas as pd
-
     document = json.loads(Path(path).with_suffix(".json").read_text(encoding="utf-8"))
     table = pd.DataFrame(document["rows"], columns=document["columns"])
     numbers = [c for c in table.columns if c not in _TEXT and not c.startswith("layer")]
@@ -645,13 +306,13 @@ def _plain(value):
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def reference_path(number: int, data: str = "critters") -> Path:
+def reference_path(number, data="critters"):
     """Where the reference results of a table are kept."""
     table_rows(number)
     return REFERENCE / f"table{number}-{data}.json"
 
 
-def reference_table(number: int, data: str = "critters") -> "pd.DataFrame":
+def reference_table(number, data="critters"):
     """The committed reference results of a table: what this course's authors measured, with the conditions in
     ``attrs``.
 
@@ -666,7 +327,7 @@ def reference_table(number: int, data: str = "critters") -> "pd.DataFrame":
     return load_table(path)
 
 
-def compare_with_reference(table: "pd.DataFrame", tolerance: float = 5.0) -> str:
+def compare_with_reference(table, tolerance=5.0):
     """Holds the measured column of a table against the committed reference results.
 
     tolerance: in points of mIoU, against the reference's mean over its seeds. Returns a sentence that says
@@ -732,7 +393,7 @@ def _title(table):
     return f"Table {table.attrs.get('table', '?')}: {table.attrs.get('title', '')}"
 
 
-def format_table(table: "pd.DataFrame") -> str:
+def format_table(table):
     """The table as plain text for a terminal: numbers with one decimal, its conditions below."""
     shown = _shown(table)
     networks = shown.pop("network") if "network" in shown else None
@@ -762,7 +423,7 @@ def _cell(value):
     return str(value)
 
 
-def style_table(table: "pd.DataFrame") -> Any:
+def style_table(table):
     """The table for a notebook (a pandas Styler): check marks, one decimal, the conditions as its caption."""
     shown = _shown(table)
     marks = [c for c in shown.columns if shown[c].dtype == bool]

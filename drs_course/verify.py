@@ -142,6 +142,11 @@ MEASURES = {
     "refine": Measure((_OF_REFINE,), "train", ("refine", "saliency"), _LABELS, _REFINEMENT),
     "deeplab": Measure(("DeepLab-v2", "DeepLab-v2 with CRF"), "val", ("deeplab",), _segmented, _DEEPLAB),
 }
+# Of an image, on two cores and on one GPU beside 16. Measured: maps on two cores (docs/voc.md), and the CRF,
+# 4.3 s at its slowest on one core (benchmarks/crf.py). The rest is estimated by operations.
+CRF, MAPS = 4.3, 2.1
+SECONDS = {"labels": (0.02, 0.02), "no map": (0.02, 0.02), "accuracy": (MAPS / 3, 0.005), "drs": (MAPS, 0.01)}
+SECONDS |= {"refine": (MAPS, 0.01), "deeplab": (2.6 + CRF / 2, 0.03 + CRF / 16)}
 PUBLISHED = {
     "DRS_learnable.pth, accuracy": "72.6 (paper, which does not define it)",
     "DeepLab-v2": "69.4 (README)",
@@ -150,7 +155,7 @@ PUBLISHED = {
 
 
 def verify(voc_root="data", *, limit=None, jobs=None, store=None):
-    """Measure what has been downloaded; prints scores as they come, and a table.
+    """Measure what has been downloaded; prints hours beforehand, scores as they come, and a table.
 
     Args:
         voc_root: the folder VOC 2012 is in.
@@ -170,10 +175,16 @@ def verify(voc_root="data", *, limit=None, jobs=None, store=None):
     }
     if data["train"].classes != VOC_CLASSES:
         raise ValueError(f"{data['train'].root} has classes of its own; the released networks know VOC's")
+    ranges = {split: range(min(limit or len(found), len(found))) for split, found in data.items()}
+    ready = [k for k, m in MEASURES.items() if not _lacking(m, data[m.split], ranges[m.split])]
+    hours = [sum(len(ranges[MEASURES[k].split]) * SECONDS[k][i] for k in ready) / 3600 for i in (0, 1)]
+    print(
+        f"All anew, this takes about {hours[0]:.2f} hours on two cores (maps and CRF measured, the rest "
+        f"estimated), {hours[1]:.2f} on one GPU beside 16 (estimated). Every {CHUNK} images are kept."
+    )
     scores, lines = {}, []
     for name, measure in MEASURES.items():
-        dataset = data[measure.split]
-        images = range(len(dataset) if limit is None else min(limit, len(dataset)))
+        dataset, images = data[measure.split], ranges[measure.split]
         lacking = _lacking(measure, dataset, images)
         found = [None] * len(measure.rows) if lacking else _scores(name, dataset, images, jobs, store)
         for row, score in zip(measure.rows, found, strict=True):

@@ -8,15 +8,8 @@ from drs_course.stages import Pipeline
 
 
 def test_figures_are_drawn_from_what_is_stored_and_the_rest_is_named(tmp_path, capsys):
-    arguments = [
-        "figures",
-        "--budget",
-        "ci",
-        "--store",
-        str(tmp_path / "runs"),
-        "--out",
-        str(tmp_path / "out"),
-    ]
+    runs, out = str(tmp_path / "runs"), str(tmp_path / "out")
+    arguments = ["figures", "--budget", "ci", "--store", runs, "--out", out]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "figure1 is left out" in printed and "delta_lab is left out" in printed

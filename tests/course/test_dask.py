@@ -11,8 +11,8 @@ import joblib
 import pandas as pd
 import pytest
 
+from drs_course import jobs as jobs_module
 from drs_course import stages
-from drs_course import tables as experiments
 from drs_course.paper import Configuration, table_rows
 from drs_course.stages import Pipeline
 from drs_course.store import RunStore, StoreError
@@ -204,9 +204,9 @@ def test_a_worker_that_sees_another_store_is_named(client, tmp_path, monkeypatch
 
 def test_a_worker_without_the_data_is_named(client, voc_tree, tmp_path):
     store = RunStore(tmp_path)
-    job = experiments._Job(Configuration(), 0, ("miou",))
+    job = jobs_module.Job(Configuration(), 0, ("miou",))
     common = dict(data="voc", budget=get_budget("ci", "voc"), store=store, voc_root=str(tmp_path / "nowhere"))
-    row = client.submit(experiments._run_on_worker, job, common, store.mark(), 1)
+    row = client.submit(jobs_module._run_on_worker, job, common, store.mark(), 1)
     with pytest.raises(FileNotFoundError, match=r"on the Dask worker on \S+: .*nowhere"):
         row.result()
 

@@ -123,9 +123,17 @@ def test_a_killed_run_is_resumed_by_the_next(server, tmp_path, monkeypatch):
     assert server.requests[1]["Range"] == "bytes=1000000-"
 
 
-def test_a_server_without_ranges_starts_anew(server, tmp_path):
-    server.ranges, server.stop_after = False, [1_000_000]
-    assert get(server, tmp_path, MD5).read_bytes() == CONTENT
+@pytest.mark.parametrize(
+    "ranges, etag, md5, asked",
+    [(False, '"one"', MD5, True), (True, None, None, False), (True, None, MD5, True)],
+    ids=["a server without ranges", "nothing tells the file", "the checksum will"],
+)
+def test_what_has_arrived_is_gone_on_from_where_it_is_surely_the_same_file(
+    server, tmp_path, ranges, etag, md5, asked
+):
+    server.ranges, server.etag, server.stop_after = ranges, etag, [1_000_000]
+    assert get(server, tmp_path, md5).read_bytes() == CONTENT
+    assert [r.get("Range") for r in server.requests] == [None, "bytes=1000000-" if asked else None]
 
 
 def test_another_file_on_the_server_starts_anew(server, tmp_path, monkeypatch):
@@ -137,25 +145,9 @@ def test_another_file_on_the_server_starts_anew(server, tmp_path, monkeypatch):
     assert get(server, tmp_path).read_bytes() == CONTENT[::-1]
 
 
-def test_without_etag_and_checksum_nothing_is_resumed(server, tmp_path):
-    server.etag, server.stop_after = None, [1_000_000]
-    assert get(server, tmp_path).read_bytes() == CONTENT
-    assert [r.get("Range") for r in server.requests] == [None, None]
-
-
-def test_without_etag_the_checksum_allows_resuming(server, tmp_path):
-    server.etag, server.stop_after = None, [1_000_000]
-    assert get(server, tmp_path, MD5).read_bytes() == CONTENT
-    assert server.requests[1]["Range"] == "bytes=1000000-"
-
-
-def test_a_part_that_is_complete_already(server, tmp_path):
-    (tmp_path / "data.bin.part").write_bytes(CONTENT)
-    assert get(server, tmp_path, MD5).read_bytes() == CONTENT
-
-
-def test_a_part_longer_than_the_file_starts_anew(server, tmp_path):
-    (tmp_path / "data.bin.part").write_bytes(CONTENT + b"more")
+@pytest.mark.parametrize("more", [b"", b"more"])
+def test_a_part_that_is_complete_or_longer_than_the_file(server, tmp_path, more):
+    (tmp_path / "data.bin.part").write_bytes(CONTENT + more)
     assert get(server, tmp_path, MD5).read_bytes() == CONTENT
 
 

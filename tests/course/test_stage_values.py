@@ -16,7 +16,7 @@ from conftest import TinyDataset
 from drs_course import stages
 from drs_course.paper import Configuration
 from drs_course.stages import STAGE_VERSIONS, Pipeline, Splits
-from drs_course.store import EntryWriter, RunStore
+from drs_course.store import EntryWriter
 from drs_lib import crf, train
 from drs_lib.archives import LabelArchive, MapArchive
 from drs_lib.batches import Batch
@@ -103,7 +103,7 @@ class Line(Pipeline):
         return self.given
 
     def made(self, stage, refine=False):
-        writer = EntryWriter(self.store.root, RunStore(self.store.root))
+        writer = EntryWriter(self.store.root, self.store.root)
         planned = self.stage(stage, Configuration(refine=refine))
         stages.STAGES[stage][1](self, planned, writer)
         return self.store.root

@@ -15,7 +15,6 @@ import time
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -27,7 +26,6 @@ CONFIG, INPUTS = {"epochs": 3, "lr": 1e-3, "layers": [1, 2]}, {"data": "abc"}
 
 def fill(writer):
     writer.json("metrics.json", {"miou": 0.5})
-    writer.array("labels.npz", np.arange(6, dtype=np.uint8).reshape(2, 3))
     writer.weights("model.safetensors", torch.nn.Linear(2, 3))
     writer.note(device="cpu")
 
@@ -75,7 +73,6 @@ def test_made_once_then_read(store):
     again = RunStore(store.root).get_or_make("classify", CONFIG, INPUTS, lambda w: calls.append(2))
     assert calls == [1] and again.path == first.path == store.folder("classify", first.key)
     assert again.json("metrics.json") == {"miou": 0.5}
-    np.testing.assert_array_equal(again.array("labels.npz"), [[0, 1, 2], [3, 4, 5]])
     assert {k: tuple(v.shape) for k, v in again.weights().items()} == {"weight": (3, 2), "bias": (3,)}
     meta = json.loads((again.path / META).read_text())
     assert meta["config"] == CONFIG and meta["inputs"] == INPUTS and meta["notes"] == {"device": "cpu"}

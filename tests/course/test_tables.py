@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from conftest import TinyDataset
+from drs_course import jobs as jobs_module
 from drs_course import stages
 from drs_course import tables as experiments
 from drs_course.__main__ import main
@@ -402,7 +403,7 @@ def test_jobs_that_share_a_training_are_kept_apart(finished):
     measures = {1: ("miou", "accuracy", "labels"), 3: ("miou", "labels"), 4: ("miou", "labels", "crf")}
     jobs = experiments._jobs_of(measures, (0,))
     assert len(jobs) == len({job.configuration for job in jobs}) == 18
-    order = [job.configuration for job in experiments._in_order(jobs[::-1], lines)]
+    order = [job.configuration for job in jobs_module.in_order(jobs[::-1], lines)]
     assert sorted(map(str, order)) == sorted(str(job.configuration) for job in jobs)
     # Two make what six others share: the classifiers and, refined, the labels of Table 4's three networks.
     assert {(c.delta, c.refine) for c in order[:2]} == {(None, True), (0.55, True)}
@@ -441,29 +442,29 @@ def test_a_row_takes_a_device_that_no_other_row_has(tmp_path, monkeypatch):
             ended.set()
         return device
 
-    monkeypatch.setattr(experiments, "_run_job", run)
+    monkeypatch.setattr(jobs_module, "_run_job", run)
     with ThreadPoolExecutor(2) as pool:
         rows = ["long", "short", "short", "short", "last"]
-        long, *rest = pool.map(lambda row: experiments._run_in_slot(row, {}, slots), rows)
+        long, *rest = pool.map(lambda row: jobs_module._run_in_slot(row, {}, slots), rows)
     assert {long, *rest} == {"cuda:0", "cuda:1"} and long not in rest
-    monkeypatch.setattr(experiments, "_run_job", lambda *args: 1 / 0)
+    monkeypatch.setattr(jobs_module, "_run_job", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        experiments._run_in_slot("failing", {}, slots)
-    monkeypatch.setattr(experiments, "_run_job", run)
-    assert experiments._run_in_slot("short", {}, slots) == "cuda:0"  # and none stays taken
+        jobs_module._run_in_slot("failing", {}, slots)
+    monkeypatch.setattr(jobs_module, "_run_job", run)
+    assert jobs_module._run_in_slot("short", {}, slots) == "cuda:0"  # and none stays taken
 
 
 def test_how_many_processes(monkeypatch):
     monkeypatch.setenv("DRS_DEVICE", "cpu")
     cores = joblib.cpu_count(only_physical_cores=True)
-    assert experiments._processes(None, 100, get_budget("ci")) == (cores, cores, [None])
-    assert experiments._processes(3, 100, get_budget("ci")) == (3, 3, [None])
-    assert experiments._processes(8, 2, get_budget("ci")) == (8, 2, [None])
-    assert experiments._processes(1, 100, get_budget("ci")) == (1, 1, [None])
+    assert jobs_module._processes(None, 100, get_budget("ci")) == (cores, cores, [None])
+    assert jobs_module._processes(3, 100, get_budget("ci")) == (3, 3, [None])
+    assert jobs_module._processes(8, 2, get_budget("ci")) == (8, 2, [None])
+    assert jobs_module._processes(1, 100, get_budget("ci")) == (1, 1, [None])
     with joblib.parallel_config(n_jobs=5):
-        assert experiments._processes(None, 100, get_budget("ci"))[1] == 5
+        assert jobs_module._processes(None, 100, get_budget("ci"))[1] == 5
     with joblib.parallel_config(n_jobs=1):
-        assert experiments._processes(None, 100, get_budget("ci"))[1] == 1
+        assert jobs_module._processes(None, 100, get_budget("ci"))[1] == 1
 
 
 PROGRAM = textwrap.dedent(
