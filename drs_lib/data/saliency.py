@@ -29,8 +29,8 @@ def _like(maps, other):
 
 
 class SaliencyNetwork(nn.Module):
-    """The detector: normalised images (N, 3, H, W) -> logits (N, H, W); height and width from 32 on. A U-shape
-    down to 1/8 of the size, with two dilated convolutions at the bottom."""
+    """The detector: normalised images (N, 3, H, W) -> logits (N, H, W); height and width from 32 on. A
+    U-shape down to 1/8 of the size, with two dilated convolutions at the bottom."""
 
     def __init__(self):
         super().__init__()
