@@ -112,10 +112,8 @@ def test_the_paper_s_tables():
     for network, miou in by_network.items():
         assert max(r.paper for r in quoted if dict(r.columns)["network"] == f"DeepLab-{network}") == miou
     # Numbers that the paper prints in several tables agree.
-    measured = [row for number in (1, 2, 3, 4) for row in table_rows(number) if row.configuration]
-    assert len({(row.configuration, row.paper) for row in measured}) == len(
-        {r.configuration for r in measured}
-    )
+    rows = [row for number in (1, 2, 3, 4) for row in table_rows(number) if row.configuration]
+    assert len({(row.configuration, row.paper) for row in rows}) == len({row.configuration for row in rows})
     with pytest.raises(ValueError, match="no Table 5"):
         table_rows(5)
 
