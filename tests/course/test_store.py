@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from drs_course import store as store_module
-from drs_course.store import MANIFEST, META, EntryWriter, RunStore, StoreError, writer_tag
+from drs_course.store import MANIFEST, META, RunStore, StoreError, writer_tag
 
 CONFIG, INPUTS = {"epochs": 3, "lr": 1e-3, "layers": [1, 2]}, {"data": "abc"}
 
@@ -88,9 +88,11 @@ def test_config_that_is_not_json_is_refused(store, value):
 
 def test_made_once_then_read(store):
     calls = []
-    first = store.get_or_make("classify", CONFIG, INPUTS, lambda w: (calls.append(1), fill(w)))
-    again = RunStore(store.root).get_or_make("classify", CONFIG, INPUTS, lambda w: calls.append(2))
+    assert get_from(store) is None and not store.root.exists()
+    first = make_in(store, make=lambda writer: (calls.append(1), fill(writer)))
+    again = make_in(RunStore(store.root), make=lambda writer: calls.append(2))
     assert calls == [1] and again.path == first.path == store.folder("classify", first.key)
+    assert get_from(store).path == first.path
     assert again.json("metrics.json") == {"miou": 0.5}
     assert {k: tuple(v.shape) for k, v in again.weights().items()} == {"weight": (3, 2), "bias": (3,)}
     meta = json.loads((again.path / META).read_text())
@@ -102,13 +104,6 @@ def test_made_once_then_read(store):
         assert facts == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     with pytest.raises(StoreError, match="has no 'other'.*metrics.json"):
         again.file("other")
-
-
-def test_get_does_not_make(store):
-    assert get_from(store) is None
-    assert not store.root.exists()
-    made = make_in(store)
-    assert get_from(store).path == made.path
 
 
 def test_overwrite_and_runs(store, monkeypatch):
@@ -165,16 +160,14 @@ def test_metas_pass_over_what_is_damaged(store, text):
 def test_metas_leave_out_what_was_set_aside_and_what_is_being_written(store):
     entry = make_in(store)
     truncate(entry.path / "model.safetensors")
-    seen = []
 
     def make(writer):
         fill(writer)
         writer.json(META, {"key": entry.key, "made_at": 1.0})
-        seen.extend(store.metas("classify"))
+        assert store.metas("classify") == []
 
     with pytest.warns(UserWarning, match="damaged"):
         again = make_in(store, make=make)
-    assert seen == []
     assert len(entries(store)) == 2 and store.metas("classify") == [again.meta]
 
 
@@ -245,38 +238,30 @@ def test_an_entry_copied_under_another_name_is_not_believed(store):
         make_in(store, {})
 
 
-@pytest.mark.parametrize("where", ["bytes", "stream"])
-def test_full_disk_is_one_clear_error_and_leaves_no_half_entry(store, monkeypatch, where):
-    kept = make_in(store, {"other": 1})
+needs_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 
-    full = failing(errno.ENOSPC)
+
+@pytest.mark.parametrize("where", ["bytes", "stream", pytest.param("device", marks=needs_full)])
+def test_full_disk_is_one_clear_error_and_leaves_no_half_entry(store, monkeypatch, where):
+    kept, full = make_in(store, {"other": 1}), failing(errno.ENOSPC)
 
     def make(writer):
         writer.json("metrics.json", {})
         if where == "stream":
             full()
-        with monkeypatch.context() as patch:
+        if where == "device":
+            os.symlink("/dev/full", writer.path / "big.bin")
+        else:
             patch.setattr(Path, "write_bytes", full)
-            writer.bytes("big.bin", bytes(123_456))
+        writer.bytes("big.bin", bytes(1_234_567))
 
-    with pytest.raises(StoreError, match="disk.*full.*free.*kept.*DRS_STORE") as caught:
+    said = "disk.*full.*free.*kept.*DRS_STORE"
+    with monkeypatch.context() as patch, pytest.raises(StoreError, match=said) as caught:
         make_in(store, make=make)
-    if where == "bytes":
-        assert "big.bin needs 0.1 MB" in str(caught.value)
+    assert where == "stream" or "big.bin needs 1.2 MB" in str(caught.value)
     assert entries(store) == [kept.key]
-    assert store.get("classify", {"other": 1}, INPUTS) is not None
+    assert make_in(store, {"other": 1}).meta == kept.meta
     assert make_in(store).json("metrics.json") == {"miou": 0.5}
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_really_full_device(store):
-    def make(writer):
-        os.symlink("/dev/full", writer.path / "big.bin")
-        writer.bytes("big.bin", bytes(10_000_000))
-
-    with pytest.raises(StoreError, match="big.bin needs 10.0 MB"):
-        make_in(store, make=make)
-    assert entries(store) == []
 
 
 def test_read_only_store_is_read_but_not_written(store, monkeypatch):
@@ -361,13 +346,12 @@ def test_a_file_system_without_locks_is_told(store, monkeypatch, code):
 def test_the_entry_of_another_process_that_was_first(store, monkeypatch, overwrite, damaged):
     monkeypatch.setattr(store_module.fcntl, "flock", failing(errno.ENOLCK))
     if overwrite:
-        store.get_or_make("classify", CONFIG, INPUTS, lambda writer: writer.json("who", "before"))
+        make_in(store, make=lambda writer: writer.json("who", "before"))
 
     def make(writer):
         writer.json("who", "second")
-        first = RunStore(store.root).get_or_make(
-            "classify", CONFIG, INPUTS, lambda writer: writer.json("who", "first"), overwrite=overwrite
-        )
+        other = RunStore(store.root)
+        first = make_in(other, make=lambda writer: writer.json("who", "first"), overwrite=overwrite)
         if damaged:
             truncate(first.file("who"))
 
@@ -441,7 +425,7 @@ def tag(pid, machine=None):
 
 
 def leftovers(folder, prefix):
-    """Temporaries of several writers: {name: whether it is surely dead}."""
+    """Temporaries of several writers: (all names, those of the surely dead)."""
     found = {}
     for writer, days_old, dead in (
         (tag(os.getppid()), 0, False),
@@ -459,18 +443,17 @@ def leftovers(folder, prefix):
             os.utime(each, (time.time() - days_old * 24 * 3600,) * 2)
         found[path.name] = dead
     assert len(found) == 7
-    return found
+    return set(found), {name for name, dead in found.items() if dead}
 
 
 def test_only_what_a_dead_process_left_is_cleared_away(store):
     key = store.key("classify", CONFIG, INPUTS)
-    found = leftovers(store.root / "classify", f".tmp-{key}-")
-    other = leftovers(store.root / "classify", ".tmp-another-")
-    entry = make_in(store)
-    left = {name for name, dead in found.items() if not dead}
-    assert set(entries(store)) == left | set(other) | {entry.key}
+    own, dead = leftovers(store.root / "classify", f".tmp-{key}-")
+    other, dead_too = leftovers(store.root / "classify", ".tmp-another-")
+    make_in(store)
+    assert set(entries(store)) == {key} | own - dead | other
     store.tidy()
-    assert set(entries(store)) == left | {n for n, dead in other.items() if not dead} | {entry.key}
+    assert set(entries(store)) == {key} | own - dead | other - dead_too
 
 
 def test_checkpoints_that_nobody_goes_on_from_are_cleared_away(store):
@@ -537,9 +520,8 @@ def test_killed_at_random_moments_the_store_stays_sound(store, tmp_path):
 
 def test_writer_streams(store):
     def make(writer):
-        assert isinstance(writer, EntryWriter)
         with writer.open("maps.bin") as file:
             for _ in range(3):
                 file.write(b"abc")
 
-    assert store.get_or_make("maps", CONFIG, INPUTS, make).file("maps.bin").read_bytes() == b"abc" * 3
+    assert make_in(store, make=make).file("maps.bin").read_bytes() == b"abc" * 3
