@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import inspect
 import os
 import re
 import shutil
@@ -34,28 +35,28 @@ WITHOUT_MAKE = {name: value for name, value in os.environ.items() if not name.st
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
 
-def requirements(*groups):
-    extras = PROJECT["optional-dependencies"]
-    lines = [
-        line for group in groups for line in (PROJECT["dependencies"] if group is None else extras[group])
-    ]
-    return {r.name: r.specifier for r in map(Requirement, lines)}
+def read(name):
+    return (ROOT / name).read_text(encoding="utf-8")
 
 
-def conda_requirements():
-    listed = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
-    pip = next(entry["pip"] for entry in listed if isinstance(entry, dict))
-    conda = [Requirement(entry) for entry in listed if isinstance(entry, str)]
-    return {CONDA_NAMES.get(r.name, r.name): r.specifier for r in conda}, pip
+def specifiers(lines):
+    return {CONDA_NAMES.get(r.name, r.name): r.specifier for r in map(Requirement, lines)}
+
+
+def requirements(*extras):
+    """The versions of the library's packages, and of these extras'."""
+    of_extras = (PROJECT["optional-dependencies"][extra] for extra in extras)
+    return specifiers(line for lines in (PROJECT["dependencies"], *of_extras) for line in lines)
 
 
 def test_environment_yml_lists_the_packages_of_pyproject():
-    conda, pip = conda_requirements()
+    *listed, pip = yaml.safe_load(read("environment.yml"))["dependencies"]
+    conda = specifiers(listed)
     own = {name: conda.pop(name) for name in ("python", "pip", "cxx-compiler")}
-    assert "-e ." in pip
-    by_pip = {r.name: r.specifier for r in map(Requirement, (line for line in pip if line != "-e ."))}
+    pip["pip"].remove("-e .")
+    by_pip = specifiers(pip["pip"])
     assert {*by_pip} == {"pydensecrf2", "sphinx-revealjs"}
-    assert conda | by_pip == requirements(None, "crf", "test", "cluster", "docs")
+    assert conda | by_pip == requirements("crf", "test", "cluster", "docs")
     lowest = min(s.version for s in own["python"] if s.operator == ">=")
     assert PROJECT["requires-python"] == f">={lowest}"
 
@@ -65,25 +66,20 @@ def test_the_tests_bring_what_the_site_is_built_with():
 
 
 def test_every_import_of_the_library_is_declared():
-    declared = {name.lower() for name in requirements(None, "crf", "cluster")}
+    declared = {name.lower() for name in requirements("crf", "cluster")}
     found = {}
     for path in sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = []
             if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
+                found |= {alias.name.partition(".")[0]: path.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
-                names = [node.module]
-            for name in names:
-                found.setdefault(name.partition(".")[0], path.name)
-    third_party = {n for n in found if n not in sys.stdlib_module_names and n not in PACKAGES}
-    assert {"torch", "numpy"} <= third_party
+                found[node.module.partition(".")[0]] = path.name
+    third_party = {IMPORT_NAMES.get(name, name).lower(): path for name, path in found.items()
+                   if name not in sys.stdlib_module_names and name not in PACKAGES}  # fmt: skip
+    assert {"torch", "numpy"} <= set(third_party)
     # scipy reads one archive format that a user may bring, and triton comes with torch where it can be used.
-    optional = {"scipy", "triton"}
-    undeclared = {
-        n: found[n] for n in third_party if IMPORT_NAMES.get(n, n).lower() not in declared | optional
-    }
-    assert not undeclared
+    undeclared = set(third_party) - declared - {"scipy", "triton"}
+    assert not undeclared, {name: third_party[name] for name in undeclared}
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +93,7 @@ def distributions(tmp_path_factory):
         shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("drs_lib/shipped/probe.safetensors", "drs_course/reference/probe.json"):
         (copy / name).write_text("{}")
-    build = (
-        "from setuptools import build_meta as b; print(b.build_wheel('dist')); print(b.build_sdist('dist'))"
-    )
+    build = "from setuptools import build_meta as b; b.build_wheel('dist'); b.build_sdist('dist')"
     (copy / "dist").mkdir()
     run = subprocess.run([sys.executable, "-c", build], cwd=copy, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -120,34 +114,24 @@ def test_wheel_and_sdist_have_every_file_of_the_library(distributions):
     assert not files - in_wheel
     assert not files - in_sdist
     assert {"LICENSE", "LICENSE-docs", "README.md", "drs_doctor.py", "pyproject.toml"} <= in_sdist
-
-
-def test_wheel_has_nothing_beside_the_library(distributions):
-    _, in_wheel, _ = distributions
+    # And nothing beside it.
     info = f"drs_course-{drs_lib.__version__}.dist-info"
     assert {name.split("/")[0] for name in in_wheel} == {*PACKAGES, "drs_doctor.py", info}
 
 
 def test_citation_names_the_course_and_the_paper():
-    cff = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    cff = yaml.safe_load(read("CITATION.cff"))
     assert {"cff-version", "message", "title", "authors"} <= set(cff)
     assert cff["version"] == drs_lib.__version__
     (paper,) = cff["references"]
-    assert (paper["year"], paper["volume"], paper["issue"], paper["start"], paper["end"]) == (
-        2021,
-        35,
-        2,
-        1754,
-        1761,
-    )
+    of_paper = [paper[key] for key in ("year", "volume", "issue", "start", "end")]
+    assert of_paper == [2021, 35, 2, 1754, 1761]
     assert [author["family-names"] for author in paper["authors"]] == ["Kim", "Han", "Kim"]
 
 
 def test_readme_names_only_commands_that_exist():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    targets = set(
-        re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    )
+    readme = read("README.md")
+    targets = set(re.findall(r"^([a-z-]+):.*##", read("Makefile"), re.MULTILINE))
     named = set(re.findall(r"(?:`|^ {4})make ([a-z-]+)", readme, re.MULTILINE))
     assert {"course", "test", "lab"} <= named
     assert not named - targets
@@ -158,41 +142,26 @@ def test_readme_names_only_commands_that_exist():
         assert path in ("runs/", "results/") or any(place.exists() for place in places), path
 
 
+def make(*arguments):
+    command = ["make", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=WITHOUT_MAKE, capture_output=True, text=True)
+
+
 @needs_make
 def test_makefile_hands_its_settings_on():
-    def command(*arguments):
-        run = subprocess.run(
-            ["make", "-n", *arguments], cwd=ROOT, env=WITHOUT_MAKE, capture_output=True, text=True
-        )
-        assert run.returncode == 0, run.stderr
-        return run.stdout
-
-    course = command(
-        "course", "DATA=voc", "VOC_ROOT=/a folder", "BUDGET=ci", "SEEDS=0 1", "JOBS=3", "TABLES=1 4"
-    )
-    for part in (
-        '--data "voc"',
-        '--voc-root "/a folder"',
-        "--budget ci",
-        "--seeds 0 1",
-        "--jobs 3",
-        "--tables 1 4",
-    ):
+    settings = ("DATA=voc", "VOC_ROOT=/a folder", "BUDGET=ci", "SEEDS=0 1", "JOBS=3", "TABLES=1 4")
+    course = make("-n", "course", *settings).stdout
+    for part in ('--data "voc"', '--voc-root "/a folder"', "--budget ci", "--seeds 0 1", "--jobs 3"):
         assert part in course
-    assert "--voc-root" not in command("course")
-    assert "-m pytest -n 2 --dist loadfile --no-loadscope-reorder -x" in command("test", "PYTEST_ARGS=-x")
-    assert "make course" in subprocess.check_output(["make"], cwd=ROOT, env=WITHOUT_MAKE, text=True)
+    assert "--tables 1 4" in course and "--voc-root" not in make("-n", "course").stdout
+    tests = make("-n", "test", "PYTEST_ARGS=-x").stdout
+    assert "-m pytest -n 2 --dist loadfile --no-loadscope-reorder -x" in tests
+    assert "make course" in make().stdout
 
 
 @needs_make
 def test_makefile_says_what_is_missing_where_there_is_no_python(tmp_path):
-    run = subprocess.run(
-        ["make", "env", "PYTHON=", f"VENV={tmp_path / 'venv'}"],
-        cwd=ROOT,
-        env=WITHOUT_MAKE,
-        capture_output=True,
-        text=True,
-    )
+    run = make("env", "PYTHON=", f"VENV={tmp_path / 'venv'}")
     assert run.returncode != 0
     assert "Python 3.10 or newer is needed" in run.stdout
 
@@ -207,21 +176,14 @@ def test_ci_script_is_executable_bash():
 @pytest.mark.parametrize(("ci", "code", "word"), [("true", 1, "must not be skipped"), ("", 0, "2 skipped")])
 def test_skipped_notebook_tests_fail_in_ci(tmp_path, ci, code, word):
     shutil.copy(ROOT / "conftest.py", tmp_path)
-    (tmp_path / "test_notebooks.py").write_text(
-        "import pytest\n@pytest.mark.skip(reason='no')\ndef test(): pass\n"
-    )
+    skipped = "import pytest\n@pytest.mark.skip(reason='no')\ndef test(): pass\n"
+    failing = "import pytest\ndef test_passes(): pass\n@pytest.mark.xfail\ndef test_fails(): assert 0\n"
+    (tmp_path / "test_notebooks.py").write_text(skipped)
     (tmp_path / "test_browser.py").write_text("import pytest\npytest.importorskip('no_such_browser')\n")
-    (tmp_path / "test_other.py").write_text(
-        "import pytest\ndef test_passes(): pass\n@pytest.mark.xfail\ndef test_fails(): assert 0\n"
-    )
+    (tmp_path / "test_other.py").write_text(failing)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs"]
     environment = {**os.environ, "CI": ci, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     # Pytest's status 2 is for the module that was skipped as a whole, at collection.
     assert bool(run.returncode) == bool(code), run.stdout
     assert word in run.stdout
@@ -229,34 +191,30 @@ def test_skipped_notebook_tests_fail_in_ci(tmp_path, ci, code, word):
 
 # The environment. An empty project, built by its own backend, stands in for the course; pip is the real one.
 
-BACKEND = """
-import os, zipfile
-def _wheel(directory, name):
-    info = "probe-1.dist-info/"
-    with zipfile.ZipFile(os.path.join(directory, name), "w") as wheel:
-        wheel.writestr("probe.py", "")
-        wheel.writestr(info + "METADATA", "Metadata-Version: 2.1\\nName: probe\\nVersion: 1\\n" + EXTRAS)
-        wheel.writestr(info + "WHEEL", "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
+
+def write_wheel(folder, name, version, more=""):
+    """An empty package's wheel, and the name of its file."""
+    info, file = f"{name}-{version}.dist-info/", f"{name}-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(os.path.join(folder, file), "w") as wheel:
+        wheel.writestr(f"{name}_probe.py", "")
+        wheel.writestr(info + "METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{more}")
+        wheel.writestr(info + "WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(info + "RECORD", "")
-    return name
+    return file
+
+
+BACKEND = f"""
+import os, zipfile
+{inspect.getsource(write_wheel)}
 EXTRAS = "Provides-Extra: test\\nProvides-Extra: crf\\nRequires-Dist: pydensecrf2; extra == 'crf'\\n"
 def build_editable(directory, config_settings=None, metadata_directory=None):
     here = os.path.dirname(os.path.abspath(__file__))
     open(os.path.join(here, "built"), "w").close()
     if os.path.exists(os.path.join(here, "fail")):
         raise SystemExit("the backend was told to fail")
-    return _wheel(directory, "probe-1-py3-none-any.whl")
+    return write_wheel(directory, "probe", "1", EXTRAS)
 build_wheel = build_editable
 """
-
-
-def fake_wheel(folder, name, version):
-    info = f"{name}-{version}.dist-info/"
-    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
-        wheel.writestr(f"{name}_probe.py", "")
-        wheel.writestr(info + "METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        wheel.writestr(info + "WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(info + "RECORD", "")
 
 
 class Environment:
@@ -274,16 +232,9 @@ class Environment:
 
     def start(self, *arguments):
         settings = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": str(self.wheels)}
+        command = [sys.executable, ROOT / "tools" / "make_env.py", "--venv", self.venv]
         return subprocess.Popen(
-            [
-                sys.executable,
-                ROOT / "tools" / "make_env.py",
-                "--venv",
-                self.venv,
-                "--project",
-                self.project,
-                *arguments,
-            ],
+            [*command, "--project", self.project, *arguments],
             env={**os.environ, **settings},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -298,9 +249,8 @@ class Environment:
 
     def has(self, package):
         python = self.venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-        return (
-            subprocess.run([python, "-m", "pip", "show", "-q", package], capture_output=True).returncode == 0
-        )
+        found = subprocess.run([python, "-m", "pip", "show", "-q", package], capture_output=True)
+        return found.returncode == 0
 
 
 def test_environment_is_made_kept_renewed_and_removed(tmp_path):
@@ -319,7 +269,7 @@ def test_environment_is_made_kept_renewed_and_removed(tmp_path):
     assert not (env.project / "built").exists()
 
     for name in ("cython", "setuptools", "wheel", "pydensecrf2"):
-        fake_wheel(env.wheels, name, "99.0")
+        write_wheel(env.wheels, name, "99.0")
     code, output = env.run("--retry-crf")
     assert code == 0 and "could not be built" not in output, output
     assert env.has("pydensecrf2")

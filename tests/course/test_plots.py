@@ -26,6 +26,7 @@ from drs_lib.recipes import get_budget
 
 CLASSES = ("ant", "bee", "cow")
 RNG = np.random.default_rng(0)
+LUMINANCE = np.array([0.2126, 0.7152, 0.0722])
 
 
 def image(height=40, width=56):
@@ -40,34 +41,27 @@ def label_map(height=40, width=56, classes=3):
     return RNG.choice([*range(classes + 1), 255], (height, width)).astype(np.uint8)
 
 
-def drawn(figure):
-    """The figure as (H, W, 3) pixels."""
-    return np.asarray(Image.open(io.BytesIO(layout.png(figure, 100))).convert("RGB"))
-
-
-def visible_text(figure):
-    return {t.get_text() for t in figure.findobj(lambda a: hasattr(a, "get_text") and a.get_visible())} - {""}
-
-
 def renderer_of(figure):
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return canvas.get_renderer()
 
 
-def assert_nothing_is_cut_or_covered(figure):
-    renderer = renderer_of(figure)
+def assert_apart(boxes, figure):
+    """All within the figure, and none over another, but for one pixel: text has side bearings."""
     width, height = figure.canvas.get_width_height()
-    boxes = [ax.get_tightbbox(renderer) for ax in figure.axes]
-    boxes += [legend.get_window_extent(renderer) for legend in figure.legends]
-    for box in boxes:
-        assert box.x0 >= -0.5 and box.y0 >= -0.5 and box.x1 <= width + 0.5 and box.y1 <= height + 0.5
     for i, box in enumerate(boxes):
+        assert box.x0 >= -0.5 and box.y0 >= -0.5 and box.x1 <= width + 0.5 and box.y1 <= height + 0.5
         for other in boxes[i + 1 :]:
-            # One pixel: labels of a colour bar and titles are measured with their side bearings.
             across = min(box.x1, other.x1) - max(box.x0, other.x0)
             down = min(box.y1, other.y1) - max(box.y0, other.y0)
             assert across <= 1 or down <= 1, (box, other)
+
+
+def assert_nothing_is_cut_or_covered(figure):
+    renderer = renderer_of(figure)
+    legends = [legend.get_window_extent(renderer) for legend in figure.legends]
+    assert_apart([ax.get_tightbbox(renderer) for ax in figure.axes] + legends, figure)
 
 
 def as_a_deuteranope_sees(linear):
@@ -79,12 +73,14 @@ def nearest(colors):
     return (np.abs(colors[:, None] - colors[None]).max(-1) + np.eye(len(colors))).min()
 
 
-def test_label_colors():
+def test_colors_of_labels_and_of_maps():
     few, voc = plots.label_colors(6), plots.label_colors(20)
     assert few.shape == voc.shape == (256, 3) and few.dtype == voc.dtype == np.uint8
     np.testing.assert_array_equal(voc, voc_palette())
     np.testing.assert_array_equal(few[1], (0xE6, 0x9F, 0x00))
     assert nearest(as_a_deuteranope_sees((few[[0, 1, 2, 3, 4, 5, 6, 255]] / 255) ** 2.2)) > 0.05
+    lightness = (plot_colors.colored(np.linspace(0, 1, 256)) / 255) ** 2.2 @ LUMINANCE
+    assert (np.diff(lightness) > -1e-3).all() and lightness[-1] - lightness[0] > 0.8, "a map's is monotone"
 
 
 def test_overlay_blends_by_the_formula():
@@ -94,16 +90,8 @@ def test_overlay_blends_by_the_formula():
     # Both tables have 256 entries; a value between two may go to either.
     assert np.abs(plots.overlay(picture, values, 0.7) - expected).max() < 4
     np.testing.assert_array_equal(plots.overlay(picture, values, 0), picture)
-    channels_first = torch.from_numpy(picture).permute(2, 0, 1)
-    np.testing.assert_array_equal(
-        plots.overlay(channels_first, torch.from_numpy(values)), plots.overlay(picture, values)
-    )
-
-
-def test_map_colors_are_monotone_in_lightness():
-    lut = plot_colors.colored(np.linspace(0, 1, 256))
-    lightness = (lut / 255) ** 2.2 @ np.array([0.2126, 0.7152, 0.0722])
-    assert (np.diff(lightness) > -1e-3).all() and lightness[-1] - lightness[0] > 0.8
+    of_tensors = plots.overlay(torch.from_numpy(picture).permute(2, 0, 1), torch.from_numpy(values))
+    np.testing.assert_array_equal(of_tensors, plots.overlay(picture, values))
 
 
 def test_overlay_labels_leaves_the_background_alone():
@@ -119,8 +107,8 @@ def test_cue_changes_pixel_by_pixel():
     mask = np.array([[2, 2, 2, 0, 0, 2, 1, 255]], np.uint8)
     changes = plots.cue_changes(torch.from_numpy(before), after, torch.from_numpy(mask), 2)
     assert changes.dtype == np.uint8
-    assert plots.CHANGES[2:4] == ("recovered, right", "recovered, wrong")
-    assert plots.CHANGES[4:] == ("removed, right", "removed, wrong")
+    names = ("recovered, right", "recovered, wrong", "removed, right", "removed, wrong")
+    assert plots.CHANGES[2:] == names
     np.testing.assert_array_equal(changes[0], [0, 1, 2, 3, 4, 5, 4, 0])
     swapped = plots.cue_changes(after, before, mask, 2)
     np.testing.assert_array_equal(swapped[0], [0, 1, 5, 4, 3, 2, 3, 0])
@@ -130,7 +118,7 @@ def test_change_colors_stay_apart_for_the_colour_blind():
     linear = np.array([matplotlib.colors.to_rgb(color) for color in plot_colors.CHANGE_COLORS]) ** 2.2
     assert nearest(linear) > 0.09 and nearest(as_a_deuteranope_sees(linear)) > 0.09
     # The colour says right or wrong (blue or not), its lightness recovered or removed.
-    lightness = dict(zip(plots.CHANGES, linear @ np.array([0.2126, 0.7152, 0.0722]), strict=True))
+    lightness = dict(zip(plots.CHANGES, linear @ LUMINANCE, strict=True))
     for verdict in ("right", "wrong"):
         assert lightness[f"removed, {verdict}"] > lightness[f"recovered, {verdict}"] + 0.2
 
@@ -142,11 +130,9 @@ def test_overlay_changes_outlines_the_object():
     changes[0, 0] = 2
     result = plots.overlay_changes(picture, changes, on_object, strength=1)
     np.testing.assert_array_equal(result[0, 0], (0x00, 0x72, 0xB2))
-    assert (result[1, 2:6] == 0).all() and (result[4, 2:6] == 0).all() and (result[1:5, [2, 5]] == 0).all()
-    untouched = np.ones((6, 7), bool)
-    untouched[1:5, 2:6] = False
-    untouched[2:4, 3:5] = True
-    untouched[0, 0] = False
+    rim = plots.outline(on_object)
+    assert rim.sum() == 12 and (result[rim] == 0).all()
+    untouched = ~rim & (changes == 0)
     np.testing.assert_array_equal(result[untouched], picture[untouched])
 
 
@@ -246,11 +232,9 @@ def test_bad_input_is_refused_in_words(call, says):
 def test_show_samples_on_a_data_set(tiny_dataset):
     figure = plots.show_samples(tiny_dataset, [0, 3, 5])
     assert len(figure.axes) == 9
-    text = visible_text(figure)
-    assert {"image", "saliency", "truth", "background"} <= text
-    np.testing.assert_array_equal(
-        figure.axes[7].images[0].get_array(), plots.label_colors(3)[tiny_dataset.mask(3)]
-    )
+    assert {"image", "saliency", "truth", "background"} <= {t.get_text() for t in figure.findobj(Text)}
+    truth = figure.axes[7].images[0].get_array()
+    np.testing.assert_array_equal(truth, plots.label_colors(3)[tiny_dataset.mask(3)])
     assert_nothing_is_cut_or_covered(figure)
     hidden = without_masks(tiny_dataset)
     with pytest.raises(MaskAccessError):
@@ -297,17 +281,10 @@ def test_figure1_puts_the_maps_in_the_papers_order():
     figure = plots.figure1(pictures, cam, drs, refined, ["ant", "bee"])
     panels = [ax.images[0].get_array() for ax in figure.axes if ax.images]
     assert [ax.get_title() for ax in figure.axes[:4]] == ["image", "CAM", "DRS", "DRS†"]
-    for row in range(2):
-        np.testing.assert_array_equal(panels[4 * row], pictures[row])
-        for column, maps in enumerate((cam, drs, refined), 1):
-            np.testing.assert_array_equal(panels[4 * row + column], plots.overlay(pictures[row], maps[row]))
-
-
-def texts_of(figure):
-    """The visible texts' boxes in pixels, by their words."""
-    renderer = renderer_of(figure)
-    texts = [t for t in figure.findobj(matplotlib.text.Text) if t.get_text() and t.get_visible()]
-    return [(t.get_text(), t.get_window_extent(renderer)) for t in texts]
+    expected = []
+    for picture, *maps in zip(pictures, cam, drs, refined, strict=True):
+        expected += [picture, *(plots.overlay(picture, values) for values in maps)]
+    np.testing.assert_array_equal(panels, expected)
 
 
 @pytest.mark.parametrize(
@@ -323,15 +300,13 @@ def test_figure2_is_algorithm_1(shape, control):
     expected = suppress(features[None].double(), values)[0]
     np.testing.assert_allclose(maps[: shape[0]], features.relu(), rtol=1e-6)
     np.testing.assert_allclose(maps[shape[0] :], expected, atol=1e-7)
-    texts = texts_of(figure)
-    assert {"max-element\nextractor", "suppression\ncontroller"} < {words for words, _ in texts}
+    texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
     peak = features.relu().amax((1, 2))
-    for value in (*peak, *(peak * torch.as_tensor(control))):
-        assert f"{value:.2f}" in {words for words, _ in texts}
-    width, height = figure.canvas.get_width_height()
-    for i, (_, box) in enumerate(texts):
-        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
-        assert not any(box.overlaps(other) for _, other in texts[i + 1 :])
+    words = {f"{value:.2f}" for value in (*peak, *(peak * torch.as_tensor(control)))}
+    words |= {"max-element\nextractor", "suppression\ncontroller"}
+    assert words <= {text.get_text() for text in texts}
+    renderer = renderer_of(figure)
+    assert_apart([text.get_window_extent(renderer) for text in texts], figure)
 
 
 def test_figure2_points_at_the_maxima():
@@ -404,12 +379,9 @@ def test_table1_curve(shift):
         np.testing.assert_allclose(curve.get_ydata(orig=False), expected[column])
     renderer = renderer_of(figure)
     labels = [t for t in ax.texts if t.get_text()]
-    assert sorted(t.get_text() for t in labels) == [
-        "measured (Critters): constant δ",
-        "measured (Critters): learnable",
-        "the paper (VOC): constant δ",
-        "the paper (VOC): learnable",
-    ]
+    titles = ("measured (Critters)", "the paper (VOC)")
+    words = [f"{title}: {kind}" for title in titles for kind in ("constant δ", "learnable")]
+    assert sorted(t.get_text() for t in labels) == words
     boxes = sorted((t.get_window_extent(renderer) for t in labels), key=lambda box: box.y0)
     assert all(low.y1 <= high.y0 + 1 for low, high in zip(boxes, boxes[1:], strict=False))
     assert all(box.x0 > ax.get_window_extent().x1 for box in boxes)  # beside the data, not over them
@@ -429,10 +401,8 @@ def test_labelled_scatter_keeps_names_and_points_apart(spread):
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("recall (%)", "accuracy (%)")
     assert [text.get_text() for text in ax.texts] == names
     boxes = [Text.get_window_extent(text, renderer) for text in ax.texts]
-    for i, box in enumerate(boxes):
-        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
-        assert not any(box.overlaps(other) for other in boxes[i + 1 :])
-        assert not any(box.contains(*point) for point in ax.transData.transform(places))
+    assert_apart(boxes, figure)
+    assert not any(box.contains(*point) for box in boxes for point in ax.transData.transform(places))
     assert [text.get_color() == "#D55E00" for text in ax.texts] == [True] + [False] * 8
 
 
@@ -445,11 +415,10 @@ def test_labelled_scatter_leaves_out_what_has_no_number():
 
 
 def test_save_figure_is_reproducible_small_and_atomic(tmp_path, monkeypatch):
+    picture, values = image(200, 200), heat(200, 200)
+
     def figure():
-        rng = np.random.default_rng(1)
-        return plots.figure4(
-            rng.integers(0, 256, (200, 200, 3)).astype(np.uint8), {"learnable": rng.random((200, 200))}
-        )
+        return plots.figure4(picture, {"learnable": values})
 
     path = plots.save_figure(figure(), tmp_path / "new" / "a.png", 60)
     assert path.read_bytes() == plots.save_figure(figure(), tmp_path / "b.png", 60).read_bytes()
@@ -486,27 +455,20 @@ def entries(store):
     return {path.parent: path.stat().st_mtime_ns for path in store.root.glob("*/*/meta.json")}
 
 
-def test_make_figures_draws_them_all_and_trains_nothing(run, tmp_path, capsys):
+FIGURES = ("samples", "suppression", "figure1", "figure4", "figure5", "figure6", "table1")
+
+
+def test_make_figures_draws_what_is_in_the_store_and_trains_nothing(run, tmp_path, capsys):
     store, data, budget = run
     before = entries(store)
     paths = plots.make_figures(tmp_path / "figures", store=store, data=data, budget=budget)
-    names = ["samples", "suppression", "figure1", "figure4", "figure5", "figure6", "table1"]
-    assert [path.name for path in paths] == [f"{name}.png" for name in names]
-    for path in paths:
-        assert path.stat().st_size <= 300_000
-        assert Image.open(path).size[0] >= 400
-    assert capsys.readouterr().out == ""
-    assert entries(store) == before
-
-
-def test_make_figures_names_what_is_not_in_the_store(run, tmp_path, capsys):
-    store, data, budget = run
+    assert [path.stem for path in paths] == list(FIGURES)
+    assert all(path.stat().st_size <= 300_000 and Image.open(path).size[0] >= 400 for path in paths)
+    assert capsys.readouterr().out == "" and entries(store) == before
     paths = plots.make_figures(tmp_path, store=store, data=data, budget=budget, seed=5)
-    assert [path.name for path in paths] == ["samples.png"]
     said = capsys.readouterr().out
-    for name in ("suppression", "figure1", "figure4", "figure5", "figure6", "table1"):
-        assert f"{name} is left out" in said
-    assert "with seed 5" in said
+    assert [path.name for path in paths] == ["samples.png"] and "with seed 5" in said
+    assert all(f"{name} is left out" in said for name in FIGURES[1:])
 
 
 def test_notebooks_show_our_own_picture_of_a_figure(monkeypatch):
@@ -523,14 +485,12 @@ def test_notebooks_show_our_own_picture_of_a_figure(monkeypatch):
 
 
 def test_large_pictures_of_a_notebook_are_stored_in_256_colours():
-    rng = np.random.default_rng(0)
-    noise = rng.integers(0, 255, (220, 220, 3), dtype=np.uint8)
     small = plots.panels([{"grey": np.full((40, 40, 3), 128, np.uint8)}])._repr_png_()
-    large = plots.panels([{str(k): noise for k in range(4)}])
-    with Image.open(io.BytesIO(small)) as image:
-        assert image.mode != "P"
-    with Image.open(io.BytesIO(large._repr_png_())) as image:
-        assert image.mode == "P"
-        plain = Image.open(io.BytesIO(layout.png(large, layout.NOTEBOOK_DPI)))
-        full = np.asarray(plain.convert("RGB"), float)
-        assert np.abs(np.asarray(image.convert("RGB"), float) - full).mean() < 30
+    assert Image.open(io.BytesIO(small)).mode != "P"
+    large = plots.panels([{str(k): image(220, 220) for k in range(4)}])
+    stored, plain = (
+        Image.open(io.BytesIO(data)) for data in (large._repr_png_(), layout.png(large, layout.NOTEBOOK_DPI))
+    )
+    assert stored.mode == "P"
+    pixels, full = (np.asarray(picture.convert("RGB"), float) for picture in (stored, plain))
+    assert np.abs(pixels - full).mean() < 30

@@ -24,12 +24,12 @@ from drs_lib.data import normalize
 from drs_lib.networks import RefinementNetwork
 from drs_lib.recipes import ClassifyRecipe, RefineRecipe, SegmentRecipe, get_budget
 
-TINY, QUIET = TinyDataset(8, 32), dict(device="cpu", progress=False)
+TINY, SMALL = TinyDataset(8, 32), dict(weights=None, epochs=3, batch=4)
 # The paper's recipes, with every choice of the release's, at a size for three epochs of two steps.
 LIKE_THE_PAPER = dict(
-    lr=0.01, nesterov=True, optimizer="sgd", weight_decay=0.01, lr_multipliers=(1, 2, 10, 20), epochs=3,
-    iterations=None, schedule="step", milestones=(3,), batch=4, crop=28,
-    jitter=(0.3, 0.3, 0.3, 0.1), threads=1, workers=0,
+    weights=None, backbone="mini", lr=0.01, nesterov=True, optimizer="sgd", weight_decay=0.01,
+    lr_multipliers=(1, 2, 10, 20), epochs=3, iterations=None, schedule="step", milestones=(3,), batch=4,
+    crop=28, jitter=(0.3, 0.3, 0.3, 0.1), threads=1, workers=0,
 )  # fmt: skip
 THIRDS = np.array([[3, 2, 2, 3], [1, 1, 1, 1], [2, 1, 1, 2], [3, 1, 1, 3]])
 SIDES = {4: [[0, 3], [3, -3]], 8: [[3, 0], [-3, 3]]}
@@ -59,7 +59,7 @@ class Known(nn.Module):
     """A network whose answers to the two pictures are known, by the side of its input."""
 
     def __init__(self, answers):
-        super().__init__()
+        nn.Module.__init__(self)
         self.answers, self.parameter = answers, nn.Parameter(torch.zeros(()))
 
     def forward(self, x):
@@ -72,14 +72,8 @@ class Known(nn.Module):
         return [self(x), self(x)]
 
 
-class KnownRefined(RefinementNetwork):
+class KnownRefined(Known, RefinementNetwork):
     """The same as a refinement network."""
-
-    def __init__(self, answers):
-        nn.Module.__init__(self)
-        self.answers, self.parameter = answers, nn.Parameter(torch.zeros(()))
-
-    forward = Known.forward
 
 
 class Line(Pipeline):
@@ -113,7 +107,8 @@ def batch(labels, extra=None):
     return Batch(None, normalize(torch.stack([Pictures()[index][0] for index in (0, 1)])), labels, extra)
 
 
-def losses(histories):
+def losses(training, recipes, *arguments):
+    histories = [training(recipe, TINY, *arguments, device="cpu", progress=False)[1] for recipe in recipes]
     return [epoch["loss"] for history in histories for epoch in history]
 
 
@@ -124,26 +119,21 @@ def scores(folder, *names):
 
 # Class a's map has the above corners at one scale and their mirror image at the other; together, in thirds,
 # THIRDS. Class b's is high in the first picture's first row, and the second's is class a's first scale alone.
-MAPS = {
-    side: [[corners, [[3, 3], [-6, -6]]], [[[9, 9], [9, 9]], SIDES[4]]] for side, corners in SIDES.items()
-}
+MAPS = {side: [[corners, [[3, 3], [-6, -6]]], [[[9, 9]] * 2, SIDES[4]]] for side, corners in SIDES.items()}
 FIRST_ROW = np.array([[3, 3, 3, 3], *[[0, 0, 0, 0]] * 3])
 ONE_SCALE = np.array([[0, 1, 2, 3], [1, 1, 1, 1], [2, 1, 0, 0], [3, 1, 0, 0]])
 THIRDS_ALONE, FIRST_ROW_ALONE = THIRDS.copy(), FIRST_ROW.copy()
-THIRDS_ALONE[0, 1:3] = FIRST_ROW_ALONE[0, ::3] = (
-    0  # where only the larger of the two stays, the first of equal
-)
+# Where only the larger of the two stays, the first of equal.
+THIRDS_ALONE[0, 1:3] = FIRST_ROW_ALONE[0, ::3] = 0
 NOTHING = np.zeros((4, 4))
+TARGETS = [THIRDS, FIRST_ROW, NOTHING, ONE_SCALE, THIRDS_ALONE, FIRST_ROW_ALONE, NOTHING, ONE_SCALE]
 
 
 def classify(tmp_path):
     answers = {4: [[0, math.log(3)], [-math.log(3), 0]]}
     loss = train.classification_loss(Known(answers), batch(torch.tensor([[1.0, 1.0], [1.0, 0.0]])))
-    recipe = dict(weights=None, backbone="mini")
-    paper = ClassifyRecipe(**recipe, **LIKE_THE_PAPER)
-    laptop = ClassifyRecipe.laptop().replace(weights=None, epochs=3, batch=4, delta=0.55)
-    histories = [train.train_classifier(recipe, TINY, **QUIET)[1] for recipe in (paper, laptop)]
-    return [loss.item(), *losses(histories)]
+    recipes = ClassifyRecipe(**LIKE_THE_PAPER), ClassifyRecipe.laptop().replace(**SMALL, delta=0.55)
+    return [loss.item(), *losses(train.train_classifier, recipes)]
 
 
 def refine(tmp_path):
@@ -153,10 +143,8 @@ def refine(tmp_path):
     by = [{}, {"label_mask": True}, {"size": "image"}]
     found = [train.refinement_loss(lambda images: refined, one, **options).item() for options in by]
     targets = [np.stack([mask == c for c in (1, 2, 3)]).astype(np.float32) for mask in TINY.masks]
-    paper = RefineRecipe(weights=None, backbone="mini", **LIKE_THE_PAPER)
-    laptop = RefineRecipe.laptop().replace(weights=None, epochs=3, batch=4)
-    histories = [train.train_refinement(recipe, TINY, targets, **QUIET)[1] for recipe in (paper, laptop)]
-    return [*found, *losses(histories)]
+    recipes = RefineRecipe(**LIKE_THE_PAPER), RefineRecipe.laptop().replace(**SMALL)
+    return [*found, *losses(train.train_refinement, recipes, targets)]
 
 
 def segment(tmp_path):
@@ -166,10 +154,9 @@ def segment(tmp_path):
     network = Known({4: [[[[0, 0], [0, 0]], [[math.log(3)] * 2] * 2]] * 2})
     both = batch(None, labels)
     found = [train.segmentation_loss(network, both, size).item() for size in ("logits", "image")]
-    paper = SegmentRecipe(weights=None, backbone="mini", **LIKE_THE_PAPER, scale=(0.5, 1.5))
-    laptop = SegmentRecipe.laptop("aspp", "mini").replace(weights=None, epochs=3, batch=4)
-    histories = [train.train_segmentation(recipe, TINY, TINY.masks, **QUIET)[1] for recipe in (paper, laptop)]
-    return [*found, *losses(histories)]
+    paper = SegmentRecipe(**LIKE_THE_PAPER, scale=(0.5, 1.5))
+    recipes = paper, SegmentRecipe.laptop("aspp", "mini").replace(**SMALL)
+    return [*found, *losses(train.train_segmentation, recipes, TINY.masks)]
 
 
 def accuracy(tmp_path):
@@ -222,9 +209,8 @@ def evaluate_crf(tmp_path):
     y, x = np.mgrid[:6, :8]
     image = np.stack([30 * x, 20 * y, 10 * (x + y)], axis=2).astype(np.uint8)
     likely = np.exp([0 * x, np.sin(x * y), np.cos(x + 2 * y)])
-    config = crf.CRFConfig(
-        iterations=3, gaussian_sxy=1, gaussian_weight=2, bilateral_sxy=4, bilateral_srgb=30
-    )
+    weights = dict(gaussian_sxy=1, gaussian_weight=2, bilateral_sxy=4, bilateral_srgb=30)
+    config = crf.CRFConfig(iterations=3, **weights)
     found = scores(Line(tmp_path, LOGITS, crf_largefov=smooth).made("evaluate_crf"), "miou")
     return found + crf.dense_crf(likely / likely.sum(0), image, config)[:, 2:4, 5].ravel().tolist()
 
@@ -242,9 +228,7 @@ EXPECTED = {
     ],
     ("accuracy", 1): [1 / 2],
     ("map_score", 1): [1 / 3, 23 / 48, 1 / 4, 59 / 144, 1 / 2],
-    ("target", 1): 85
-    / 255
-    * np.ravel([THIRDS, FIRST_ROW, NOTHING, ONE_SCALE, THIRDS_ALONE, FIRST_ROW_ALONE, NOTHING, ONE_SCALE]),
+    ("target", 1): np.ravel(TARGETS) / 3,
     ("refine", 1): [
         *(1 / 32, 1 / 16, 1.1725 / 18),
         *(0.0549489, 0.0395843, 0.0421841, 0.0382821, 0.0279696, 0.0210254),
@@ -265,9 +249,7 @@ EXPECTED = {
         *(1.30745, 1.01384, 0.778692, 4.31471, 3.76261, 3.23098),
     ],
     ("evaluate", 1): [29 / 36],
-    ("evaluate_crf", 1): [
-        *(19 / 45, 0.272092, 0.148274, 0.220261, 0.496958, 0.507647, 0.354768),
-    ],
+    ("evaluate_crf", 1): [19 / 45, 0.272092, 0.148274, 0.220261, 0.496958, 0.507647, 0.354768],
 }
 
 

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +40,8 @@ from drs_course.tables import (
 )
 from drs_lib import archives
 from drs_lib.archives import LabelArchive, MapArchive
-from drs_lib.recipes import Budget, get_budget
+from drs_lib.crf import available as crf_available
+from drs_lib.recipes import get_budget
 from drs_lib.train import TrainingDiverged
 
 ROOT = Path(__file__).parents[2]
@@ -62,11 +62,30 @@ def tiny_splits(**options):
     return Splits("tiny", TinyDataset(8, 32, **options), TinyDataset(4, 32, seed=1))
 
 
+SPLITS, BUDGET = tiny_splits(), tiny_budget()
+TINY = dict(data=SPLITS, budget=BUDGET, jobs=1, progress=False)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """All four tables in one store: (store, tables, splits, budget)."""
-    store, splits, budget = RunStore(tmp_path_factory.mktemp("runs")), tiny_splits(), tiny_budget()
-    return store, run_tables(data=splits, budget=budget, store=store, jobs=1, progress=False), splits, budget
+    """All four tables in one store: (store, tables)."""
+    store = RunStore(tmp_path_factory.mktemp("runs"))
+    return store, run_tables(store=store, **TINY)
+
+
+@pytest.fixture
+def store(finished):
+    return finished[0]
+
+
+@pytest.fixture
+def tables(finished):
+    return finished[1]
+
+
+@pytest.fixture
+def line(store):
+    return Pipeline(SPLITS, BUDGET, store=store)
 
 
 def stored(store):
@@ -88,15 +107,12 @@ def test_the_paper_s_tables():
     assert [len(table_rows(number)) for number in (1, 2, 3, 4)] == [8, 9, 4, 31]
     quoted = [row for row in table_rows(4) if row.configuration is None]
     assert len(quoted) == 21 and len({row.label for row in quoted}) == 13
-    best_quoted = {"DeepLab-Large-FOV (VGG-16)": 64.0, "DeepLab-Large-FOV (ResNet-101)": 67.8}
-    for network, miou in {**best_quoted, "DeepLab-ASPP (ResNet-101)": 67.1}.items():
-        assert max(row.paper for row in quoted if dict(row.columns)["network"] == network) == miou
+    by_network = {"Large-FOV (VGG-16)": 64.0, "Large-FOV (ResNet-101)": 67.8, "ASPP (ResNet-101)": 67.1}
+    for network, miou in by_network.items():
+        assert max(r.paper for r in quoted if dict(r.columns)["network"] == f"DeepLab-{network}") == miou
     # Numbers that the paper prints in several tables agree.
-    paper = {number: {r.configuration: r.paper for r in table_rows(number)} for number in (1, 2, 3, 4)}
-    for a in paper:
-        for b in paper:
-            for configuration in (paper[a].keys() & paper[b].keys()) - {None}:
-                assert paper[a][configuration] == paper[b][configuration], (a, b, configuration)
+    rows = [row for number in (1, 2, 3, 4) for row in table_rows(number) if row.configuration]
+    assert len({(row.configuration, row.paper) for row in rows}) == len({row.configuration for row in rows})
     with pytest.raises(ValueError, match="no Table 5"):
         table_rows(5)
 
@@ -114,21 +130,25 @@ def test_configurations_that_mean_nothing_are_refused(changes, match):
         Configuration(**changes)
 
 
-def test_budgets():
+def test_budgets(monkeypatch):
+    monkeypatch.delenv("DRS_BUDGET", raising=False)
     assert get_budget().name == "laptop" and get_budget(data="voc").name == "paper"
-    paper = get_budget("paper", "voc")
-    assert (paper.alpha, paper.beta, paper.rule) == (0.2, 0.06, "paper")
-    assert (paper.classify.epochs, paper.classify.batch, paper.classify.backbone) == (15, 5, "vgg16")
-    assert (paper.aspp.kind, paper.aspp.backbone) == ("aspp", "resnet101")
+    assert get_budget("ci") == get_budget("ci") and hash(get_budget("ci")) == hash(get_budget("ci"))
+    assert tiny_budget() != get_budget("ci")
     for name, data, match in (
         ("big", "critters", "'ci' or 'laptop'"),
         ("release", "critters", "no budget 'release'"),
         ("laptop", "voc", "no budget 'laptop'"),
+        (None, "coco", "unknown data"),
     ):
         with pytest.raises(ValueError, match=match):
             get_budget(name, data)
-    with pytest.raises(ValueError, match="unknown data"):
-        get_budget(None, "coco")
+    monkeypatch.setenv("DRS_BUDGET", "ci")
+    assert get_budget().name == "ci" and get_budget(data="voc").name == "ci"
+    assert get_budget("laptop").name == "laptop"
+    monkeypatch.setenv("DRS_BUDGET", "desktop")
+    with pytest.raises(ValueError, match="no budget 'desktop'"):
+        get_budget()
 
 
 def test_a_weights_file_that_does_not_fit_is_noticed_before_anything_is_trained(tmp_path, capsys):
@@ -176,19 +196,17 @@ def test_the_release_s_choices_and_no_others():
     paper, release = (get_budget(name, "voc") for name in ("paper", "release"))
 
     def differences(one, other):
-        return {k: (v, other[k]) for k, v in one.items() if v != other[k]}
+        other = other.to_dict()
+        return {k: (v, other[k]) for k, v in one.to_dict().items() if v != other[k]}
 
-    def fields(recipe):
-        return recipe.to_dict()
-
-    assert differences(fields(paper.classify), fields(release.classify)) == {
+    assert differences(paper.classify, release.classify) == {
         "nesterov": (False, True),
         "lr_multipliers": ([1, 1, 1, 1], [1, 2, 10, 20]),
         "batch": (5, 10),
         "resize": (None, 384),
         "crop": (321, 320),
     }
-    assert differences(fields(paper.refine), fields(release.refine)) == {
+    assert differences(paper.refine, release.refine) == {
         "epochs": (15, 30),
         "milestones": ([5, 10], [10, 20]),
         "batch": (5, 10),
@@ -198,21 +216,16 @@ def test_the_release_s_choices_and_no_others():
     }
     for network in ("largefov", "largefov_resnet"):
         assert paper.segment(network) == release.segment(network)
-    assert differences(fields(paper.aspp), fields(release.aspp)) == {
+    assert differences(paper.aspp, release.aspp) == {
         "weights": ("pretrained", "coco"),
         "bias_decay": (True, False),
     }
     same = ("alpha", "beta", "conflict", "scales", "resize", "refined_alpha", "renormalize")
     assert all(getattr(paper, name) == getattr(release, name) for name in same)
     assert (release.rule, release.target) == ("release", "largest")
-    # What both sources have, or only the release states.
-    assert release.scales == (256, 320, 384) and release.resize == 320
-    assert release.classify.jitter == (0.3, 0.3, 0.3, 0.1) and release.classify.milestones == (5, 10)
-    assert (release.refine.optimizer, release.refine.lr, release.refine.label_mask) == ("adam", 1e-4, False)
 
 
-def test_tables_share_stages(finished):
-    store, _, _, _ = finished
+def test_tables_share_stages(store):
     counts = pd.Series([stage for stage, _ in stored(store)]).value_counts().to_dict()
     # 8 controllers and 8 further choices of layers; 2 refinements; LargeFOV on all of these and the masks,
     # and two more networks on 2 refined label sets and the masks.
@@ -221,8 +234,7 @@ def test_tables_share_stages(finished):
     assert {name: counts[name] for name in expected} == expected
 
 
-def test_the_columns_and_conditions_of_the_tables(finished):
-    _, tables, _, _ = finished
+def test_the_columns_and_conditions_of_the_tables(tables):
     for number, table in tables.items():
         measured = [row.configuration is not None for row in table_rows(number)]
         assert len(table) == len(measured) and (table["measured"].notna() == measured).all()
@@ -235,12 +247,10 @@ def test_the_columns_and_conditions_of_the_tables(finished):
     assert tables[1]["paper accuracy"].dropna().tolist() == [72.6, 68.7]
     assert tables[2][[f"layer{n}" for n in range(1, 7)]].sum(axis=1).tolist() == [0, 1, 2, 3, 4, 5, 6, 5, 4]
     assert tables[3]["refine"].tolist() == [False, True, False, True]
-    learnable = tables[1]["measured"][0]
-    assert learnable == tables[2]["measured"][6] == tables[3]["measured"][0]
-    assert (
-        tables[4].loc[tables[4]["configuration"].str.startswith("lower"), "measured"].item()
-        == (tables[2]["measured"][0])
-    )
+    measured = {number: table["measured"] for number, table in tables.items()}
+    assert measured[1][0] == measured[2][6] == measured[3][0]
+    lower = tables[4]["configuration"].str.startswith("lower")
+    assert measured[4][lower].item() == measured[2][0]
 
 
 def direct_miou(pairs, classes):
@@ -255,56 +265,44 @@ def direct_miou(pairs, classes):
     return 100 * float(np.mean([i / u for i, u in zip(counts[:, 0], union, strict=True) if u]))
 
 
-def test_the_numbers_are_those_of_the_stored_networks(finished):
-    store, tables, splits, budget = finished
-    line = Pipeline(splits, budget, store=store)
+def test_the_numbers_are_those_of_the_stored_networks(line, tables):
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     for row, configuration in enumerate(row.configuration for row in table_rows(3)):
         network = line.segmentation_network(configuration)
         pairs = []
-        for i in range(len(splits.val)):
-            image = splits.val[i][0][None].float() / 255
-            mean, std = (
-                torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-            )
+        for i in range(len(SPLITS.val)):
+            image = SPLITS.val[i][0][None].float() / 255
             with torch.no_grad():
                 logits = network((image - mean) / std)
             logits = torch.nn.functional.interpolate(logits, (32, 32), mode="bilinear", align_corners=False)
-            pairs.append((logits.argmax(1)[0].numpy(), splits.val.mask(i)))
+            pairs.append((logits.argmax(1)[0].numpy(), SPLITS.val.mask(i)))
         assert tables[3]["measured"][row] == pytest.approx(direct_miou(pairs, 4), abs=0.3)
         labels = line.labels(configuration)
         assert len(labels) == 8 and labels[0].dtype == np.uint8
-        pairs = [(labels[i], splits.train.mask(i)) for i in range(8)]
+        pairs = [(labels[i], SPLITS.train.mask(i)) for i in range(8)]
         assert tables[3]["pseudo-label mIoU"][row] == pytest.approx(direct_miou(pairs, 4), abs=1e-3)
+    of_maps = line.scores(Configuration(), ["maps"])["maps"]
+    assert 0 <= of_maps["recall"] <= 1 and set(of_maps["per_class"]["on_object"]) == set(SPLITS.train.classes)
 
 
-def test_a_finished_run_reads_only_scores(finished, monkeypatch):
-    store, tables, splits, budget = finished
+def test_a_finished_run_reads_only_scores(store, tables, monkeypatch):
     monkeypatch.setattr(Pipeline, "get", lambda self, stage: pytest.fail(f"{stage.title} was asked for"))
     monkeypatch.setattr(TinyDataset, "__getitem__", lambda self, i: pytest.fail("an image was read"))
-    again = run_tables(data=splits, budget=budget, store=store, progress=False)
+    again = run_tables(store=store, **TINY)
     for number, table in tables.items():
         pd.testing.assert_frame_equal(again[number], table)
         assert again[number].attrs == table.attrs
 
 
 def test_no_stage_that_makes_labels_sees_a_mask(tmp_path):
-    splits = tiny_splits(forbid_masks=True)
-    line = Pipeline(splits, tiny_budget(), store=tmp_path)
-    configuration = Configuration(refine=True)
-    assert len(line.get(line.stage("segment", configuration)).weights()) > 0
+    line = Pipeline(tiny_splits(forbid_masks=True), BUDGET, store=tmp_path)
+    assert len(line.get(line.stage("segment", REFINED)).weights()) > 0
     made = {stage for stage, _ in stored(line.store)}
     assert made == {"classify", "target", "refine", "labels", "segment"}
-    for name in ("label_score", "map_score"):
+    supervised = Configuration(supervised=True)
+    for stage in (("label_score", REFINED), ("map_score", REFINED), ("segment", supervised)):
         with pytest.raises(AssertionError, match="mask was read"):
-            line.get(line.stage(name, configuration))
-    with pytest.raises(AssertionError, match="mask was read"):
-        line.get(line.stage("segment", Configuration(supervised=True)))
-
-
-def test_map_scores(finished):
-    store, _, splits, budget = finished
-    scores = Pipeline(splits, budget, store=store).scores(Configuration(), ["maps"])["maps"]
-    assert 0 <= scores["recall"] <= 1 and set(scores["per_class"]["on_object"]) == set(splits.train.classes)
+            line.get(line.stage(*stage))
 
 
 def test_label_maps_that_claim_nothing_are_scored(tmp_path):
@@ -312,24 +310,20 @@ def test_label_maps_that_claim_nothing_are_scored(tmp_path):
         def saliency(self, index):
             return np.full_like(self.masks[index], 255)
 
-    line = Pipeline(
-        Splits("tiny", AllSalient(8, 32), TinyDataset(4, 32)), tiny_budget(alpha=1.0), store=tmp_path
-    )
+    splits = Splits("tiny", AllSalient(8, 32), TinyDataset(4, 32))
+    line = Pipeline(splits, tiny_budget(alpha=1.0), store=tmp_path)
     assert all((labels == 255).all() for labels in line.labels(CAM))
     scores = line.scores(CAM, ["labels"])["labels"]
     assert scores["miou_claimed"] is None
     background = np.mean([(line.data.train.mask(i) == 0).mean() for i in range(8)])
-    assert scores["miou"] == pytest.approx(background / 4), (
-        "all background: the other three classes have none"
-    )
+    assert scores["miou"] == pytest.approx(background / 4), "all background, nothing of the other classes"
 
 
-def test_keys_follow_from_what_changes_the_result_and_from_nothing_else(finished, monkeypatch, tmp_path):
-    store, _, splits, budget = finished
+def test_keys_follow_from_what_changes_the_result_and_from_nothing_else(store, monkeypatch, tmp_path):
     monkeypatch.setattr(TinyDataset, "__getitem__", lambda self, i: pytest.fail("an image was read"))
     monkeypatch.setattr(TinyDataset, "mask", lambda self, i: pytest.fail("a mask was read"))
 
-    def keys(budget=budget, seed=0, data=splits, configuration=REFINED, **options):
+    def keys(budget=BUDGET, seed=0, data=SPLITS, configuration=REFINED, **options):
         line = Pipeline(data, budget, seed=seed, store=store, **options)
         return {s.name: s.key for s in line.stages(configuration, ("miou", "crf", "accuracy", "labels"))}
 
@@ -339,21 +333,18 @@ def test_keys_follow_from_what_changes_the_result_and_from_nothing_else(finished
 
     everything = set(keys())
     assert everything == set(stages.STAGE_VERSIONS) - {"map_score"}
-    workers = budget.replace(classify=budget.classify.replace(workers=3))
+    workers = BUDGET.replace(classify=BUDGET.classify.replace(workers=3))
     assert changed(budget=workers) == changed(device="cpu", crf_jobs=3) == set()
     assert changed(seed=1) == changed(configuration=Configuration(delta=0.5, refine=True)) == everything
-    other_train = Splits("tiny", TinyDataset(6, 32), splits.val)
+    other_train = Splits("tiny", TinyDataset(6, 32), SPLITS.val)
     assert changed(data=other_train) == everything
-    assert changed(data=Splits("tiny", splits.train, TinyDataset(4, 32, seed=2))) == {
-        "accuracy",
-        "evaluate",
-        "evaluate_crf",
-    }
+    other_val = Splits("tiny", SPLITS.train, TinyDataset(4, 32, seed=2))
+    assert changed(data=other_val) == {"accuracy", "evaluate", "evaluate_crf"}
     after_labels = {"labels", "label_score", "segment", "evaluate", "evaluate_crf"}
-    assert changed(budget=budget.replace(refined_alpha=0.3)) == after_labels
-    assert changed(budget=budget.replace(alpha=0.3)) == set(), "alpha is not what refined maps are read at"
-    assert changed(budget=budget.replace(scales=(32, 48))) == after_labels | {"target", "refine"}
-    assert changed(budget=budget.replace(refine=budget.refine.replace(lr=2e-4))) == after_labels | {"refine"}
+    assert changed(budget=BUDGET.replace(refined_alpha=0.3)) == after_labels
+    assert changed(budget=BUDGET.replace(alpha=0.3)) == set(), "alpha is not what refined maps are read at"
+    assert changed(budget=BUDGET.replace(scales=(32, 48))) == after_labels | {"target", "refine"}
+    assert changed(budget=BUDGET.replace(refine=BUDGET.refine.replace(lr=2e-4))) == after_labels | {"refine"}
     monkeypatch.setitem(stages.STAGE_VERSIONS, "segment", 2)
     assert keys()["segment"] not in {key for _, key in stored(store)}
 
@@ -373,9 +364,7 @@ def test_other_initial_weights_are_another_training(tmp_path, monkeypatch):
 
 
 def test_archives_of_labels_and_maps(tmp_path):
-    rng = np.random.default_rng(0)
-    # More than the pool works on at a time, so that order is put to the test.
-    count = 2 * archives.PNGS_AHEAD + 3
+    rng, count = np.random.default_rng(0), 2 * archives.PNGS_AHEAD + 3  # more than are made at a time
     labels = [rng.choice([0, 1, 7, 255], (5, 4 + i)).astype(np.uint8) for i in range(count)]
     maps = [rng.random((2, 5, 4)).astype(np.float32), np.zeros((0, 6, 3), np.float32)]
     for repeat in ("a", "b"):
@@ -397,9 +386,8 @@ def test_archives_of_labels_and_maps(tmp_path):
     np.testing.assert_array_equal(targets[1], np.zeros((4, 6, 3)))
 
 
-def test_jobs_that_share_a_training_are_kept_apart(finished):
-    store, _, splits, budget = finished
-    lines = {0: Pipeline(splits, budget, store=store)}
+def test_jobs_that_share_a_training_are_kept_apart(store):
+    lines = {0: Pipeline(SPLITS, BUDGET, store=store)}
     measures = {1: ("miou", "accuracy", "labels"), 3: ("miou", "labels"), 4: ("miou", "labels", "crf")}
     jobs = experiments._jobs_of(measures, (0,))
     assert len(jobs) == len({job.configuration for job in jobs}) == 18
@@ -410,22 +398,16 @@ def test_jobs_that_share_a_training_are_kept_apart(finished):
     assert all(c.delta in (None, 0.55) and c.drs_layers and not c.supervised for c in order[-6:])
 
 
-def test_processes_change_nothing(finished, tmp_path):
-    store, tables, splits, budget = finished
-    other = RunStore(tmp_path)
-    table = run_table(3, splits, budget, store=other, jobs=2, progress=False)
-    pd.testing.assert_frame_equal(table, tables[3])
-    alone, together = contents(store), contents(other)
+def test_processes_change_nothing(store, tables, tmp_path):
+    pd.testing.assert_frame_equal(run_table(3, store=tmp_path, **TINY | {"jobs": 2}), tables[3])
+    alone, together = contents(store), contents(RunStore(tmp_path))
     assert len(together) > 20 and together.items() <= alone.items(), "every file the same to the last bit"
 
 
-def test_threads_are_refused(finished, tmp_path):
-    _, _, splits, budget = finished
-    with (
-        joblib.parallel_config(backend="threading", n_jobs=2),
-        pytest.raises(ValueError, match="random generator"),
-    ):
-        run_table(3, splits, budget, store=tmp_path, progress=False)
+def test_threads_are_refused(tmp_path):
+    threads = joblib.parallel_config(backend="threading", n_jobs=2)
+    with threads, pytest.raises(ValueError, match="random generator"):
+        run_table(3, store=tmp_path, **TINY | {"jobs": None})
 
 
 def test_a_row_takes_a_device_that_no_other_row_has(tmp_path, monkeypatch):
@@ -456,65 +438,60 @@ def test_a_row_takes_a_device_that_no_other_row_has(tmp_path, monkeypatch):
 
 def test_how_many_processes(monkeypatch):
     monkeypatch.setenv("DRS_DEVICE", "cpu")
+
+    def processes(*asked):
+        return jobs_module._processes(*asked, get_budget("ci"))
+
     cores = joblib.cpu_count(only_physical_cores=True)
-    assert jobs_module._processes(None, 100, get_budget("ci")) == (cores, cores, [None])
-    assert jobs_module._processes(3, 100, get_budget("ci")) == (3, 3, [None])
-    assert jobs_module._processes(8, 2, get_budget("ci")) == (8, 2, [None])
-    assert jobs_module._processes(1, 100, get_budget("ci")) == (1, 1, [None])
-    with joblib.parallel_config(n_jobs=5):
-        assert jobs_module._processes(None, 100, get_budget("ci"))[1] == 5
-    with joblib.parallel_config(n_jobs=1):
-        assert jobs_module._processes(None, 100, get_budget("ci"))[1] == 1
+    assert processes(None, 100) == (cores, cores, [None])
+    for asked, rows in ((3, 100), (8, 2), (1, 100)):
+        assert processes(asked, rows) == (asked, min(asked, rows), [None])
+    for workers in (5, 1):
+        with joblib.parallel_config(n_jobs=workers):
+            assert processes(None, 100)[1] == workers
 
 
-PROGRAM = textwrap.dedent(
-    """
-    import sys
-    sys.path[:0] = ["tests/course", "tests"]
-    import test_tables as t
-    t.run_table(3, t.tiny_splits(), t.tiny_budget(), store=sys.argv[1], jobs=1, progress=False)
-    """
-)
+PROGRAM = """
+import sys
+sys.path[:0] = ["tests/course", "tests"]
+import test_tables as t
+t.run_table(3, store=sys.argv[1], **t.TINY)
+"""
 
 
-def test_killed_and_started_again_it_gives_the_same_numbers(finished, tmp_path):
-    store, tables, splits, budget = finished
-    target, rng = RunStore(tmp_path), random.Random(5)
-    for wanted in (1, 7):  # entries there when the process is killed, and a little more
-        process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path)], cwd=ROOT)
-        while process.poll() is None and len(stored(target)) < wanted:
-            time.sleep(0.005)
-        time.sleep(rng.random() * 0.1)
-        assert process.poll() is None, "it was to be killed while at work"
-        process.send_signal(getattr(signal, "SIGKILL", signal.SIGTERM))
-        process.wait()
+def test_killed_and_started_again_it_gives_the_same_numbers(store, tables, tmp_path):
+    target = RunStore(tmp_path)
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path)], cwd=ROOT)
+    while process.poll() is None and len(stored(target)) < 7:
+        time.sleep(0.005)
+    time.sleep(random.random() * 0.1)
+    assert process.poll() is None, "it was to be killed while at work"
+    process.send_signal(getattr(signal, "SIGKILL", signal.SIGTERM))
+    process.wait()
     before = {entry: os.stat(path).st_mtime_ns for entry, path in stored(target).items()}
     assert len(before) >= 7
-    table = run_table(3, splits, budget, store=target, jobs=1, progress=False)
+    table = run_table(3, store=target, **TINY)
     pd.testing.assert_frame_equal(table, tables[3])
     assert contents(target).items() <= contents(store).items()
     after = stored(target)
-    assert all(os.stat(after[entry]).st_mtime_ns == when for entry, when in before.items()), (
-        "kept, not made again"
-    )
-    assert not list(tmp_path.glob("*/.tmp-*")), "what the killed ones left is cleared away"
+    kept = {entry for entry, when in before.items() if os.stat(after[entry]).st_mtime_ns == when}
+    assert kept == set(before), "not made again"
+    assert not list(tmp_path.glob("*/.tmp-*")), "what the killed one left is cleared away"
 
 
-def test_a_run_clears_away_what_was_left_to_the_store(finished, tmp_path):
-    *_, splits, budget = finished
+def test_a_run_clears_away_what_was_left_to_the_store(store, tmp_path):
+    shutil.copytree(store.root, tmp_path, dirs_exist_ok=True)
     old = tmp_path / "checkpoints" / "segment-0123456789abcdef01234567.pt"
-    old.parent.mkdir()
+    old.parent.mkdir(exist_ok=True)
     for days, there in ((1, True), (31, False)):
         old.touch()
         os.utime(old, (time.time() - days * 24 * 3600,) * 2)
-        for folder in (tmp_path / "evaluate").glob("*"):
-            shutil.rmtree(folder)
-        run_table(3, splits, budget, store=tmp_path, jobs=1, progress=False)
+        shutil.rmtree(tmp_path / "evaluate")
+        run_table(3, store=tmp_path, **TINY)
         assert old.exists() == there
 
 
-def test_a_failing_row_costs_no_other_row(finished, tmp_path, monkeypatch, capsys):
-    store, tables, splits, budget = finished
+def test_a_failing_row_costs_no_other_row(tables, tmp_path, monkeypatch, capsys):
     train = stages.train_classifier
 
     def failing(recipe, *args, **options):
@@ -522,9 +499,11 @@ def test_a_failing_row_costs_no_other_row(finished, tmp_path, monkeypatch, capsy
             raise TrainingDiverged("the loss is nan")
         return train(recipe, *args, **options)
 
-    monkeypatch.setattr(stages, "train_classifier", failing)
-    with pytest.raises(RowsFailed, match="2 of 4 rows failed.*\n.*delta 0.55.*the loss is nan") as caught:
-        run_table(3, splits, budget, store=tmp_path, jobs=1, progress=False)
+    said = "2 of 4 rows failed.*\n.*delta 0.55.*the loss is nan"
+    with monkeypatch.context() as patch, pytest.raises(RowsFailed, match=said) as caught:
+        patch.setattr(stages, "train_classifier", failing)
+        run_table(3, store=tmp_path, **TINY)
+    pd.testing.assert_frame_equal(run_table(3, store=tmp_path, **TINY), tables[3])
     partial = caught.value.tables[3]
     assert partial["measured"].isna().tolist() == [False, False, True, True]
     pd.testing.assert_frame_equal(partial[:2], tables[3][:2])
@@ -534,11 +513,6 @@ def test_a_failing_row_costs_no_other_row(finished, tmp_path, monkeypatch, capsy
     assert main(["tables", "--tables", "3", "--out", str(tmp_path / "out")]) == 1
     output = capsys.readouterr()
     assert "learnable, with refine" in output.out and "the loss is nan" in output.err
-
-    monkeypatch.setattr(stages, "train_classifier", train)
-    pd.testing.assert_frame_equal(
-        run_table(3, splits, budget, store=tmp_path, jobs=1, progress=False), tables[3]
-    )
 
 
 def test_a_full_disk_ends_the_run(tmp_path, monkeypatch):
@@ -550,16 +524,15 @@ def test_a_full_disk_ends_the_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(EntryWriter, "weights", full)
     with pytest.raises(StoreError, match="disk.*full"):
-        run_table(3, tiny_splits(), tiny_budget(), store=tmp_path, jobs=1, progress=False)
+        run_table(3, store=tmp_path, **TINY)
     assert len(tried) == 1, "no other row trains in vain"
 
 
-@pytest.mark.parametrize("hours", [0, -3, 3])
+@pytest.mark.parametrize("hours", [-3, 3])
 def test_progress_is_shown_and_overwrite_makes_each_stage_again_once(tmp_path, monkeypatch, capsys, hours):
     """Whatever the clock says of the machine that makes them, and that of the one that gave the command."""
-    splits, budget, made = tiny_splits(), tiny_budget(), []
-    options = dict(store=tmp_path, jobs=1)
-    first = run_table(3, splits, budget, **options)
+    options, made = TINY | {"store": tmp_path}, []
+    first = run_table(3, **options | {"progress": True})
     shown = capsys.readouterr().err
     assert "4 rows | " in shown and "100%" in shown and "label score" in shown
     make = RunStore._make
@@ -574,14 +547,14 @@ def test_progress_is_shown_and_overwrite_makes_each_stage_again_once(tmp_path, m
 
     monkeypatch.setattr(RunStore, "_make", noted)
     monkeypatch.setattr("drs_course.store.time", Clock)
-    again = run_table(3, splits, budget, overwrite=True, progress=False, **options)
+    again = run_table(3, overwrite=True, **options)
     assert sorted(made) == sorted(stored(RunStore(tmp_path))), "every stage once, however many rows share it"
     pd.testing.assert_frame_equal(first, again)
 
 
 def test_a_run_that_overwrites_goes_on_by_its_name(tmp_path, monkeypatch, capsys):
     """The second row's training fails; what was finished is read when the run is started again."""
-    options = dict(data=tiny_splits(), budget=tiny_budget(), store=RunStore(tmp_path), jobs=1, progress=False)
+    options = TINY | {"store": RunStore(tmp_path)}
     first = run_table(3, **options)
     metas = {entry: folder / "meta.json" for entry, folder in stored(options["store"]).items()}
 
@@ -606,9 +579,8 @@ def test_a_run_that_overwrites_goes_on_by_its_name(tmp_path, monkeypatch, capsys
     assert not {None, name} & set(runs().values()) and len(set(runs().values())) == 1
 
 
-def test_seeds(finished):
-    store, _, splits, budget = finished
-    table = run_table(3, splits, budget, seeds=(0, 1), store=store, jobs=1, progress=False)
+def test_seeds(store):
+    table = run_table(3, seeds=(0, 1), store=store, **TINY)
     assert (table["seeds"] == 2).all()
     for row in range(len(table)):
         values = table.attrs["per_seed"][row]["measured"]
@@ -618,20 +590,14 @@ def test_seeds(finished):
     assert table["pseudo-label mIoU sd"].max() > 0, "another seed is another training"
 
 
-def test_without_the_crf_its_columns_are_empty_and_say_why(finished, monkeypatch):
-    store, tables, splits, budget = finished
+def test_the_crf_has_a_column_of_its_own_empty_without_it(store, tables, monkeypatch):
+    if crf_available():
+        np.testing.assert_array_equal(tables[4]["with CRF"].notna(), tables[4]["measured"].notna())
     monkeypatch.setattr("drs_lib.crf.available", lambda: False)
-    table = run_table(4, splits, budget, store=store, jobs=1, progress=False)
+    table = run_table(4, store=store, **TINY)
     assert table["with CRF"].isna().all() and "pydensecrf" in table.attrs["CRF"]
     assert "not available" in format_table(table)
     pd.testing.assert_series_equal(table["measured"], tables[4]["measured"])
-
-
-def test_with_the_crf_it_has_a_column_of_its_own(finished):
-    pytest.importorskip("pydensecrf")
-    _, tables, _, _ = finished
-    measured = tables[4]["measured"].notna()
-    assert (tables[4]["with CRF"].notna() == measured).all()
 
 
 @pytest.mark.parametrize(
@@ -655,14 +621,11 @@ def test_bad_arguments(options, match, tmp_path):
 
 def test_a_missing_voc_root_sends_to_the_download(tmp_path, capsys):
     missing = str(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="drs_course download"):
-        run_table(1, "voc", voc_root=missing, store=tmp_path)
     assert main(["tables", "--data", "voc", "--voc-root", missing, "--store", str(tmp_path)]) == 1
     assert "drs_course download" in capsys.readouterr().err
 
 
-def test_saved_tables_come_back(finished, tmp_path, monkeypatch):
-    _, tables, _, _ = finished
+def test_saved_tables_come_back(tables, tmp_path, monkeypatch):
     for number, table in tables.items():
         save_table(table, tmp_path / f"table{number}-critters.json")
         back = load_table(tmp_path / f"table{number}-critters.json")
@@ -677,10 +640,9 @@ def test_saved_tables_come_back(finished, tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".*")), "no temporary file is left"
 
 
-def test_a_table_is_replaced_whole_or_not_at_all(finished, tmp_path, monkeypatch):
-    _, tables, _, _ = finished
+def test_a_table_is_replaced_whole_or_not_at_all(tables, tmp_path, monkeypatch):
     save_table(tables[3], tmp_path / "table3.json")
-    before = (tmp_path / "table3.json").read_bytes()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def full(*args):
         raise OSError(28, "No space left on device")
@@ -688,24 +650,21 @@ def test_a_table_is_replaced_whole_or_not_at_all(finished, tmp_path, monkeypatch
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space"):
         save_table(tables[1], tmp_path / "table3.json")
-    assert (tmp_path / "table3.json").read_bytes() == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["table3.csv", "table3.json"]
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_tables_for_terminal_and_notebook(finished):
-    _, tables, _, budget = finished
+def test_tables_for_terminal_and_notebook(tables):
     text = format_table(tables[1])
     lines = text.splitlines()
     assert lines[0].startswith("Table 1: ") and "non-learnable with δ=0.55" in text
-    columns = lines[1].split("  ")
-    assert [c.strip() for c in columns if c.strip()][:3] == ["configuration", "paper", "measured"]
+    assert lines[1].split()[:3] == ["configuration", "paper", "measured"]
     row = next(line for line in lines if line.startswith("learnable"))
     assert f"62.9  {tables[1]['measured'][0]:8.1f}" in row and "72.6" in row
     for condition in ("budget: ci", "alpha: 0.2", "beta: 0.06", "seeds: [0]", "rule: paper", "CRF: off"):
         assert condition in text
     lines = format_table(tables[2]).splitlines()
     assert next(line for line in lines if line.startswith("DRS in layers 5-6")).split()[4:10] == [*"----xx"]
-    assert f"refined alpha: {budget.refined_alpha}; renormalize: False" in format_table(tables[3])
+    assert f"refined alpha: {BUDGET.refined_alpha}; renormalize: False" in format_table(tables[3])
     text = format_table(tables[4])
     assert text.count("DeepLab-ASPP (ResNet-101)\n") == 1 and "SGAN (Yao and Gong 2020)" in text
     for table in tables.values():
@@ -714,8 +673,7 @@ def test_tables_for_terminal_and_notebook(finished):
     assert "✓" in style_table(tables[2]).to_html()
 
 
-def test_the_command_line(finished, tmp_path, monkeypatch, capsys):
-    _, tables, _, _ = finished
+def test_the_command_line(tables, tmp_path, monkeypatch, capsys):
     seen = {}
 
     def measured(numbers, **options):
@@ -736,15 +694,9 @@ def test_the_command_line(finished, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiments, "REFERENCE", tmp_path / "reference")
     assert main(["reference", "--tables", "3"]) == 0
     pd.testing.assert_frame_equal(reference_table(3), tables[3])
-    for bad in (
-        ["--tables", "5"],
-        ["--jobs", "0"],
-        ["--seeds", "-1"],
-        ["--budget", "huge"],
-        ["--data", "coco"],
-    ):
+    for bad in ("--tables 5", "--jobs 0", "--seeds -1", "--budget huge", "--data coco"):
         with pytest.raises(SystemExit) as stopped:
-            main(["tables", *bad])
+            main(["tables", *bad.split()])
         assert stopped.value.code == 2
 
 
@@ -765,8 +717,7 @@ def test_the_command_line_names_a_run_that_overwrites(tmp_path, monkeypatch, cap
     assert "overwrite" not in "".join(capsys.readouterr())
 
 
-def test_figures_are_drawn_again_when_their_stages_were_made_again(finished, tmp_path, monkeypatch):
-    store, tables, splits, budget = finished
+def test_figures_are_drawn_again_when_their_stages_were_made_again(store, tables, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr("drs_course.__main__.run_tables", lambda *a, **k: tables)
     monkeypatch.setattr(
@@ -775,7 +726,7 @@ def test_figures_are_drawn_again_when_their_stages_were_made_again(finished, tmp
     )
     monkeypatch.setattr(
         "drs_course.__main__.Pipeline",
-        lambda seed, store, **k: Pipeline(splits, budget, seed=seed, store=store),
+        lambda seed, store, **k: Pipeline(SPLITS, BUDGET, seed=seed, store=store),
     )
     arguments = ["tables", "--store", str(store.root), "--out", str(tmp_path), "--budget", "ci"]
     for expected in (1, 1):
@@ -800,89 +751,78 @@ def test_voc_runs_the_same_way(voc_tree, tmp_path):
     assert 100 * scores["labels"]["miou"] == pytest.approx(direct_miou(pairs, 21), abs=1e-3)
 
 
-def test_a_budget_is_a_value():
-    assert get_budget("ci") == get_budget("ci") and hash(get_budget("ci")) == hash(get_budget("ci"))
-    assert isinstance(tiny_budget(), Budget) and tiny_budget() != get_budget("ci")
-
-
 def test_the_course_on_critters(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DRS_STORE", raising=False)
     arguments = ["tables", "--budget", "ci", "--tables", "3", "--jobs", "1", "--quiet", "--no-figures"]
-    assert main(arguments) == 0
-    cold = capsys.readouterr().out
+
+    def printed():
+        assert main(arguments) == 0
+        return capsys.readouterr().out.split("minutes")[0].rsplit("\n", 1)[0]
+
+    cold = printed()
     made = stored(RunStore(tmp_path / "runs"))
     table = load_table(tmp_path / "results" / "table3.json")
     assert table["measured"].notna().all() and table.attrs["data"] == "critters"
-    monkeypatch.setattr(
-        stages.Pipeline, "get", lambda self, stage: pytest.fail(f"{stage.title} was asked for")
-    )
-    assert main(arguments) == 0
-    assert (
-        capsys.readouterr().out.split("minutes")[0].rsplit("\n", 1)[0]
-        == cold.split("minutes")[0].rsplit("\n", 1)[0]
-    )
+    monkeypatch.setattr(Pipeline, "get", lambda self, stage: pytest.fail(f"{stage.title} was asked for"))
+    assert printed() == cold
     assert stored(RunStore(tmp_path / "runs")) == made
 
 
-def test_a_table_row_by_row(finished, tmp_path):
-    store, tables, splits, budget = finished
-    line = Pipeline(splits, budget, store=RunStore(tmp_path))
+def test_a_table_row_by_row(store, tables, tmp_path):
+    line = Pipeline(SPLITS, BUDGET, store=RunStore(tmp_path))
     assert experiments.stored_table(1, line)["measured"].isna().all()
     row = experiments.run_row(1, Configuration(delta=0.7), line)
     pd.testing.assert_frame_equal(row, tables[1][tables[1]["delta"] == 0.7])
     assert format_table(row).endswith("data: tiny; budget: ci; seeds: [0]")
     so_far = experiments.stored_table(1, line)
     assert so_far["measured"].notna().tolist() == [delta == 0.7 for delta in so_far["delta"]]
-    whole = experiments.stored_table(1, Pipeline(splits, budget, store=store))
+    whole = experiments.stored_table(1, Pipeline(SPLITS, BUDGET, store=store))
     pd.testing.assert_frame_equal(whole, tables[1])
     assert whole.attrs == tables[1].attrs
-    before = stored(line.store)
-    made = {entry: (folder / "meta.json").read_text() for entry, folder in before.items()}
-    experiments.run_row(1, Configuration(delta=0.7), line)
-    assert {e: (f / "meta.json").read_text() for e, f in stored(line.store).items()} == made
-    experiments.run_row(1, Configuration(delta=0.5), line)
-    made |= {e: (f / "meta.json").read_text() for e, f in stored(line.store).items() if e not in made}
-    experiments.run_row(1, Configuration(delta=0.7), line, overwrite=True)
+
+    def metas(delta, **options):
+        experiments.run_row(1, Configuration(delta=delta), line, **options)
+        return {entry: (folder / "meta.json").read_text() for entry, folder in stored(line.store).items()}
+
+    first = {entry: (folder / "meta.json").read_text() for entry, folder in stored(line.store).items()}
+    assert metas(0.7) == first
+    made = metas(0.5)
+    again = metas(0.7, overwrite=True)
     assert experiments.stored_table(1, line)["measured"].notna().sum() == 2
-    again = {e: (f / "meta.json").read_text() for e, f in stored(line.store).items()}
     assert again.keys() == made.keys()
-    assert {e for e in made if again[e] != made[e]} == set(before)
+    assert {entry for entry in made if again[entry] != made[entry]} == set(first)
     assert line.run is None
     with pytest.raises(ValueError, match="Table 1 has no row for CAM"):
         experiments.run_row(1, CAM, line)
 
 
-def test_what_is_in_the_store_is_told_without_making_it(finished, tmp_path):
-    store, _, splits, budget = finished
-    line = Pipeline(splits, budget, store=store)
+def test_what_is_in_the_store_is_told_without_making_it(line, store, tmp_path):
     stages = [("classify", CAM), ("refine", REFINED), ("labels", REFINED), ("evaluate", CAM)]
     assert all(line.has(*stage) for stage in stages)
     assert not line.has("classify", Configuration(delta=0.123))
-    assert not Pipeline(splits, budget, store=store, seed=7).has("classify", CAM)
-    empty = Pipeline(splits, budget, store=tmp_path / "runs")
+    assert not Pipeline(SPLITS, BUDGET, store=store, seed=7).has("classify", CAM)
+    empty = Pipeline(SPLITS, BUDGET, store=tmp_path / "runs")
     assert not any(empty.has(*stage) for stage in stages) and not empty.store.root.exists()
-    assert not Pipeline(splits, budget, store=store, run="another").has("classify", CAM)
+    assert not Pipeline(SPLITS, BUDGET, store=store, run="another").has("classify", CAM)
     with pytest.raises(ValueError, match="its refine is False"):
         line.has("refine", CAM)
 
 
-def test_overwriting_one_training_leaves_what_it_reads(finished, tmp_path):
-    *_, splits, budget = finished
-    line = Pipeline(splits, budget, store=RunStore(tmp_path))
-    steps = []
-    line.progress = lambda title, step, steps_, epoch, loss: steps.append((title, step, steps_))
+def test_overwriting_one_training_leaves_what_it_reads(tmp_path):
+    line, seen = Pipeline(SPLITS, BUDGET, store=tmp_path), []
+    line.progress = lambda title, step, steps, epoch, loss: seen.append((title, step, steps))
     first = line.segmentation_network(CAM).state_dict()
-    assert [s for s in steps if s[1] == s[2]] == [("classify", 2, 2), ("segment", 2, 2)]
-    del steps[:]
+    assert [one for one in seen if one[1] == one[2]] == [("classify", 2, 2), ("segment", 2, 2)]
+    seen.clear()
     again = line.segmentation_network(CAM, overwrite=True).state_dict()
-    assert {title for title, *_ in steps} == {"segment"}
+    assert {title for title, *_ in seen} == {"segment"}
     assert all(torch.equal(first[k], again[k]) for k in first)
 
 
-def test_held_against_the_reference(finished, tmp_path, monkeypatch):
+def test_held_against_the_reference(tables, tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "REFERENCE", tmp_path)
-    table = finished[1][1].copy()
+    table = tables[1].copy()
     assert "Nothing is compared" in experiments.compare_with_reference(table)
     table.attrs = table.attrs | {"budget": "laptop", "data": "critters"}
     save_table(table, experiments.reference_path(1))
@@ -892,24 +832,11 @@ def test_held_against_the_reference(finished, tmp_path, monkeypatch):
     moved = table.copy()
     moved.loc[3, "measured"] += 5.5
     moved.loc[5, "measured"] = math.nan
-    with pytest.raises(
-        AssertionError, match=r"1 rows are more than 5.0 points .*non-learnable with δ=0.70: "
-    ):
+    with pytest.raises(AssertionError, match="1 rows are more than 5.0 points .*non-learnable with δ=0.70: "):
         experiments.compare_with_reference(moved)
     assert experiments.compare_with_reference(moved, 6.0).startswith("7 rows, all within 6.0 points")
     moved["measured"] = math.nan
     assert experiments.compare_with_reference(moved) == "No row is measured yet."
-
-
-def test_the_budget_comes_from_the_environment(monkeypatch):
-    monkeypatch.setenv("DRS_BUDGET", "ci")
-    assert get_budget().name == "ci" and get_budget(data="voc").name == "ci"
-    assert get_budget("laptop").name == "laptop"
-    monkeypatch.setenv("DRS_BUDGET", "desktop")
-    with pytest.raises(ValueError, match="no budget 'desktop'"):
-        get_budget()
-    monkeypatch.delenv("DRS_BUDGET")
-    assert get_budget().name == "laptop" and get_budget(data="voc").name == "paper"
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
