@@ -25,6 +25,7 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
+from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -35,7 +36,7 @@ from filelock import FileLock, Timeout
 from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
-from drs_lib.data.voc import VOC_LIST_SIZES, first_few, read_list
+from drs_lib.data.voc import VOC2012, VOC_LIST_SIZES, first_few, read_list
 from drs_lib.files import atomic_path, write_text
 
 
@@ -261,12 +262,6 @@ def _voc_folder(root):
     return devkit if devkit.is_dir() else root / "VOC2012"
 
 
-def _missing(tree, names, folder, suffix=".png"):
-    """Files of ``names`` that are not there, as relative paths."""
-    there = set(os.listdir(tree / folder)) if (tree / folder).is_dir() else set()
-    return [f"{folder}/{name}{suffix}" for name in names if name + suffix not in there]
-
-
 def _ids(tree, split):
     path = tree / "ImageSets" / "Segmentation" / f"{split}.txt"
     return read_list(path) if path.is_file() else []
@@ -274,23 +269,19 @@ def _ids(tree, split):
 
 def _voc_problem(tree):
     """What is wrong with the devkit's own part of a tree, or None."""
-    names = []
-    for split in ("train", "val"):
-        found = _ids(tree, split)
-        if len(found) != VOC_LIST_SIZES[split]:
-            return f"the {split} list has {len(found)} ids, expected {VOC_LIST_SIZES[split]}"
-        names += found
-    folders = (("JPEGImages", ".jpg"), ("Annotations", ".xml"), ("SegmentationClass", ".png"))
-    missing = [path for folder in folders for path in _missing(tree, names, *folder)]
-    return f"missing: {first_few(missing)}" if missing else None
+    try:
+        for split, labels in product(("train", "val"), ("xml", "mask")):
+            VOC2012(tree, split, labels=labels, masks="SegmentationClass")
+    except (FileNotFoundError, ValueError) as error:
+        return str(error)
 
 
 def _weights(kind, get):
     place = weights_folder() / FILES[kind].name
     path, downloaded = get(FILES[kind], place.parent)
     with open(path, "rb") as file:
-        begins = file.read(2)
-    if begins not in (b"PK", b"\x80\x02"):  # what torch.save writes, now and before 1.6
+        is_weights = file.read(2) in (b"PK", b"\x80\x02")  # what torch.save writes, now and before 1.6
+    if not is_weights:
         if downloaded:
             _remove(path)
         raise ValueError(f"{path} holds no weights{'; it was removed' if downloaded else ''}")
@@ -323,7 +314,7 @@ def _pngs(kind, tree, get, work):
     if kind == "aug":
         wanted = trainaug + val if len(trainaug) == VOC_LIST_SIZES["trainaug"] else []
         problem = _voc_problem(tree)
-    if wanted and not _missing(tree, wanted, folder):
+    if wanted and {file.stem for file in (tree / folder).glob("*.png")}.issuperset(wanted):
         return f"{tree}: the {what} are complete"
     if problem:
         raise ValueError(f"{tree}: VOC 2012 has to be there before the {what}; {problem}")
@@ -358,9 +349,9 @@ def _check_png(path, file, modes):
     except UnidentifiedImageError as error:
         raise ValueError(f"{path}: {file.name} is not an image") from error
     if mode not in modes:
+        expected = " or ".join(modes)
         raise ValueError(
-            f"{path}: {file.name} has mode {mode}, expected {' or '.join(modes)} (L = 8-bit greyscale, P = "
-            "indexed)"
+            f"{path}: {file.name} has mode {mode}, expected {expected} (L = 8-bit greyscale, P = indexed)"
         )
 
 
@@ -418,7 +409,7 @@ def download(root="data", *, only=None, mirror=None, local=(), progress=True):
         source = source_of(remote)
         return fetch(source, folder, known=remote.known, progress=progress), _is_url(source)
 
-    for kind in [kind for kind in FILES if only is None or kind in only]:
+    for kind in FILES if only is None else [kind for kind in FILES if kind in only]:
         folder = tree.parent if kind in TREE else weights_folder()
         folder.mkdir(parents=True, exist_ok=True)
         try:
