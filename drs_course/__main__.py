@@ -85,15 +85,13 @@ def _add_rows(add):
 
 
 def _positive(text):
-    value = int(text)
-    if value < 1:
+    if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
     return value
 
 
 def _seed(text):
-    value = int(text)
-    if not 0 <= value < 2**32:
+    if not 0 <= (value := int(text)) < 2**32:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2**32 - 1")
     return value
 
@@ -115,6 +113,10 @@ def _budget(options):
     return budget.replace(aspp=aspp)
 
 
+def _choice(options):
+    return {"data": options.data, "budget": options.budget, "voc_root": options.voc_root}
+
+
 def _tables(options):
     """The commands tables and reference."""
     began, store = time.perf_counter(), RunStore(options.store)
@@ -122,18 +124,17 @@ def _tables(options):
     if run := options.overwrite:
         print(f"This run trains again what is in the store. Stopped, --overwrite {run} goes on.", flush=True)
     options.budget = _budget(options)
-    choice = {"data": options.data, "budget": options.budget, "voc_root": options.voc_root}
     try:
         tables = run_tables(
-            options.tables, **choice, seeds=options.seeds, store=store, jobs=options.jobs, overwrite=run,
-            progress=not options.quiet,
+            options.tables, **_choice(options), seeds=options.seeds, store=store, jobs=options.jobs,
+            overwrite=run, progress=not options.quiet,
         )  # fmt: skip
     except RowsFailed as error:
         tables, failed = error.tables, error
     for table in tables.values():
         print("\n" + format_table(table))
     try:
-        written = _written(options, tables, failed, store, choice)
+        written = _written(options, tables, failed, store)
     except OSError as error:
         raise OSError(
             f"not everything could be written: {error}. All results are kept in {store.root}: put that "
@@ -145,25 +146,26 @@ def _tables(options):
         for trace in {error: trace for error, trace in failed.failures.values()}.values():
             print(f"\n{trace}", file=sys.stderr)
         raise failed
-    return 0
 
 
-def _written(options, tables, failed, store, choice):
+def _written(options, tables, failed, store):
     """Writes what the command is to write; returns the paths."""
-    if options.command == "reference":
-        folders = {} if failed else {number: reference_path(number, options.data) for number in tables}
-    else:
-        folders = {number: options.out / f"table{number}.json" for number in tables}
-    for number, path in folders.items():
-        save_table(tables[number], path)
-    written = list(folders.values())
-    if options.command == "tables" and options.figures and failed is None:
-        written.append(_result_figures(options.out / "figures", options.seeds, store, choice))
+    reference, written = options.command == "reference", []
+    for number, table in tables.items():
+        if not (reference and failed):
+            path = (
+                options.out / f"table{number}.json" if not reference else reference_path(number, options.data)
+            )
+            written.append(path)
+            save_table(table, path)
+    if not reference and options.figures and failed is None:
+        written.append(_result_figures(options, store))
     return written
 
 
-def _result_figures(folder, seeds, store, choice):
+def _result_figures(options, store):
     """Draws the figures, unless they are there, drawn from the very same stages; returns their folder."""
+    folder, choice, seeds = options.out / "figures", _choice(options), options.seeds
     code = sorted(Path(plots.__file__).parent.glob("*.py"))
     state = hashlib.sha256(b"".join(path.read_bytes() for path in code))
     configurations = [row.configuration for number in TABLES for row in table_rows(number)]
@@ -181,26 +183,23 @@ def _result_figures(folder, seeds, store, choice):
 
 def _figures(options):
     """The figures of README and notebooks, and the picture of a lab in README."""
-    choice = {"data": options.data, "budget": options.budget, "voc_root": options.voc_root}
-    seed, store = options.seeds[0], RunStore(options.store)
+    choice, seed, store = _choice(options), options.seeds[0], RunStore(options.store)
     for path in plots.make_figures(options.out, store=store, seed=seed, seeds=options.seeds, **choice):
         print(path)
     pipeline = Pipeline(seed=seed, store=store, **choice)
     cam, suppressed = Configuration(drs_layers=()), Configuration(delta=LAB_DELTA)
     if not all(pipeline.has("classify", configuration) for configuration in (cam, suppressed)):
         print("delta_lab is left out: the run store has no classifiers for it. `make course` makes them.")
-        return 0
+        return
     [image] = first_of_each_class(pipeline.data.val, 1)
     lab = DeltaLab(pipeline, image=image).set(mode="trained", trained=LAB_DELTA)
     with atomic_path(options.out / "delta_lab.png") as temporary:
         temporary.write_bytes(lab.snapshot())
     print(options.out / "delta_lab.png")
-    return 0
 
 
 def _download(options):
     download(options.root, only=options.only, mirror=options.mirror, local=options.local)
-    return 0
 
 
 def _verify(options):
@@ -210,7 +209,6 @@ def _verify(options):
 
 def _pretrain(options):
     pretrain(options.only, options.out)
-    return 0
 
 
 def main(arguments=None):
@@ -221,7 +219,7 @@ def main(arguments=None):
             stream.reconfigure(errors="replace")
     options = _parser().parse_args(arguments)
     try:
-        return options.run(options)
+        return options.run(options) or 0
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -6,10 +6,9 @@ A Simple Classification to Semantic Segmentation Approach" (CVPR 2017; AE-PSL in
 paint over what its map found, train another classifier on the painted images, and so on. Whatever any of them
 found is object. ACoL (Zhang, Wei, Feng, Yang, Huang, "Adversarial Complementary Learning for Weakly
 Supervised Object Localization", CVPR 2018) erases in the features of a second branch instead and trains both
-branches at once, merging their maps by the maximum, as is done here. S steps are S trainings one after the
-other, S - 1 passes over the training images in between, S networks to keep, and S passes to make the maps;
-DRS needs one of each. Nothing here but a threshold and S says when to stop. Wei et al.'s threshold rule, use
-of saliency and segmentation network are left out, so that all methods of the notebook differ in maps alone.
+branches at once, merging their maps by the maximum, as is done here. S steps are S trainings and S passes to
+make the maps; DRS needs one of each. Nothing but a threshold and S says when to stop. Wei et al.'s threshold
+rule, use of saliency and segmentation network are left out, so that all methods differ in maps alone.
 """
 
 import numpy as np
@@ -40,17 +39,17 @@ class AlphaScan:
     counted by (true label, largest class, whether salient, how many alphas the map exceeds), and the
     confusion matrix of every alpha is a sum over these counts.
 
-    With saliency: `drs_lib.labels.pseudo_labels` as the paper has it, background where both cues are there,
-    ignored pixels scored as background; exactly the measure ``label_score`` of `drs_course.stages`. Without:
-    a pixel is its largest class where that exceeds alpha, and background elsewhere.
+    With saliency: `drs_lib.labels.pseudo_labels` as the paper has it, ignored pixels scored as background;
+    exactly the measure ``label_score`` of `drs_course.stages`. Without: a pixel is its largest class where
+    that exceeds alpha, and background elsewhere.
 
     Args:
         num_classes: C, without background.
         alphas: thresholds, increasing, in [0, 1].
         beta: pixels with saliency below it are not salient.
 
-    Raises ValueError for thresholds that are none, and in `update` for arrays that do not belong together or
-    have values out of range, NaN among them.
+    Raises:
+        ValueError: thresholds that are none; in `update` arrays that do not belong together or out of range.
     """
 
     def __init__(self, num_classes, alphas=ALPHAS, beta=PAPER_BETA):
@@ -136,8 +135,8 @@ def score_every_epoch(pipeline, configuration, overwrite=False, progress=False):
     overwrite: do it again although the store has it. progress: see `drs_lib.train.fit`.
     Returns a list of dict(epoch, loss, miou), mIoU in percent at the budget's alpha.
     """
-    _require_paper_rule(pipeline.budget)
     budget, train, reading = pipeline.budget, pipeline.data.train, _reading(pipeline.budget)
+    _require_paper_rule(budget)
     recipe = budget.classify.replace(drs_layers=configuration.drs_layers, delta=configuration.delta)
 
     def make(writer):
@@ -227,8 +226,8 @@ class ErasedImages:
 class AdversarialErasing:
     """Classifiers trained one after the other, each without what the ones before it found.
 
-    The first is the pipeline's plain CAM classifier; `step` adds one. All are trained by the same recipe,
-    from the same weights and with the same seed, and kept in the pipeline's store.
+    The first is the pipeline's plain CAM classifier; `step` adds one. All have the same recipe, initial
+    weights and seed, and are kept in the pipeline's store.
 
     Args:
         pipeline: a `drs_course.stages.Pipeline`.
@@ -254,8 +253,13 @@ class AdversarialErasing:
     def step(self, overwrite=False):
         """Erase what the last network finds, and train the next one on the rest, again with ``overwrite``
         although the store has it; returns its history."""
-        pipeline, recipe, erased = self.pipeline, self.recipe, self._erase_more()
-        device = pick_device(pipeline.device)
+        pipeline, recipe, seen = self.pipeline, self.recipe, self.images[-1]
+        with threads(recipe.threads):
+            regions = [
+                seen.region(index) | discriminative_region(maps, self.threshold)
+                for index, _, maps in self._look(-1)
+            ]
+        erased, device = ErasedImages(pipeline.data.train, regions), pick_device(pipeline.device)
 
         def make(writer):
             options = {"seed": pipeline.seed, "device": device, "progress": self.progress}
@@ -287,14 +291,6 @@ class AdversarialErasing:
             for items in zip(*(self._look(s, indices) for s in range(len(self))), strict=True):
                 index, labels, _ = items[0]
                 yield index, labels, torch.stack([maps for _, _, maps in items]).cummax(dim=0).values
-
-    def _erase_more(self):
-        with threads(self.recipe.threads):
-            regions = [
-                self.images[-1].region(index) | discriminative_region(maps, self.threshold)
-                for index, _, maps in self._look(-1)
-            ]
-        return ErasedImages(self.pipeline.data.train, regions)
 
     def _look(self, number, indices=None):
         options = {"workers": self.recipe.workers, "indices": indices} | _reading(self.pipeline.budget)

@@ -38,15 +38,7 @@ class Checkpoint:
 
         Where the file can't be written there is a warning: the training itself needs no checkpoint.
         """
-        device = _device(parts)
-        state = {
-            "made_by": _surroundings(device),
-            "run": self.run,
-            "progress": progress,
-            "random": _of_one(random_states(), device),
-            "streams": [stream.get_state() for stream in streams],
-            "parts": {name: part.state_dict() for name, part in parts.items()},
-        }
+        state = {"run": self.run, "progress": progress} | _state(parts, streams)
         temporary = self.path.with_name(f".{self.path.name}.{writer_tag()}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,30 +65,18 @@ class Checkpoint:
         """
         if not self.path.exists():
             return None
-        device = _device(parts)
-        random, drawn = random_states(), [stream.get_state() for stream in streams]
-        before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
+        before = copy.deepcopy(_state(parts, streams))
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
             if self.run is not None and state.get("run") != self.run:
                 return None
-            if state["made_by"] != _surroundings(device):
-                raise ValueError(f"it was written by {state['made_by']}, and this is {_surroundings(device)}")
+            if state["made_by"] != before["made_by"]:
+                raise ValueError(f"it was written by {state['made_by']}, and this is {before['made_by']}")
             if state["parts"].keys() != parts.keys() or len(state["streams"]) != len(streams):
                 raise ValueError("it is of another training")
-            for name, part in parts.items():
-                part.load_state_dict(state["parts"][name])
-            for stream, saved in zip(streams, state["streams"], strict=True):
-                stream.set_state(saved)
-            restore_random_states(state["random"] | {"cuda": None})
-            if device.type == "cuda":
-                torch.cuda.set_rng_state(state["random"]["cuda"], device)
+            _put(state, parts, streams)
         except Exception as error:  # unpickling a damaged file raises errors of almost any kind
-            for name, part in parts.items():  # some of it may have been loaded
-                part.load_state_dict(before[name])
-            for stream, state in zip(streams, drawn, strict=True):
-                stream.set_state(state)
-            restore_random_states(random)
+            _put(before, parts, streams)  # some of it may have been loaded
             aside = self.path.with_suffix(".unusable")
             with suppress(FileNotFoundError):  # on another machine the same training has just been finished
                 os.replace(self.path, aside)
@@ -114,15 +94,25 @@ def _device(parts):
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
-def _of_one(random, device):
-    """Random states without those of devices on which nothing was trained."""
-    kept = {
-        "cuda": random["cuda"][device.index] if device.type == "cuda" else None,
-        "mps": random["mps"] if device.type == "mps" else None,
+def _state(parts, streams):
+    device, random = _device(parts), random_states()
+    # None of devices on which nothing was trained.
+    random["cuda"] = random["cuda"][device.index] if device.type == "cuda" else None
+    random["mps"] = random["mps"] if device.type == "mps" else None
+    return {
+        "made_by": f"torch {torch.__version__} on {device.type}",
+        "random": random,
+        "streams": [stream.get_state() for stream in streams],
+        "parts": {name: part.state_dict() for name, part in parts.items()},
     }
-    return random | kept
 
 
-def _surroundings(device):
-    """What the states of a checkpoint belong to, in words."""
-    return f"torch {torch.__version__} on {device.type}"
+def _put(state, parts, streams):
+    for name, part in parts.items():
+        part.load_state_dict(state["parts"][name])
+    for stream, saved in zip(streams, state["streams"], strict=True):
+        stream.set_state(saved)
+    restore_random_states(state["random"] | {"cuda": None})
+    device = _device(parts)
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["random"]["cuda"], device)

@@ -6,11 +6,12 @@
 
 VOC 2012, its augmented masks, the saliency maps and the authors' pseudo labels go to ``VOC2012`` in the root,
 weights to torch hub's folder of checkpoints, where torchvision looks for its own. `FILES` lists them all. A
-mirror, or a local file of the same name, takes the place of any of them. A download that was interrupted goes
-on where it stopped when the command is run again, and a tree is only changed by complete archives.
+mirror, or a local file of the same name, takes the place of any of them. A tree is only changed by complete
+archives.
 
-What has a published checksum is held to it. Of the rest the SHA-256 is written beside the first download, as
-``<name>.sha256``, and later downloads are held to that.
+What has a published checksum is held to it, and goes on where it stopped when an interrupted command is run
+again. Of the rest the SHA-256 is written beside the first download, as ``<name>.sha256``, and later downloads
+are held to that.
 """
 
 import http.client
@@ -24,6 +25,7 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
+from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -34,7 +36,7 @@ from filelock import FileLock, Timeout
 from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
-from drs_lib.data.voc import VOC_LIST_SIZES, first_few, read_list
+from drs_lib.data.voc import VOC2012, VOC_LIST_SIZES, first_few, read_list
 from drs_lib.files import atomic_path, write_text
 
 
@@ -83,7 +85,6 @@ VOC_IMAGES = 17125
 ATTEMPTS = 3
 PAUSE = 2  # seconds before the second attempt, twice that before the third
 TIMEOUT = 60  # seconds without a byte
-
 _NETWORK_ERRORS = (
     urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError,
 )  # fmt: skip
@@ -136,8 +137,7 @@ def fetch(source, folder, *, known=None, progress=True):
     """The file behind ``source``, a path or an http(s) URL, as a path.
 
     A local file is used where it is, and never removed. A download goes to ``folder`` by way of
-    ``<name>.part``, which the next call continues with a Range request if the server still has the same file
-    (its ETag or date says so, or the checksum will); a server that doesn't know Range starts anew.
+    ``<name>.part``, which the next call continues if there is a checksum to tell that it is the same file.
 
     known: the checksum, see `Remote`. None: of a download, the one recorded at the first.
 
@@ -164,7 +164,7 @@ def fetch(source, folder, *, known=None, progress=True):
             return target
         print(f"{target} has the wrong checksum; downloading it again")
     target.parent.mkdir(parents=True, exist_ok=True)
-    _arrive(source, target, checked=known is not None, progress=progress)
+    _arrive(source, target, resume=known is not None, progress=progress)
     if known is None:
         write_text(record, f"{pooch.file_hash(str(target))}  {target.name}\n")
     elif wrong := _difference(target, known):
@@ -176,37 +176,31 @@ def fetch(source, folder, *, known=None, progress=True):
     return target
 
 
-def _arrive(url, target, checked, progress):
-    """Download, going on where the last attempt broke off, which pooch can't."""
-    part, note = (target.with_name(target.name + end) for end in (".part", ".part.version"))
+def _arrive(url, target, resume, progress):
+    """Download, in several attempts, going on where the last one broke off, which pooch can't."""
+    part = target.with_name(target.name + ".part")
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            _transfer(url, part, note, checked, progress)
-            break
+            _transfer(url, part, resume, progress)
+            return os.replace(part, target)
         except _NETWORK_ERRORS as error:
             code = getattr(error, "code", 0)
             refused = 400 <= code < 500 and code not in (416, 429)
             if not refused and attempt < ATTEMPTS:
                 time.sleep(PAUSE * attempt)
                 continue
-            reason = error.reason if type(error) is urllib.error.URLError else error
             how_often = "the host refuses it" if refused else f"tried {attempt} times"
-            kept = " What has arrived is kept; the same command goes on from there." if part.is_file() else ""
+            kept = " What has arrived is kept; the same command goes on from there."
             raise ConnectionError(
-                f"{url}: {reason} ({how_often}). Check the connection, try a mirror, or pass a copy of "
-                f"{target.name} from elsewhere (--local).{kept}"
+                f"{url}: {error} ({how_often}). Check the connection, try a mirror, or pass a copy of "
+                f"{target.name} from elsewhere (--local).{kept if resume and part.is_file() else ''}"
             ) from error
-    os.replace(part, target)
-    note.unlink()
 
 
-def _transfer(url, part, note, checked, progress):
-    """Bring ``part`` to its full length, continuing it if it is sure to be the same file's beginning."""
-    headers = {"User-Agent": "drs-course", "Accept-Encoding": "identity"}
-    have = part.stat().st_size if part.is_file() else 0
-    version = note.read_text(encoding="utf-8") if note.is_file() else ""
-    if have and (version or checked):
-        headers |= {"Range": f"bytes={have}-"} | ({"If-Range": version} if version else {})
+def _transfer(url, part, resume, progress):
+    """Bring ``part`` to its full length."""
+    have = part.stat().st_size if resume and part.is_file() else 0
+    headers = {"User-Agent": "drs-course"} | ({"Range": f"bytes={have}-"} if have else {})
     try:
         response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
@@ -215,16 +209,14 @@ def _transfer(url, part, note, checked, progress):
         raise
     with response:
         have = have if response.status == 206 else 0
-        length = response.headers.get("Content-Length")
-        total = None if length is None else have + int(length)
-        write_text(note, response.headers.get("ETag") or response.headers.get("Last-Modified") or "")
-        _require_space(part.parent, (total or 0) - have, part.name)
+        total = have + int(response.headers.get("Content-Length", 0))
+        _require_space(part.parent, total - have, part.name)
         bar = tqdm(total=total, initial=have, desc=part.stem, unit="B", unit_scale=True, disable=not progress)
         with open(part, "ab" if have else "wb") as file, bar:
             while chunk := response.read(1 << 18):
                 file.write(chunk)
                 bar.update(len(chunk))
-    if total is not None and part.stat().st_size != total:
+    if part.stat().st_size < total:
         raise ConnectionError(f"the connection closed after {part.stat().st_size} of {total} bytes")
 
 
@@ -232,15 +224,13 @@ def _unpack(path, folder, downloaded):
     """Unpack a zip or tar archive into a new folder, of which no name in it leads out. One that is damaged is
     removed if it was downloaded."""
     folder.mkdir()
+    _require_space(folder, path.stat().st_size, f"extracting {path.name}")
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:  # which drops roots and dots, and makes no links
-                size = sum(info.file_size for info in archive.infolist())
-                _require_space(folder, size, f"extracting {path.name}")
                 archive.extractall(folder)
         else:
             with tarfile.open(path) as archive:
-                _require_space(folder, path.stat().st_size, f"extracting {path.name}")
                 # Python before 3.10.12 and 3.11.4 has no filters; the tar has passed its checksum.
                 archive.extraction_filter = getattr(tarfile, "data_filter", None)
                 archive.extractall(folder)
@@ -272,12 +262,6 @@ def _voc_folder(root):
     return devkit if devkit.is_dir() else root / "VOC2012"
 
 
-def _missing(tree, names, folder, suffix=".png"):
-    """Files of ``names`` that are not there, as relative paths."""
-    there = set(os.listdir(tree / folder)) if (tree / folder).is_dir() else set()
-    return [f"{folder}/{name}{suffix}" for name in names if name + suffix not in there]
-
-
 def _ids(tree, split):
     path = tree / "ImageSets" / "Segmentation" / f"{split}.txt"
     return read_list(path) if path.is_file() else []
@@ -285,23 +269,19 @@ def _ids(tree, split):
 
 def _voc_problem(tree):
     """What is wrong with the devkit's own part of a tree, or None."""
-    names = []
-    for split in ("train", "val"):
-        found = _ids(tree, split)
-        if len(found) != VOC_LIST_SIZES[split]:
-            return f"the {split} list has {len(found)} ids, expected {VOC_LIST_SIZES[split]}"
-        names += found
-    folders = (("JPEGImages", ".jpg"), ("Annotations", ".xml"), ("SegmentationClass", ".png"))
-    missing = [path for folder in folders for path in _missing(tree, names, *folder)]
-    return f"missing: {first_few(missing)}" if missing else None
+    try:
+        for split, labels in product(("train", "val"), ("xml", "mask")):
+            VOC2012(tree, split, labels=labels, masks="SegmentationClass")
+    except (FileNotFoundError, ValueError) as error:
+        return str(error)
 
 
 def _weights(kind, get):
     place = weights_folder() / FILES[kind].name
     path, downloaded = get(FILES[kind], place.parent)
     with open(path, "rb") as file:
-        begins = file.read(2)
-    if begins not in (b"PK", b"\x80\x02"):  # what torch.save writes, now and before 1.6
+        is_weights = file.read(2) in (b"PK", b"\x80\x02")  # what torch.save writes, now and before 1.6
+    if not is_weights:
         if downloaded:
             _remove(path)
         raise ValueError(f"{path} holds no weights{'; it was removed' if downloaded else ''}")
@@ -334,7 +314,7 @@ def _pngs(kind, tree, get, work):
     if kind == "aug":
         wanted = trainaug + val if len(trainaug) == VOC_LIST_SIZES["trainaug"] else []
         problem = _voc_problem(tree)
-    if wanted and not _missing(tree, wanted, folder):
+    if wanted and {file.stem for file in (tree / folder).glob("*.png")}.issuperset(wanted):
         return f"{tree}: the {what} are complete"
     if problem:
         raise ValueError(f"{tree}: VOC 2012 has to be there before the {what}; {problem}")
@@ -369,9 +349,9 @@ def _check_png(path, file, modes):
     except UnidentifiedImageError as error:
         raise ValueError(f"{path}: {file.name} is not an image") from error
     if mode not in modes:
+        expected = " or ".join(modes)
         raise ValueError(
-            f"{path}: {file.name} has mode {mode}, expected {' or '.join(modes)} (L = 8-bit greyscale, P = "
-            "indexed)"
+            f"{path}: {file.name} has mode {mode}, expected {expected} (L = 8-bit greyscale, P = indexed)"
         )
 
 
@@ -429,7 +409,7 @@ def download(root="data", *, only=None, mirror=None, local=(), progress=True):
         source = source_of(remote)
         return fetch(source, folder, known=remote.known, progress=progress), _is_url(source)
 
-    for kind in [kind for kind in FILES if only is None or kind in only]:
+    for kind in FILES if only is None else [kind for kind in FILES if kind in only]:
         folder = tree.parent if kind in TREE else weights_folder()
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -437,13 +417,12 @@ def download(root="data", *, only=None, mirror=None, local=(), progress=True):
                 for leftover in folder.glob(".extracting-*"):
                     shutil.rmtree(leftover, ignore_errors=True)
                 with tempfile.TemporaryDirectory(prefix=".extracting-", dir=folder) as work:
-                    print(_install(kind, tree, get, Path(work)))
+                    if kind == "voc":
+                        print(_voc(tree, get, Path(work)))
+                    elif kind in _PNGS:
+                        print(_pngs(kind, tree, get, Path(work)))
+                    else:
+                        print(_weights(kind, get))
         except Timeout as error:
             raise RuntimeError(f"another download is working on {folder}; wait for it") from error
     return tree
-
-
-def _install(kind, tree, get, work):
-    if kind == "voc":
-        return _voc(tree, get, work)
-    return _pngs(kind, tree, get, work) if kind in _PNGS else _weights(kind, get)

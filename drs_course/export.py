@@ -36,32 +36,26 @@ def _components(region):
 def _annotation(name, mask, classes):
     """VOC's annotation of one image. Pixels count from 1, as they do in VOC."""
     height, width = mask.shape
-    root = ElementTree.Element("annotation")
-
-    def add(parent, tag, text=None):
-        element = ElementTree.SubElement(parent, tag)
-        element.text = None if text is None else str(text)
-        return element
-
-    add(root, "folder", "VOC2012")
-    add(root, "filename", f"{name}.jpg")
-    size = add(root, "size")
-    for tag, value in (("width", width), ("height", height), ("depth", 3)):
-        add(size, tag, value)
-    add(root, "segmented", 1)
+    size = [("width", width), ("height", height), ("depth", 3)]
+    found = [("folder", "VOC2012"), ("filename", f"{name}.jpg"), ("size", size), ("segmented", 1)]
     for value, class_name in enumerate(classes, 1):
         for top, left, bottom, right in _components(mask == value):
-            item = add(root, "object")
-            add(item, "name", class_name)
-            add(item, "pose", "Unspecified")
-            add(item, "truncated", int(top == 0 or left == 0 or bottom == height - 1 or right == width - 1))
-            add(item, "difficult", 0)
-            box = add(item, "bndbox")
-            ends = {"xmin": left + 1, "ymin": top + 1, "xmax": right + 1, "ymax": bottom + 1}
-            for tag, end in ends.items():
-                add(box, tag, end)
+            cut = top == 0 or left == 0 or bottom == height - 1 or right == width - 1
+            box = [("xmin", left + 1), ("ymin", top + 1), ("xmax", right + 1), ("ymax", bottom + 1)]
+            thing = [("name", class_name), ("pose", "Unspecified"), ("truncated", int(cut)), ("difficult", 0)]
+            found.append(("object", [*thing, ("bndbox", box)]))
+    root = _element("annotation", found)
     ElementTree.indent(root)
     return ElementTree.ElementTree(root)
+
+
+def _element(tag, content):
+    element = ElementTree.Element(tag)
+    if isinstance(content, list):
+        element.extend(_element(*pair) for pair in content)
+    else:
+        element.text = str(content)
+    return element
 
 
 def _ids(splits):

@@ -59,17 +59,11 @@ class Configuration:
     def __str__(self) -> str:
         if self.supervised:
             return f"fully supervised, {self.network}"
-        if not self.drs_layers:
-            name = "CAM"
-        else:
-            name = "learnable" if self.delta is None else f"delta {self.delta:.2f}"
-            if self.drs_layers != ALL_LAYERS:
-                name += f" in layers {_span(self.drs_layers)}"
-        return (
-            name
-            + (", refined" if self.refine else "")
-            + ("" if self.network == "largefov" else f", {self.network}")
-        )
+        name = "learnable" if self.delta is None else f"delta {self.delta:.2f}"
+        if self.drs_layers != ALL_LAYERS:
+            name = f"{name} in layers {_span(self.drs_layers)}" if self.drs_layers else "CAM"
+        name += ", refined" if self.refine else ""
+        return name if self.network == "largefov" else f"{name}, {self.network}"
 
 
 @dataclass(frozen=True)
@@ -101,47 +95,27 @@ def _span(layers):
 
 def _table1():
     yield Row(LEARNABLE, 62.9, Configuration(), (("delta", None), ("paper accuracy", 72.6)))
-    for delta, miou in (
-        (0.90, 51.9),
-        (0.80, 56.0),
-        (0.70, 58.7),
-        (0.60, 62.3),
-        (0.55, 62.8),
-        (0.50, 62.3),
-        (0.40, 59.6),
-    ):
-        accuracy = 68.7 if delta == BEST_DELTA else None
-        columns = (("delta", delta), ("paper accuracy", accuracy))
+    scores = {0.90: 51.9, 0.80: 56.0, 0.70: 58.7, 0.60: 62.3, BEST_DELTA: 62.8, 0.50: 62.3, 0.40: 59.6}
+    for delta, miou in scores.items():
+        columns = (("delta", delta), ("paper accuracy", 68.7 if delta == BEST_DELTA else None))
         yield Row(f"{CONSTANT} with δ={delta:.2f}", miou, Configuration(delta=delta), columns)
 
 
 def _table2():
-    rows = (
-        ((), 50.1),
-        ((6,), 60.8),
-        ((5, 6), 62.2),
-        ((4, 5, 6), 62.8),
-        ((3, 4, 5, 6), 62.9),
-        ((2, 3, 4, 5, 6), 62.7),
-        ((1, 2, 3, 4, 5, 6), 62.9),
-        ((1, 2, 3, 4, 5), 58.2),
-        ((1, 2, 3, 4), 53.6),
-    )
-    for layers, miou in rows:
-        label = (
-            "no DRS (CAM)" if not layers else f"DRS in layer{'s' if len(layers) > 1 else ''} {_span(layers)}"
-        )
+    deeper = {(): 50.1, (6,): 60.8, (5, 6): 62.2, (4, 5, 6): 62.8, (3, 4, 5, 6): 62.9, (2, 3, 4, 5, 6): 62.7}
+    shallower = {ALL_LAYERS: 62.9, (1, 2, 3, 4, 5): 58.2, (1, 2, 3, 4): 53.6}
+    for layers, miou in (deeper | shallower).items():
+        label = f"DRS in layer{'s' if len(layers) > 1 else ''} {_span(layers)}" if layers else "no DRS (CAM)"
         marks = tuple((f"layer{layer}", layer in layers) for layer in ALL_LAYERS)
         yield Row(label, miou, Configuration(drs_layers=layers), marks)
 
 
 def _table3():
-    for controller, delta, without, with_ in (
-        (LEARNABLE, None, 62.9, 63.5),
-        (CONSTANT, BEST_DELTA, 62.8, 63.6),
+    for name, delta, scores in (
+        (LEARNABLE, None, (62.9, 63.5)),
+        (f"{CONSTANT} (δ={BEST_DELTA:.2f})", BEST_DELTA, (62.8, 63.6)),
     ):
-        name = controller if delta is None else f"{controller} (δ={delta:.2f})"
-        for refine, miou in ((False, without), (True, with_)):
+        for refine, miou in zip((False, True), scores, strict=True):
             label = f"{name}, {'with' if refine else 'without'} refine"
             columns = (("suppression controller", name), ("refine", refine))
             yield Row(label, miou, Configuration(delta=delta, refine=refine), columns)
@@ -187,24 +161,22 @@ _OURS = {
 
 def _table4():
     for network, title in NETWORKS.items():
-
-        def columns(saliency, test, title=title):
-            return (("network", title), ("S", saliency), ("paper test", test))
-
+        shared = ("network", title)
         for method, saliency, val, test in _QUOTED[network]:
-            yield Row(method, val, None, columns(saliency, test))
-        learnable, constant = _OURS[network]
-        for name, delta, (val, test) in ((LEARNABLE, None, learnable), (CONSTANT, BEST_DELTA, constant)):
+            yield Row(method, val, None, (shared, ("S", saliency), ("paper test", test)))
+        for name, delta, (val, test) in zip(
+            (LEARNABLE, CONSTANT), (None, BEST_DELTA), _OURS[network], strict=True
+        ):
             configuration = Configuration(delta=delta, refine=True, network=network)
-            yield Row(f"Ours ({name})", val, configuration, columns(True, test))
+            yield Row(f"Ours ({name})", val, configuration, (shared, ("S", True), ("paper test", test)))
         # The two bounds are the course's: the lower one is the first row of Table 2, and nothing is printed
         # for the upper one.
         if network == "largefov":
-            yield Row(
-                "lower bound: CAM, not refined", 50.1, Configuration(drs_layers=()), columns(True, None)
-            )
+            cam, columns = Configuration(drs_layers=()), (shared, ("S", True), ("paper test", None))
+            yield Row("lower bound: CAM, not refined", 50.1, cam, columns)
         supervised = Configuration(network=network, supervised=True)
-        yield Row("upper bound: fully supervised", None, supervised, columns(False, None))
+        columns = (shared, ("S", False), ("paper test", None))
+        yield Row("upper bound: fully supervised", None, supervised, columns)
 
 
 _TABLES = {1: tuple(_table1()), 2: tuple(_table2()), 3: tuple(_table3()), 4: tuple(_table4())}

@@ -8,6 +8,7 @@ species are the only pixel labels from which any weakly supervised network of th
 
 import json
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -31,17 +32,22 @@ SALIENCY = CLASSIFY.replace(lr=5e-3, epochs=4)
 SALIENCY_IMAGES = 1500
 
 
+class _Detector(SaliencyNetwork):
+    def new_modules(self):
+        """What `train_network` asks for; with one learning rate for all it does not matter."""
+        return [self.head]
+
+
+def _trained(recipe, train, build, loss, name, progress, **options):
+    options |= {"title": f"pretrain {name}", "progress": progress}
+    return train_network(recipe, train, lambda data: build(), loss, **options)
+
+
 def pretrain_backbone(backbone, progress=True):
     """Train "mini" or "mini_resnet" on the other species; returns (state dict of its body, facts)."""
     train, held_out = Critters("pretrain"), Critters("pretrain_val")
-    model, history = train_network(
-        CLASSIFY,
-        train,
-        lambda data: pretraining_classifier(backbone, data.num_classes),
-        classification_loss,
-        title=f"pretrain {backbone}",
-        progress=progress,
-    )
+    build = partial(pretraining_classifier, backbone, train.num_classes)
+    model, history = _trained(CLASSIFY, train, build, classification_loss, backbone, progress)
     accuracy = evaluate_classifier(model, held_out)
     return body_state_dict(model), {"exact-match accuracy, held out": accuracy, "loss": history[-1]["loss"]}
 
@@ -50,47 +56,24 @@ def pretrain_saliency(progress=True):
     """Train the saliency network on masks of the other species, class-agnostic; (state dict, facts)."""
     train, held_out = Critters("pretrain", length=SALIENCY_IMAGES), Critters("pretrain_val")
 
-    class Network(torch.nn.Module):
-        # `train_network` asks a network what of it is new; with one learning rate for all it does not matter.
-        def __init__(self):
-            super().__init__()
-            self.detector = SaliencyNetwork()
-
-        def new_modules(self):
-            return [self.detector.head]
-
-        def forward(self, x):
-            return self.detector(x)
-
     def loss(model, batch):
         return F.binary_cross_entropy_with_logits(model(batch.images), batch.extra.float())
 
     salient = [draw("pretrain", i).salient.astype(np.uint8) for i in range(len(train))]
-    model, history = train_network(
-        SALIENCY,
-        train,
-        lambda data: Network(),
-        loss,
-        labels=salient,
-        title="pretrain saliency",
-        progress=progress,
-    )
-    detector = model.detector.cpu()  # where the held-out images are
+    model, history = _trained(SALIENCY, train, _Detector, loss, "saliency", progress, labels=salient)
+    model.cpu()  # where the held-out images are
     overlap = union = 0
     with torch.inference_mode():
         for i in range(len(held_out)):
-            found = detector(normalize(held_out[i][0][None]))[0] > 0
+            found = model(normalize(held_out[i][0][None]))[0] > 0
             truth = torch.from_numpy(draw("pretrain_val", i).salient)
             overlap, union = overlap + int((found & truth).sum()), union + int((found | truth).sum())
-    state = {k: v.detach().contiguous() for k, v in detector.state_dict().items()}
+    state = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
     return state, {"IoU at 0.5, held out": overlap / union, "loss": history[-1]["loss"]}
 
 
-NETWORKS = {
-    "mini": lambda progress: pretrain_backbone("mini", progress),
-    "mini_resnet": lambda progress: pretrain_backbone("mini_resnet", progress),
-    "saliency": pretrain_saliency,
-}
+NETWORKS = {name: partial(pretrain_backbone, name) for name in ("mini", "mini_resnet")}
+NETWORKS["saliency"] = pretrain_saliency
 
 
 def pretrain(names, out):
@@ -98,7 +81,7 @@ def pretrain(names, out):
     out.mkdir(parents=True, exist_ok=True)
     for name in names:
         start = time.perf_counter()
-        state, facts = NETWORKS[name](True)
+        state, facts = NETWORKS[name]()
         path = out / f"{name}.safetensors"
         with atomic_path(path) as temporary:
             save_file(state, temporary, metadata={"facts": json.dumps(facts)})

@@ -9,9 +9,8 @@ import io
 import tarfile
 
 import numpy as np
-from PIL import Image
 
-from drs_lib.data.voc import VOC_CLASSES, opened, voc_palette
+from drs_lib.data.voc import VOC_CLASSES, indexed_image, opened
 from drs_lib.files import atomic_path
 
 FOLDER = "results/VOC2012/Segmentation/comp6_{split}_cls"
@@ -58,8 +57,7 @@ def read_submission(path):
 
 
 def _indexed(name, labels):
-    kind = labels.dtype.kind
-    if labels.ndim != 2 or kind not in "ui" or not labels.size:
+    if labels.ndim != 2 or labels.dtype.kind not in "ui" or not labels.size:
         raise ValueError(
             f"the segmentation of {name} is {labels.dtype} {labels.shape}; expected integers (H, W)."
         )
@@ -68,8 +66,6 @@ def _indexed(name, labels):
             f"the segmentation of {name} holds {labels.min()} to {labels.max()}; expected 0 (background) to "
             f"{len(VOC_CLASSES)}. Pseudo labels with 255 can't be submitted: take a network's prediction."
         )
-    image = Image.fromarray(labels.astype(np.uint8))
-    image.putpalette(voc_palette().tobytes())
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    indexed_image(labels.astype(np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()

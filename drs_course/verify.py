@@ -8,6 +8,7 @@ have changed are measured again. `python -m drs_course download` brings what it 
 """
 
 import hashlib
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -110,8 +111,7 @@ def _segmented(model, dataset, chunk, jobs):
             yield probabilities, dataset[chunk[number]][0].permute(1, 2, 0).numpy()
 
     if not available():
-        for _ in items():
-            pass
+        deque(items(), maxlen=0)
         return [plain.confusion]
     found = iterate_crf(items(), CRFConfig.ASPP_RESNET101, jobs, progress=False)
     for index, labels in zip(chunk, found, strict=True):
@@ -120,12 +120,14 @@ def _segmented(model, dataset, chunk, jobs):
 
 
 class Measure(NamedTuple):
-    """One pass over a split. rows: what comes of it. needs: keys of `FILES`. count: gives the sums that the
-    rows are computed from, of some images. network: what reads the weights that it needs."""
+    """One pass over a split. rows: what comes of it, and what was published. needs: keys of `FILES`. seconds:
+    of an image, on two cores and on one GPU beside 16. count: gives the sums that the rows are computed from,
+    of some images. network: what reads the weights that it needs."""
 
-    rows: tuple[str, ...]
+    rows: dict[str, str]
     split: str
     needs: tuple[str, ...]
+    seconds: tuple[float, float]
     count: Callable
     network: Callable | None = None
 
@@ -133,24 +135,20 @@ class Measure(NamedTuple):
 _CONTROL, _RELEASED, _LABELS = (partial(_confusion, find) for find in (_control, _released, _from_maps))
 _CLASSIFIER, _REFINEMENT = partial(classifier, "vgg16", 20), partial(refinement_network, "vgg16", 20)
 _DEEPLAB = partial(deeplab, "aspp", "resnet101", 21)
-_OF_DRS, _OF_REFINE = "DRS_learnable.pth, pseudo labels", "Refine_DRS_learnable.pth, pseudo labels"
+NOT = "not published"
+_ACCURACY = {"DRS_learnable.pth, accuracy": "72.6 (paper, which does not define it)"}
+_DRS, _REFINE = {"DRS_learnable.pth, pseudo labels": NOT}, {"Refine_DRS_learnable.pth, pseudo labels": NOT}
+_CRF = {"DeepLab-v2": "69.4 (README)", "DeepLab-v2 with CRF": "70.4 (README; paper, Table 4)"}
+# Measured: maps on two cores (docs/voc.md), the CRF at its slowest on one core (benchmarks/crf.py).
+# The rest is estimated by operations.
+CRF, MAPS, READ = 4.3, (2.1, 0.01), (0.02, 0.02)
 MEASURES = {
-    "labels": Measure(("released pseudo labels",), "train", ("labels",), _RELEASED),
-    "no map": Measure(("control: no map",), "train", ("saliency",), _CONTROL),
-    "accuracy": Measure(("DRS_learnable.pth, accuracy",), "train", ("drs",), _right, _CLASSIFIER),
-    "drs": Measure((_OF_DRS,), "train", ("drs", "saliency"), _LABELS, _CLASSIFIER),
-    "refine": Measure((_OF_REFINE,), "train", ("refine", "saliency"), _LABELS, _REFINEMENT),
-    "deeplab": Measure(("DeepLab-v2", "DeepLab-v2 with CRF"), "val", ("deeplab",), _segmented, _DEEPLAB),
-}
-# Of an image, on two cores and on one GPU beside 16. Measured: maps on two cores (docs/voc.md), and the CRF,
-# 4.3 s at its slowest on one core (benchmarks/crf.py). The rest is estimated by operations.
-CRF, MAPS = 4.3, 2.1
-SECONDS = {"labels": (0.02, 0.02), "no map": (0.02, 0.02), "accuracy": (MAPS / 3, 0.005), "drs": (MAPS, 0.01)}
-SECONDS |= {"refine": (MAPS, 0.01), "deeplab": (2.6 + CRF / 2, 0.03 + CRF / 16)}
-PUBLISHED = {
-    "DRS_learnable.pth, accuracy": "72.6 (paper, which does not define it)",
-    "DeepLab-v2": "69.4 (README)",
-    "DeepLab-v2 with CRF": "70.4 (README; paper, Table 4)",
+    "labels": Measure({"released pseudo labels": NOT}, "train", ("labels",), READ, _RELEASED),
+    "no map": Measure({"control: no map": NOT}, "train", ("saliency",), READ, _CONTROL),
+    "accuracy": Measure(_ACCURACY, "train", ("drs",), (MAPS[0] / 3, 0.005), _right, _CLASSIFIER),
+    "drs": Measure(_DRS, "train", ("drs", "saliency"), MAPS, _LABELS, _CLASSIFIER),
+    "refine": Measure(_REFINE, "train", ("refine", "saliency"), MAPS, _LABELS, _REFINEMENT),
+    "deeplab": Measure(_CRF, "val", ("deeplab",), (2.6 + CRF / 2, 0.03 + CRF / 16), _segmented, _DEEPLAB),
 }
 
 
@@ -176,8 +174,8 @@ def verify(voc_root="data", *, limit=None, jobs=None, store=None):
     if data["train"].classes != VOC_CLASSES:
         raise ValueError(f"{data['train'].root} has classes of its own; the released networks know VOC's")
     ranges = {split: range(min(limit or len(found), len(found))) for split, found in data.items()}
-    ready = [k for k, m in MEASURES.items() if not _lacking(m, data[m.split], ranges[m.split])]
-    hours = [sum(len(ranges[MEASURES[k].split]) * SECONDS[k][i] for k in ready) / 3600 for i in (0, 1)]
+    ready = [m for m in MEASURES.values() if not _lacking(m, data[m.split], ranges[m.split])]
+    hours = [sum(len(ranges[m.split]) * m.seconds[place] for m in ready) / 3600 for place in (0, 1)]
     print(
         f"All anew, this takes about {hours[0]:.2f} hours on two cores (maps and CRF measured, the rest "
         f"estimated), {hours[1]:.2f} on one GPU beside 16 (estimated). Every {CHUNK} images are kept."
@@ -187,8 +185,8 @@ def verify(voc_root="data", *, limit=None, jobs=None, store=None):
         dataset, images = data[measure.split], ranges[measure.split]
         lacking = _lacking(measure, dataset, images)
         found = [None] * len(measure.rows) if lacking else _scores(name, dataset, images, jobs, store)
-        for row, score in zip(measure.rows, found, strict=True):
-            scores[row], published = score, PUBLISHED.get(row, "not published")
+        for (row, published), score in zip(measure.rows.items(), found, strict=True):
+            scores[row] = score
             value = f"{100 * score:.1f}" if score is not None else "-"
             lines.append(f"{row:42}{measure.split:6}{len(images):7,}{value:>7}   {published}")
             print(f"{row}: {value if score is not None else lacking or INSTALL_HINT}")

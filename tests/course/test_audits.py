@@ -47,24 +47,20 @@ def random_image(rng, size=(13, 17)):
     return torch.from_numpy(maps), rng.integers(0, 40, size).astype(np.uint8), mask
 
 
-def one_by_one(images, alpha, saliency):
-    score = SegmentationScore(CLASSES + 1)
-    for maps, salient, mask in images:
-        level = salient if saliency else np.full_like(salient, 255)
-        labels = pseudo_labels(maps[None], level[None], alpha=alpha)[0]
-        score.update(labels, mask)
-    return score
-
-
 @pytest.mark.parametrize("saliency", [True, False])
 def test_the_scan_is_pseudo_labels_at_every_alpha(saliency):
     rng = np.random.default_rng(0)
     images = [random_image(rng) for _ in range(4)]
-    scan = AlphaScan(CLASSES)
-    for image in images:
-        assert scan.update(*image) is scan
+    scan, floats = AlphaScan(CLASSES), AlphaScan(CLASSES)
+    for maps, salient, mask in images:
+        assert scan.update(maps, salient, mask) is scan
+        floats.update(maps, salient / 255, mask)
+    np.testing.assert_array_equal(scan.confusion(saliency), floats.confusion(saliency))
     for number, alpha in enumerate(ALPHAS):
-        expected = one_by_one(images, alpha, saliency)
+        expected = SegmentationScore(CLASSES + 1)
+        for maps, salient, mask in images:
+            level = salient if saliency else np.full_like(salient, 255)
+            expected.update(pseudo_labels(maps[None], level[None], alpha=alpha)[0], mask)
         np.testing.assert_array_equal(scan.confusion(saliency)[number], expected.confusion)
         assert scan.miou(saliency)[number] == pytest.approx(100 * expected.compute()["miou"])
 
@@ -79,13 +75,6 @@ def test_best_and_spread():
         scan.spread(0.6, 0.9)
 
 
-def test_saliency_may_be_floats():
-    rng = np.random.default_rng(1)
-    maps, saliency, mask = random_image(rng)
-    bytes_, floats = (AlphaScan(CLASSES).update(maps, s, mask) for s in (saliency, saliency / 255))
-    np.testing.assert_array_equal(bytes_.confusion(), floats.confusion())
-
-
 @pytest.mark.parametrize(
     "alphas, match", [((), "at least one"), ((0.3, 0.2), "increasing"), ((0.2, 1.2), r"\[0, 1\]")]
 )
@@ -94,12 +83,11 @@ def test_alphas_that_are_none(alphas, match):
         AlphaScan(CLASSES, alphas)
 
 
-def test_arrays_that_do_not_belong_together():
-    scan = AlphaScan(CLASSES)
+@pytest.mark.parametrize(("classes", "width"), [(CLASSES, 5), (2, 4)])
+def test_arrays_that_do_not_belong_together(classes, width):
+    arrays = torch.zeros(classes, 4, 4), np.zeros((4, 4), np.uint8), np.zeros((4, width), np.uint8)
     with pytest.raises(ValueError, match="do not belong together"):
-        scan.update(torch.zeros(CLASSES, 4, 4), np.zeros((4, 4), np.uint8), np.zeros((4, 5), np.uint8))
-    with pytest.raises(ValueError, match="do not belong together"):
-        scan.update(torch.zeros(2, 4, 4), np.zeros((4, 4), np.uint8), np.zeros((4, 4), np.uint8))
+        AlphaScan(CLASSES).update(*arrays)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -0.1, 1.1])
@@ -133,11 +121,9 @@ def test_a_rule_that_the_scan_does_not_know(tmp_path):
 def test_scores_of_every_epoch_end_at_the_stored_one(tmp_path):
     three = get_budget("ci").classify.replace(weights=None, batch=4, epochs=3)
     pipeline, configuration = tiny_pipeline(tmp_path, classify=three), Configuration(delta=0.5)
-    scores = score_every_epoch(pipeline, configuration)
+    scores, history = score_every_epoch(pipeline, configuration), pipeline.history("classify", configuration)
     assert [entry["epoch"] for entry in scores] == [1, 2, 3]
-    assert [entry["loss"] for entry in scores] == [
-        e["loss"] for e in pipeline.history("classify", configuration)
-    ]
+    assert [entry["loss"] for entry in scores] == [entry["loss"] for entry in history]
     stored = pipeline.scores(configuration, ("labels",))["labels"]["miou"]
     assert scores[-1]["miou"] == pytest.approx(100 * stored, abs=1e-4)
     # Kept: a second call trains nothing, unless it is told to.
@@ -150,21 +136,19 @@ def test_scores_of_every_epoch_end_at_the_stored_one(tmp_path):
 
 @pytest.fixture
 def erasing(tmp_path):
-    """Two networks over eight tiny images."""
-    erasing = AdversarialErasing(tiny_pipeline(tmp_path))
+    """Two networks over eight tiny images, whose masks are out of reach."""
+    pipeline = tiny_pipeline(tmp_path)
+    pipeline.data.train.forbid_masks = True
+    erasing = AdversarialErasing(pipeline)
     erasing.step()
     return erasing
 
 
-def test_the_region_is_where_any_class_is_above_the_threshold():
-    maps = torch.tensor([[[0.6, 0.5, 0.0]], [[0.0, 0.2, 0.9]]])
-    assert discriminative_region(maps, 0.5).tolist() == [[True, False, True]]
-
-
 def test_erased_pixels_are_nothing_to_the_network_and_the_rest_is_untouched():
-    image = torch.randint(0, 256, (3, 6, 5), dtype=torch.uint8)
-    region = torch.zeros(6, 5, dtype=torch.bool)
-    region[1:3, 2:] = True
+    maps = torch.tensor([[[0.6, 0.5, 0.0]], [[0.0, 0.2, 0.9]]])
+    region = discriminative_region(maps, 0.5)
+    assert region.tolist() == [[True, False, True]]
+    image = torch.randint(0, 256, (3, 1, 3), dtype=torch.uint8)
     before, erased = image.clone(), erase(image, region)
     assert torch.equal(image, before) and erased.dtype == torch.uint8
     assert torch.equal(erased[:, ~region], image[:, ~region])
@@ -186,30 +170,23 @@ def test_erased_images_are_a_data_set_without_masks():
         images.mask(0)
     with pytest.raises(ValueError, match="2 regions for 3 images"):
         ErasedImages(inner, regions[:2])
+    whole = ErasedImages(inner)
+    assert torch.equal(whole[1][0], inner[1][0]) and not whole.region(1).any()
 
 
-def test_nothing_to_erase_is_the_data_set_itself():
-    inner = TinyDataset(2, 32)
-    images = ErasedImages(inner)
-    assert torch.equal(images[1][0], inner[1][0]) and not images.region(1).any()
-
-
-def test_a_step_erases_what_the_network_before_it_found(erasing):
+def test_a_step_erases_what_the_network_before_it_found_and_trains_another(erasing):
     first, second = erasing.images
     for i in range(len(first)):
         image, labels = first[i]
         maps = localization_maps(erasing.networks[0], normalize(image)[None], labels[None])[0]
         assert torch.equal(second.region(i), discriminative_region(maps, erasing.threshold))
-    erasing.step()
-    for i in range(len(first)):
-        assert (erasing.images[2].region(i) | ~second.region(i)).all(), "what is erased stays erased"
-
-
-def test_the_networks_are_trained_on_different_images_from_the_same_weights(erasing):
     one, two = (network.state_dict() for network in erasing.networks)
     assert any(not torch.equal(one[name], two[name]) for name in one)
     assert not any(module.training for network in erasing.networks for module in network.modules())
     assert [len(history) for history in erasing.histories] == [1, 1]
+    erasing.step()
+    for i in range(len(first)):
+        assert (erasing.images[2].region(i) | ~second.region(i)).all(), "what is erased stays erased"
 
 
 def test_merged_maps_are_the_maximum_over_the_networks(erasing):
@@ -234,21 +211,12 @@ def test_steps_are_kept_and_made_again_only_when_told(erasing, tmp_path):
     weights = [e.networks[1].state_dict() for e in (erasing, again)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     again = AdversarialErasing(tiny_pipeline(tmp_path))
-    again.step(overwrite=True)
+    again.step(overwrite=True)  # the same seed trains the same network
     assert made.stat().st_mtime_ns > before
-    # The same seed trains the same network.
     assert all(torch.equal(again.networks[1].state_dict()[name], weights[0][name]) for name in weights[0])
     other = AdversarialErasing(tiny_pipeline(tmp_path), threshold=0.7)
     other.step()
     assert len(list((tmp_path / "erase").glob("*/meta.json"))) == 2
-
-
-def test_masks_are_out_of_reach_of_the_trainings(tmp_path):
-    pipeline = tiny_pipeline(tmp_path)
-    pipeline.data.train.forbid_masks = True
-    erasing = AdversarialErasing(pipeline)
-    erasing.step()
-    assert len(list(erasing.maps())) == 8
 
 
 @pytest.mark.parametrize("threshold", [0, 1, -0.5])

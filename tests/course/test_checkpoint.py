@@ -43,10 +43,12 @@ class Killed(BaseException):
     pass
 
 
-def killed_at(fatal):
+def killed_at(fatal, steps=None):
     """A progress function under which the training ends at that iteration, counted over all its starts."""
 
-    def progress(title, step, steps, epoch, loss):
+    def progress(title, step, total, epoch, loss):
+        if steps is not None:
+            steps.append(step)
         if step == fatal:
             raise Killed
 
@@ -64,30 +66,21 @@ def training(request):
     return train, train(device="cpu", progress=False)
 
 
-@pytest.mark.parametrize("fatal", [1, 3, 4, 7])  # two iterations make an epoch
+@pytest.mark.parametrize("fatal", [(1,), (3,), (4,), (7,), (2, 4, 5, 8)])  # two iterations make an epoch
 def test_a_training_goes_on_where_it_was_killed(training, fatal, tmp_path):
     train, (expected, history) = training
     checkpoint = Checkpoint(tmp_path / "folder" / "state.pt")
-    with pytest.raises(Killed):
-        train(device="cpu", progress=killed_at(fatal), checkpoint=checkpoint)
+    for step in fatal:
+        with pytest.raises(Killed):
+            train(device="cpu", progress=killed_at(step), checkpoint=checkpoint)
     # Random numbers that are drawn in between belong to somebody else.
     random.random(), np.random.rand(3), torch.rand(3)
     steps = []
-    model, found = train(device="cpu", checkpoint=checkpoint, progress=lambda *call: steps.append(call[1]))
-    assert steps == list(range(1 + (fatal - 1) // 2 * 2, 2 * EPOCHS + 1))
+    model, found = train(device="cpu", checkpoint=checkpoint, progress=killed_at(None, steps))
+    assert steps == list(range(1 + (step - 1) // 2 * 2, 2 * EPOCHS + 1))
     assert_same(model, expected)
     for one, other in zip(found, history, strict=True):
         assert one | {"seconds": 0} == other | {"seconds": 0}
-
-
-def test_killed_again_and_again(training, tmp_path):
-    train, (expected, _) = training
-    checkpoint = Checkpoint(tmp_path / "state.pt")
-    for fatal in (2, 4, 5, 8):
-        with pytest.raises(Killed):
-            train(device="cpu", progress=killed_at(fatal), checkpoint=checkpoint)
-    model, _ = train(device="cpu", progress=False, checkpoint=checkpoint)
-    assert_same(model, expected)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "another_torch", "another_network"])
@@ -108,7 +101,7 @@ def test_what_cannot_be_used_is_set_aside(damage, tmp_path, caplog):
     else:
         checkpoint.path.write_bytes(content[: len(content) // 2 if damage == "truncated" else 0])
     steps = []
-    model, _ = train(device="cpu", checkpoint=checkpoint, progress=lambda *call: steps.append(call[1]))
+    model, _ = train(device="cpu", checkpoint=checkpoint, progress=killed_at(None, steps))
     assert steps[0] == 1 and "begins anew" in caplog.text
     assert checkpoint.path.with_suffix(".unusable").exists()
     assert_same(model, train(device="cpu", progress=False)[0])
@@ -157,63 +150,40 @@ def test_a_process_that_is_killed_at_random_moments_finishes_with_the_same_weigh
     assert not list((tmp_path / "killed" / "checkpoints").glob("*.pt"))
 
 
+BUDGET = get_budget("ci")
+BUDGET = BUDGET.replace(classify=BUDGET.classify.replace(epochs=2))
+EPOCH = BUDGET.train_images // BUDGET.classify.batch
+
+
+def steps_of(store, kill=None, run=None, **options):
+    """The iterations that a start of the pipeline makes, and the weights, None if it was killed."""
+    steps = []
+    pipeline = Pipeline("critters", BUDGET, store=store, run=run, progress=killed_at(kill, steps))
+    try:
+        return steps, pipeline.classifier(Configuration(drs_layers=()), **options).state_dict()
+    except Killed:
+        return steps, None
+
+
 def test_an_overwritten_training_begins_anew(tmp_path):
-    budget = get_budget("ci")
-    budget = budget.replace(classify=budget.classify.replace(epochs=2))
-    configuration = Configuration(drs_layers=())
-    per_epoch = budget.train_images // budget.classify.batch
-
-    def kill(title, step, steps, epoch, loss):
-        if step == per_epoch + 1:
-            raise Killed
-
-    def steps_of(**options):
-        steps = []
-        line = Pipeline("critters", budget, store=tmp_path, progress=lambda *call: steps.append(call[1]))
-        line.classifier(configuration, **options)
-        return steps
-
-    with pytest.raises(Killed):
-        Pipeline("critters", budget, store=tmp_path, progress=kill).classifier(configuration)
+    assert steps_of(tmp_path, EPOCH + 1)[1] is None
     assert list((tmp_path / "checkpoints").glob("*.pt"))
-    assert steps_of(overwrite=True) == list(range(1, 2 * per_epoch + 1))
+    assert steps_of(tmp_path, overwrite=True)[0] == list(range(1, 2 * EPOCH + 1))
     assert not list((tmp_path / "checkpoints").glob("*.pt"))
-    assert steps_of() == []
+    assert steps_of(tmp_path)[0] == []
 
 
 def test_a_run_that_overwrites_goes_on_from_its_own_checkpoints_alone(tmp_path):
-    budget = get_budget("ci")
-    budget = budget.replace(classify=budget.classify.replace(epochs=2))
-    configuration, epoch = Configuration(drs_layers=()), budget.train_images // budget.classify.batch
-
-    def steps_of(run, kill=None, store=tmp_path):
-        steps = []
-
-        def progress(title, step, total, number, loss):
-            steps.append(step)
-            if step == kill:
-                raise Killed
-
-        line = Pipeline("critters", budget, store=store, run=run, progress=progress)
-        try:
-            found = line.classifier(configuration).state_dict()
-        except Killed:
-            found = None
-        return steps, found
-
-    whole, rest = list(range(1, 2 * epoch + 1)), list(range(epoch + 1, 2 * epoch + 1))
-    _, expected = steps_of(None, store=tmp_path / "undisturbed")
-    steps_of(None)
-    shutil.rmtree(tmp_path / "classify")
-    for run, begins in ((None, 1), ("monday", 1), ("monday", epoch + 1), ("tuesday", 1)):
-        steps, found = steps_of(run, kill=epoch + 1)
+    _, expected = steps_of(tmp_path / "undisturbed")
+    for run, begins in ((None, 1), ("monday", 1), ("monday", EPOCH + 1), ("tuesday", 1)):
+        steps, found = steps_of(tmp_path, EPOCH + 1, run)
         assert (steps[0], found) == (begins, None), run
-    steps, found = steps_of("tuesday")
-    assert steps == rest and all(torch.equal(found[k], v) for k, v in expected.items())
-    assert steps_of("tuesday")[0] == steps_of(None)[0] == [], (
-        "it is its own, and nobody else's to train again"
-    )
-    assert steps_of("wednesday")[0] == whole
+    steps, found = steps_of(tmp_path, run="tuesday")
+    assert steps == list(range(EPOCH + 1, 2 * EPOCH + 1))
+    assert all(torch.equal(found[k], v) for k, v in expected.items())
+    for run in ("tuesday", None):
+        assert steps_of(tmp_path, run=run)[0] == [], "it is its own, and nobody else's to train again"
+    assert steps_of(tmp_path, run="wednesday")[0] == list(range(1, 2 * EPOCH + 1))
     assert not list((tmp_path / "checkpoints").glob("*"))
 
 
@@ -238,20 +208,17 @@ def test_what_a_killed_save_left_behind_goes_with_the_next(tmp_path):
     assert checkpoint.restore() == {"step": 1}
 
 
-def test_two_machines_save_the_same_checkpoint(tmp_path, caplog):
+def test_two_machines_save_the_same_checkpoint(tmp_path, monkeypatch, caplog):
     """As where there are no locks; each writes beside the other's file."""
     one, other = Checkpoint(tmp_path / "state.pt"), Checkpoint(tmp_path / "state.pt")
     save = torch.save
 
     def saved_by_both(state, file):
-        torch.save = save
+        monkeypatch.undo()
         other.save({"step": 2})
         save(state, file)
 
-    torch.save = saved_by_both
-    try:
-        one.save({"step": 1})
-    finally:
-        torch.save = save
+    monkeypatch.setattr(torch, "save", saved_by_both)
+    one.save({"step": 1})
     assert one.restore() == {"step": 1} and "could be written" not in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]

@@ -22,11 +22,11 @@ from conftest import write_voc_tree
 from drs_course import download
 from drs_course.__main__ import main
 from drs_course.download import FILES, TREE, Remote, fetch
-from drs_lib.data import VOC2012, voc_palette
+from drs_lib.data import VOC2012
 from drs_lib.data.voc import read_list
 
 CONTENT = np.random.default_rng(0).bytes(3_000_000)
-MD5 = hashlib.md5(CONTENT).hexdigest()
+MD5, SHA256 = (hashlib.new(kind, CONTENT).hexdigest() for kind in ("md5", "sha256"))
 
 
 class Server:
@@ -34,9 +34,8 @@ class Server:
 
     def __init__(self):
         self.files = {"data.bin": CONTENT}
-        self.requests, self.paths = [], []
+        self.paths, self.asked = [], []  # asked: the Range of each request
         self.ranges = True  # answers Range requests
-        self.etag = '"one"'
         self.stop_after = []  # bytes after which the next answers break off
         self.status = None  # answer with this error instead
         server = self
@@ -46,27 +45,22 @@ class Server:
                 pass
 
             def do_GET(self):
-                server.requests.append(dict(self.headers))
+                server.asked.append(self.headers.get("Range"))
                 server.paths.append(self.path)
                 content = server.files.get(self.path.rsplit("/", 1)[1])
                 if server.status or content is None:
                     return self.send_error(server.status or 404)
                 start, wanted = 0, self.headers.get("Range")
-                fresh = self.headers.get("If-Range") in (None, server.etag)
-                if wanted and server.ranges and fresh:
+                if wanted and server.ranges:
                     start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
                     if start >= len(content):
                         self.send_response(416)
-                        self.send_header("Content-Range", f"bytes */{len(content)}")
                         self.send_header("Content-Length", "0")
                         return self.end_headers()
                     self.send_response(206)
-                    self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
                 else:
                     self.send_response(200)
                 self.send_header("Content-Length", str(len(content) - start))
-                if server.etag:
-                    self.send_header("ETag", server.etag)
                 self.end_headers()
                 part = content[start:]
                 self.wfile.write(part[: server.stop_after.pop(0)] if server.stop_after else part)
@@ -103,46 +97,33 @@ def test_download(server, tmp_path):
     assert path == tmp_path / "new" / "data.bin" and path.read_bytes() == CONTENT
     assert os.listdir(path.parent) == ["data.bin"]
     get(server, tmp_path / "new", MD5)
-    assert len(server.requests) == 1
-
-
-def test_a_broken_connection_is_resumed(server, tmp_path):
-    server.stop_after = [1_000_000, 500_000]
-    assert get(server, tmp_path).read_bytes() == CONTENT
-    assert [r.get("Range") for r in server.requests] == [None, "bytes=1000000-", "bytes=1500000-"]
-    assert server.requests[1]["If-Range"] == server.etag
-
-
-def test_a_killed_run_is_resumed_by_the_next(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "ATTEMPTS", 1)
-    server.stop_after = [1_000_000]
-    with pytest.raises(ConnectionError, match="goes on from there"):
-        get(server, tmp_path)
-    assert (tmp_path / "data.bin.part").stat().st_size == 1_000_000
-    assert get(server, tmp_path).read_bytes() == CONTENT
-    assert server.requests[1]["Range"] == "bytes=1000000-"
+    assert len(server.asked) == 1
 
 
 @pytest.mark.parametrize(
-    "ranges, etag, md5, asked",
-    [(False, '"one"', MD5, True), (True, None, None, False), (True, None, MD5, True)],
-    ids=["a server without ranges", "nothing tells the file", "the checksum will"],
+    ("ranges", "md5", "asked"),
+    [
+        (True, MD5, [None, "bytes=1000000-", "bytes=1500000-"]),
+        (False, MD5, [None, "bytes=1000000-", "bytes=500000-"]),
+        (True, None, [None, None, None]),  # nothing would tell another file
+    ],
 )
-def test_what_has_arrived_is_gone_on_from_where_it_is_surely_the_same_file(
-    server, tmp_path, ranges, etag, md5, asked
-):
-    server.ranges, server.etag, server.stop_after = ranges, etag, [1_000_000]
+def test_a_broken_connection_is_resumed(server, tmp_path, ranges, md5, asked):
+    server.ranges, server.stop_after = ranges, [1_000_000, 500_000]
     assert get(server, tmp_path, md5).read_bytes() == CONTENT
-    assert [r.get("Range") for r in server.requests] == [None, "bytes=1000000-" if asked else None]
+    assert server.asked == asked
 
 
-def test_another_file_on_the_server_starts_anew(server, tmp_path, monkeypatch):
+@pytest.mark.parametrize("md5", [MD5, None])
+def test_a_killed_run_is_resumed_by_the_next(server, tmp_path, monkeypatch, md5):
     monkeypatch.setattr(download, "ATTEMPTS", 1)
     server.stop_after = [1_000_000]
-    with pytest.raises(ConnectionError):
-        get(server, tmp_path)
-    server.files["data.bin"], server.etag = CONTENT[::-1], '"two"'
-    assert get(server, tmp_path).read_bytes() == CONTENT[::-1]
+    with pytest.raises(ConnectionError) as caught:
+        get(server, tmp_path, md5)
+    assert ("goes on from there" in str(caught.value)) == (md5 is not None)
+    assert (tmp_path / "data.bin.part").stat().st_size == 1_000_000
+    assert get(server, tmp_path, md5).read_bytes() == CONTENT
+    assert server.asked[1] == (md5 and "bytes=1000000-")
 
 
 @pytest.mark.parametrize("more", [b"", b"more"])
@@ -151,37 +132,36 @@ def test_a_part_that_is_complete_or_longer_than_the_file(server, tmp_path, more)
     assert get(server, tmp_path, MD5).read_bytes() == CONTENT
 
 
-def test_wrong_checksum_removes_the_download(server, tmp_path):
-    with pytest.raises(ValueError, match=f"MD5 {MD5}, expected 0+.*removed"):
-        get(server, tmp_path, "0" * 32)
-    assert os.listdir(tmp_path) == []
+@pytest.mark.parametrize("known", [f"md5:{MD5}", f"sha256:{SHA256}", f"sha256:{SHA256[:8]}"])
+def test_checksums_of_which_the_first_digits_will_do(server, tmp_path, known):
+    path = fetch(server.url, tmp_path, known=known, progress=False)
+    assert path.read_bytes() == CONTENT and os.listdir(tmp_path) == ["data.bin"]
+    kind, digits = known.split(":")
+    found = {"md5": MD5, "sha256": SHA256}[kind]
+    with pytest.raises(ValueError, match=f"{kind.upper()} {found}, expected 0+. The download was removed"):
+        fetch(server.url, tmp_path / "other", known=f"{kind}:{'0' * len(digits)}", progress=False)
+    assert os.listdir(tmp_path / "other") == []
 
 
-def test_an_old_download_with_a_wrong_checksum_is_replaced(server, tmp_path, capsys):
-    (tmp_path / "data.bin").write_bytes(b"old")
-    assert get(server, tmp_path, MD5).read_bytes() == CONTENT
-    assert "wrong checksum" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(("status", "tries"), [(404, 1), (403, 1), (503, 3)])
-def test_refusals(server, tmp_path, status, tries):
+@pytest.mark.parametrize(("status", "tries"), [(404, 1), (403, 1), (503, 3), (None, 3)])
+def test_refusals_and_no_network(server, tmp_path, status, tries):
     server.status = status
-    with pytest.raises(ConnectionError, match=f"{status}.*try a mirror, or pass a copy of data.bin"):
+    if status is None:
+        server.httpd.shutdown()
+        server.httpd.server_close()
+    reason = f"{status}.*the host refuses it" if tries == 1 else f"{status or 'refused'}.*tried 3 times"
+    with pytest.raises(ConnectionError, match=f"{reason}.*try a mirror, or pass a copy of data.bin"):
         get(server, tmp_path)
-    assert len(server.requests) == tries
+    assert len(server.asked) == (tries if status else 0)
 
 
-def test_offline(server, tmp_path):
-    server.httpd.shutdown()
-    server.httpd.server_close()
-    with pytest.raises(ConnectionError, match="tried 3 times.*Check the connection"):
-        get(server, tmp_path)
-
-
-def test_no_space(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
+def test_no_space(server, archives, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**3))
     with pytest.raises(OSError, match="data.bin.part needs 0.00 GB.*make room"):
         get(server, tmp_path)
+    with pytest.raises(OSError, match="extracting VOCtrainval_11-May-2012.tar needs"):
+        install(archives, tmp_path / "data")
+    assert visible(tmp_path / "data") == []
 
 
 def test_local_files_are_used_in_place(tmp_path):
@@ -208,32 +188,33 @@ def archives(tmp_path, monkeypatch):
     """VOC tar, mask zip and saliency zip of a tiny tree: 5 train, 3 val, 4 other images."""
     source = write_voc_tree(tmp_path / "source" / "VOCdevkit", TRAIN + MORE, VAL, own_classes=False)
     lists = source / "ImageSets" / "Segmentation"
-    train = read_list(lists / "train.txt")
-    val = read_list(lists / "val.txt")
-    (lists / "train.txt").write_text("\n".join(train[:TRAIN]), encoding="utf-8")
-    (lists / "trainaug.txt").unlink()
-    (lists / "trainval.txt").unlink()
-    for name in train[TRAIN:]:
+    trainaug, val = (read_list(lists / f"{split}.txt") for split in ("train", "val"))
+    (lists / "train.txt").write_text("\n".join(trainaug[:TRAIN]), encoding="utf-8")
+    for split in ("trainaug", "trainval"):
+        (lists / f"{split}.txt").unlink()
+    for name in trainaug[TRAIN:]:
         (source / "SegmentationClass" / f"{name}.png").unlink()
-
-    paths = {"voc": tmp_path / "VOCtrainval_11-May-2012.tar"}
+    paths = {kind: tmp_path / FILES[kind].name for kind in TREE}
     with tarfile.open(paths["voc"], "w") as tar:
         for folder in ("JPEGImages", "Annotations", "ImageSets", "SegmentationClass"):
             tar.add(source / folder, f"VOCdevkit/VOC2012/{folder}")
     shutil.copytree(source / "SegmentationClassAug", source / "refined_pseudo_segmentation_labels")
     folders = ("SegmentationClassAug", "saliency_map", "refined_pseudo_segmentation_labels")
     for kind, folder in zip(TREE[1:], folders, strict=True):
-        paths[kind] = tmp_path / FILES[kind].name
         with zipfile.ZipFile(paths[kind], "w") as archive:
             for file in sorted((source / folder).iterdir()):
                 archive.write(file, f"{folder}/{file.name}")
             archive.writestr("__MACOSX/._2007_000001.png", b"junk")
-    sizes = {"train": TRAIN, "val": VAL, "trainval": TRAIN + VAL, "trainaug": TRAIN + MORE}
     monkeypatch.setattr(download, "VOC_IMAGES", TRAIN + VAL + MORE)
-    for split, size in sizes.items():
+    for split, size in (
+        ("train", TRAIN),
+        ("val", VAL),
+        ("trainval", TRAIN + VAL),
+        ("trainaug", TRAIN + MORE),
+    ):
         monkeypatch.setitem(download.VOC_LIST_SIZES, split, size)
     monkeypatch.setitem(FILES, "voc", with_checksum("voc", paths["voc"]))
-    return {**paths, "source": source, "train": train[:TRAIN], "trainaug": train, "val": val}
+    return {**paths, "source": source, "train": trainaug[:TRAIN], "trainaug": trainaug, "val": val}
 
 
 def install(archives, root, only=TREE, **other):
@@ -245,8 +226,11 @@ def visible(folder):
     return sorted(name for name in os.listdir(folder) if name != ".download.lock")
 
 
-def test_everything_from_local_files(archives, tmp_path, monkeypatch):
+@pytest.mark.parametrize("val_masks", [True, False])  # VOC's own take the place of those that lack
+def test_everything_from_local_files(archives, tmp_path, val_masks):
     root = tmp_path / "data"
+    if not val_masks:
+        rewrite_zip(archives["aug"], drop=archives["val"])
     tree = install(archives, root)
     assert tree == root / "VOC2012" and visible(root) == ["VOC2012"]
     for split in ("train", "val", "trainaug"):
@@ -254,12 +238,11 @@ def test_everything_from_local_files(archives, tmp_path, monkeypatch):
         assert ds.names == archives[split]
         for i, name in enumerate(ds.names):
             source = archives["source"]
-            np.testing.assert_array_equal(
-                ds.mask(i), Image.open(source / "SegmentationClassAug" / f"{name}.png")
-            )
+            masks = "SegmentationClassAug" if val_masks or split != "val" else "SegmentationClass"
+            np.testing.assert_array_equal(ds.mask(i), Image.open(source / masks / f"{name}.png"))
             np.testing.assert_array_equal(ds.saliency(i), Image.open(source / "saliency_map" / f"{name}.png"))
-    # A second run finds all in place and needs no archive.
     assert len(os.listdir(tree / "refined_pseudo_segmentation_labels")) == TRAIN + MORE + VAL
+    # A second run finds all in place and needs no archive.
     for kind in TREE:
         archives[kind].unlink()
     install(archives, root)
@@ -274,14 +257,11 @@ def test_from_a_server_and_a_mirror(archives, tmp_path, server, monkeypatch):
     mirror = f"{base}/mirror/{FILES['voc'].name}"  # of VOC alone; the others from their own place
     tree = download.download(tmp_path / "data", mirror=mirror, **options)
     assert len(VOC2012(tree, "trainaug")) == TRAIN + MORE
-    paths = [path for path in server.paths]
-    assert paths == [
-        f"/mirror/{FILES['voc'].name}",
-        *(f"/asset/{FILES[k].name}" for k in ("aug", "saliency")),
-    ]
+    names = [FILES[kind].name for kind in options["only"]]
+    assert server.paths == [f"/mirror/{names[0]}", *(f"/asset/{name}" for name in names[1:])]
     server.paths.clear()
     download.download(tmp_path / "again", mirror=base + "/all/", **options)
-    assert server.paths == [f"/all/{FILES[kind].name}" for kind in options["only"]]
+    assert server.paths == [f"/all/{name}" for name in names]
 
 
 def test_a_half_extracted_tree_is_completed(archives, tmp_path):
@@ -341,15 +321,16 @@ def test_wrong_checksum_of_a_local_tar(archives, tmp_path):
 @pytest.mark.parametrize("share", [0.3, 0.75])
 def test_truncated_archives(archives, tmp_path, monkeypatch, kind, share):
     root = tmp_path / "data"
-    if kind != "voc":
-        install(archives, root, ["voc"])
+    install(archives, root, ["voc"] if kind != "voc" else [])
     content = archives[kind].read_bytes()
     archives[kind].write_bytes(content[: int(len(content) * share)])
     monkeypatch.setitem(FILES, "voc", with_checksum("voc", archives["voc"]))
-    before = visible(root / "VOC2012") if (root / "VOC2012").exists() else None
+    before = sorted(root.rglob("*"))
     with pytest.raises(ValueError, match="cut off or damaged|is not VOC 2012"):
         install(archives, root, [kind])
-    assert (visible(root / "VOC2012") if (root / "VOC2012").exists() else None) == before
+    assert [path for path in sorted(root.rglob("*")) if path.name != ".download.lock"] == [
+        path for path in before if path.name != ".download.lock"
+    ]
     assert archives[kind].exists()
 
 
@@ -365,41 +346,28 @@ def test_a_web_page_instead_of_a_file_is_removed(archives, tmp_path, hub, server
     assert visible(root / "downloads" if kind == "aug" else hub) == []
 
 
-def evil_tar(path, name, kind=tarfile.REGTYPE, link=""):
-    with tarfile.open(path, "w") as tar:
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [("VOCdevkit/VOC2012/JPEGImages/../../../../evil", tarfile.REGTYPE, "evil"),
+     ("VOCdevkit/../../evil", tarfile.REGTYPE, "evil"),
+     ("VOCdevkit/VOC2012/JPEGImages/evil", tarfile.SYMTYPE, "evil"),
+     ("VOCdevkit/VOC2012/JPEGImages/evil", tarfile.LNKTYPE, "evil"),
+     ("VOCdevkit/VOC2012/JPEGImages/evil", tarfile.FIFOTYPE, "evil"),
+     # These stay in their folder, where they are no VOC.
+     ("/{outside}/evil", tarfile.REGTYPE, "is not VOC 2012"),
+     ("VOC2012/JPEGImages/..\\..\\evil", tarfile.REGTYPE, "is not VOC 2012"),
+     ("C:/evil", tarfile.REGTYPE, "is not VOC 2012")],
+)  # fmt: skip
+def test_nothing_in_a_tar_leaves_its_folder(archives, tmp_path, monkeypatch, name, kind, message):
+    with tarfile.open(archives["voc"], "w") as tar:
         good = tarfile.TarInfo("VOCdevkit/VOC2012/JPEGImages/a.jpg")
         good.size = 4
         tar.addfile(good, io.BytesIO(b"good"))
-        bad = tarfile.TarInfo(name)
-        bad.type, bad.linkname, bad.size = kind, link, 4 if kind == tarfile.REGTYPE else 0
+        bad = tarfile.TarInfo(name.format(outside=tmp_path))
+        bad.type, bad.linkname, bad.size = kind, "/etc/passwd", 4 if kind == tarfile.REGTYPE else 0
         tar.addfile(bad, io.BytesIO(b"evil"))
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [("VOCdevkit/VOC2012/JPEGImages/../../../../evil", tarfile.REGTYPE),
-     ("VOCdevkit/../../evil", tarfile.REGTYPE),
-     ("VOCdevkit/VOC2012/JPEGImages/evil", tarfile.SYMTYPE),
-     ("VOCdevkit/VOC2012/JPEGImages/evil", tarfile.LNKTYPE),
-     ("VOCdevkit/VOC2012/JPEGImages/evil", tarfile.FIFOTYPE)],
-)  # fmt: skip
-def test_tars_that_leave_their_folder_are_refused(archives, tmp_path, monkeypatch, name, kind):
-    evil_tar(archives["voc"], name, kind, "/etc/passwd")
     monkeypatch.setitem(FILES, "voc", with_checksum("voc", archives["voc"]))
-    outside = sorted(p for p in tmp_path.rglob("*"))
-    with pytest.raises(ValueError, match="evil"):
-        install(archives, tmp_path / "data")
-    assert visible(tmp_path / "data") == []
-    assert [p for p in outside if not p.exists()] == [] and not list(tmp_path.rglob("*evil*"))
-
-
-@pytest.mark.parametrize("name", ["/{outside}/evil", "VOC2012/JPEGImages/..\\..\\evil", "C:/evil"])
-def test_other_names_in_a_tar_stay_in_its_folder(archives, tmp_path, monkeypatch, name):
-    outside = tmp_path / "outside"
-    outside.mkdir()
-    evil_tar(archives["voc"], name.format(outside=outside))
-    monkeypatch.setitem(FILES, "voc", with_checksum("voc", archives["voc"]))
-    with pytest.raises(ValueError, match="is not VOC 2012"):
+    with pytest.raises(ValueError, match=message):
         install(archives, tmp_path / "data")
     assert visible(tmp_path / "data") == [] and not list(tmp_path.rglob("*evil*"))
 
@@ -427,44 +395,24 @@ def rewrite_zip(path, drop=(), change=None):
                 archive.writestr(name, (change or {}).get(Path(name).stem, content))
 
 
-def test_masks_that_are_not_trainaug_are_refused(archives, tmp_path):
-    root = tmp_path / "data"
+def test_masks_and_maps_that_are_not_the_images_are_refused(archives, tmp_path):
+    root, last = tmp_path / "data", archives["trainaug"][-1]
     install(archives, root, ["voc"])
-    rewrite_zip(archives["aug"], drop=archives["trainaug"][-1:])
+    coloured = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(coloured, "PNG")
+    for kind in ("aug", "saliency", "labels"):
+        whole = archives[kind].read_bytes()
+        rewrite_zip(archives[kind], change={last: coloured.getvalue()})
+        with pytest.raises(ValueError, match=f"{last}.png has mode RGB"):
+            install(archives, root, [kind])
+        archives[kind].write_bytes(whole)
+    rewrite_zip(archives["aug"], drop=[last])
     with pytest.raises(ValueError, match=f"masks for {TRAIN + MORE - 1} images.*trainaug is {TRAIN + MORE}"):
         install(archives, root, ["aug"])
     assert not (root / "VOC2012" / "ImageSets" / "Segmentation" / "trainaug.txt").exists()
-
-
-def test_a_zip_without_val_masks_gets_vocs(archives, tmp_path):
-    rewrite_zip(archives["aug"], drop=archives["val"])
-    tree = install(archives, tmp_path / "data")
-    mask = VOC2012(tree, "val").mask(0)
-    np.testing.assert_array_equal(mask, VOC2012(tree, "val", masks="SegmentationClass").mask(0))
-
-
-def test_coloured_masks_and_maps_are_refused(archives, tmp_path):
-    name = archives["trainaug"][0]
-    buffer = io.BytesIO()
-    Image.fromarray(voc_palette()[np.zeros((4, 4), int)]).save(buffer, "PNG")
-    for kind in ("aug", "saliency", "labels"):
-        rewrite_zip(archives[kind], change={name: buffer.getvalue()})
-        with pytest.raises(ValueError, match=f"{name}.png has mode RGB"):
-            install(archives, tmp_path / "data", ["voc", kind])
-
-
-def test_missing_saliency_maps_are_named(archives, tmp_path):
-    missing = archives["trainaug"][-1]
-    rewrite_zip(archives["saliency"], drop=[missing])
-    with pytest.raises(ValueError, match=missing):
-        install(archives, tmp_path / "data")
-
-
-def test_no_space_for_the_tree(archives, tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**3))
-    with pytest.raises(OSError, match="extracting VOCtrainval_11-May-2012.tar needs"):
-        install(archives, tmp_path / "data")
-    assert visible(tmp_path / "data") == []
+    rewrite_zip(archives["saliency"], drop=archives["train"][:1])
+    with pytest.raises(ValueError, match=f"lacks saliency maps.*{archives['train'][0]}"):
+        install(archives, root, ["saliency"])
 
 
 def test_masks_before_voc_are_refused(archives, tmp_path):
@@ -473,16 +421,13 @@ def test_masks_before_voc_are_refused(archives, tmp_path):
             install(archives, tmp_path / "data", [kind])
 
 
-SHA256 = hashlib.sha256(CONTENT).hexdigest()
-
-
-def test_what_has_no_checksum_is_held_to_that_of_its_first_download(server, tmp_path):
+def test_what_has_no_checksum_is_held_to_that_of_its_first_download(server, tmp_path, capsys):
     path = get(server, tmp_path)
     record = tmp_path / "data.bin.sha256"
     assert record.read_text() == f"{SHA256}  data.bin\n"
     get(server, tmp_path)
-    assert len(server.requests) == 1
-    server.files["data.bin"], server.etag = CONTENT[::-1], '"two"'
+    assert len(server.asked) == 1
+    server.files["data.bin"] = CONTENT[::-1]
     path.unlink()
     with pytest.raises(ValueError, match=rf"SHA256 \w+, expected {SHA256} \(in .*data.bin.sha256"):
         get(server, tmp_path)
@@ -490,17 +435,11 @@ def test_what_has_no_checksum_is_held_to_that_of_its_first_download(server, tmp_
     server.files["data.bin"] = CONTENT
     path.write_bytes(b"damaged since")
     assert get(server, tmp_path).read_bytes() == CONTENT
+    assert "wrong checksum" in capsys.readouterr().out
     record.unlink()
     server.files["data.bin"] = CONTENT[::-1]
     path.unlink()
     assert get(server, tmp_path).read_bytes() == CONTENT[::-1]
-
-
-def test_the_first_digits_of_a_checksum_will_do(server, tmp_path):
-    path = fetch(server.url, tmp_path, known=f"sha256:{SHA256[:8]}", progress=False)
-    assert path.read_bytes() == CONTENT and os.listdir(tmp_path) == ["data.bin"]
-    with pytest.raises(ValueError, match=f"SHA256 {SHA256}, expected 00000000. The download was removed"):
-        fetch(server.url, tmp_path / "other", known="sha256:00000000", progress=False)
 
 
 def test_torchvisions_files_are_torchvisions():
@@ -522,9 +461,9 @@ def test_weights_go_where_torchvision_looks(server, tmp_path, hub, capsys):
     options = ["--only", *weights, "--mirror", server.url.rsplit("/", 1)[0], "--local", str(copy.parent)]
     assert main(["download", "--root", str(tmp_path / "data"), *options]) == 0
     assert [download.weights_file(kind) for kind in weights] == [hub / FILES[kind].name for kind in weights]
-    assert len(server.requests) == len(weights) - 1  # one was at hand
+    assert len(server.asked) == len(weights) - 1  # one was at hand
     assert torch.load(hub / copy.name)["x"] == 0 and str(hub / copy.name) in capsys.readouterr().out
-    assert main(["download", *options]) == 0 and len(server.requests) == len(weights) - 1
+    assert main(["download", *options]) == 0 and len(server.asked) == len(weights) - 1
     # Table 4's initial weights may be named as they were downloaded; this file is none of them.
     assert main(["tables", "--data", "voc", "--aspp-weights", FILES["coco"].name]) == 1
     assert f"{hub / FILES['coco'].name} does not fit" in capsys.readouterr().err
