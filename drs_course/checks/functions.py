@@ -6,6 +6,7 @@ the message names the slip.
 
 import contextlib
 import copy
+import functools
 import inspect
 import random
 import re
@@ -107,11 +108,13 @@ def compare(answer, right, cases, slips, names=(), *, wrt=(), read=like_expected
     """Raises `Wrong` unless the function `answer` does on every case what the function `right` does.
 
     cases: tuples of arguments, or `Case`. slips: a dictionary from a sentence, which continues "Your result
-    equals what comes out if", to a wrong function that many write, or a tuple of such. names: of the
-    arguments; none: those of `right`. wrt: names of the arguments whose gradient is compared. read: makes of
-    a result, given the expected one, a tensor, or raises `Wrong`. result: what a message calls it.
+    equals what comes out if", to a wrong function that many write, to the parts in which such a one differs
+    from `right`, a dictionary of keyword arguments, or to a tuple of these. names: of the arguments; none:
+    those of `right` without a default. wrt: names of the arguments whose gradient is compared. read: makes
+    of a result, given the expected one, a tensor, or raises `Wrong`. result: what a message calls it.
     """
-    names = names or tuple(inspect.signature(right).parameters)
+    parameters = inspect.signature(right).parameters.values()
+    names = names or tuple(one.name for one in parameters if one.default is one.empty)
     cases = [case if isinstance(case, Case) else Case(case) for case in cases]
     task = Task(names, right, cases, slips, wrt, read, result)
     called(answer, f"the function itself, f({', '.join(names)}), not called")
@@ -248,9 +251,8 @@ def _difference(outcome, wanted):
         if (differs := ~_same(outcome[what], wanted[what])).any()
     )
     one, other = outcome[what], wanted[what]
-    before = (
-        f"{next(iter(wanted))} is right, but for a loss that weighs it from -1 to 1.5, " if number else ""
-    )
+    right = next(iter(wanted))
+    before = f"{right} is right, but for a loss that weighs it from -1 to 1.5, " if number else ""
     one_of_it, verb = ("the label", "are") if what == "the labels" else (what, "is")
     if one.numel() == 1:
         return f"{before}{one_of_it} is {one.item():.4g}; expected {other.item():.4g}"
@@ -267,6 +269,8 @@ def _slip(given, task):
     """What the known slip is called whose outcome is the given one in every case, or nothing."""
     for sentence, functions in task.slips.items():
         for function in functions if isinstance(functions, tuple) else (functions,):
+            if isinstance(function, dict):
+                function = functools.partial(task.right, **function)
             outcomes = (_attempt(function, task, case) for case in task.cases)
             if all(_alike(*pair) for pair in zip(outcomes, given, strict=True)):
                 return f" Your result equals what comes out if {sentence}."

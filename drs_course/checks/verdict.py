@@ -68,7 +68,7 @@ def check(notebook, number, answer):
             return Verdict(f"Not yet: {reason}" + ("" if reason.endswith((".", "?", ")")) else "."))
 
         question, _, more = inspect.cleandoc(function.__doc__ or "").partition("\n\n")
-        checked.__doc__ = f"{question}\n\nThe answer is {answer}. {more}".rstrip()
+        checked.__doc__ = f"{question}\n\nThe answer is {answer}.\n{more}".rstrip()
         checked.exercise = Exercise(function.__name__, notebook, number, answer)
         return checked
 
