@@ -4,17 +4,17 @@ import math
 
 from drs_course.checks.verdict import (
     Wrong,
+    alike,
     as_list,
     as_number,
     as_numbers,
     as_pairs,
     cause,
     check,
-    close,
+    choose,
+    choose_each,
     found,
     same_numbers,
-    word,
-    words,
 )
 from drs_course.tables import reference_table
 
@@ -23,14 +23,14 @@ from drs_course.tables import reference_table
 def lazy_network(answer):
     """Pixel accuracy and mIoU of a network that calls every pixel background (00, exercise 2).
 
-    The answer is two shares in [0, 1], over Critters' validation images with six species: (accuracy, mIoU).
-    How much background there is depends on the run's images; how the two hang together does not.
+    They are shares in [0, 1], over Critters' validation images with six species. How much background there
+    is depends on the run's images; how the two hang together does not.
     """
     accuracy, miou = as_numbers(answer, ("pixel accuracy", "mIoU"))
     if accuracy > 1 or miou > 1:
         text = f"pixel accuracy {accuracy:g} and mIoU {miou:g}"
         raise Wrong(f"{text}: give shares between 0 and 1, not percent")
-    if close(accuracy, miou / 7, 0.01):
+    if alike(accuracy, miou / 7):
         raise Wrong("the two numbers look exchanged: the answer is (pixel accuracy, mIoU)")
     if not 0.6 <= accuracy <= 0.92:
         raise Wrong(
@@ -44,7 +44,7 @@ def lazy_network(answer):
         1 / 7: "Background's IoU is not 1: its union has all the animals' pixels as well",
         accuracy / 2: "There are not two labels, background and animal, but seven",
     }
-    if not close(miou, accuracy / 7, 0.01):
+    if not alike(miou, accuracy / 7):
         text = f"the accuracy is possible, but an mIoU of {miou:.4g} does not go with {accuracy:.4g}"
         raise Wrong(text + cause(miou, causes))
 
@@ -53,7 +53,7 @@ def lazy_network(answer):
 def shared_stages(answer):
     """How many stages of Configuration(delta=0.55, refine=True) Tables 1 and 2 have made (00, exercise 4).
 
-    The answer is a number. Its stages are classify, target, refine, labels, segment and evaluate.
+    Its stages are classify, target, refine, labels, segment and evaluate.
     """
     causes = {
         0: "One row of Table 1 has the same δ. What does its first stage read, and does refining come "
@@ -68,118 +68,106 @@ def shared_stages(answer):
 
 
 _UP_DOWN = ("up", "down", "same")
+_RECALL_AND_PRECISION = '{"recall": ..., "precision": ...}, each "up", "down" or "same"'
 
 
-@words("01", "3", _UP_DOWN, {"recall": "up", "precision": "down"})
-def minmax_scores():
-    """What rescaling from minimum to maximum, without a ReLU, does to the cue at 0.2 (01, exercise 3).
-
-    The answer is a dictionary with the words "up", "down" or "same" for "recall" and "precision", or the two
-    words in this order.
-    """
+@check("01", "3", _RECALL_AND_PRECISION)
+def minmax_scores(answer):
+    """What rescaling from minimum to maximum, without a ReLU, does to the cue at 0.2 (01, exercise 3)."""
     where = "Where does 0 of the class map come to lie after rescaling?"
-    return {
-        "recall": f"{where} Does a pixel of the old cue drop out of the new one?",
-        "precision": f"{where} What joins the cue?",
+    questions = {
+        "recall": ("up", f"{where} Does a pixel of the old cue drop out of the new one?"),
+        "precision": ("down", f"{where} What joins the cue?"),
     }
+    choose_each(answer, _UP_DOWN, questions)
 
 
-@word("01", "4", "sparser")
-def max_pooling_map():
-    """What global max pooling in place of GAP does to the map (01, exercise 4).
-
-    The answer is "sparser", "denser" or "same".
-    """
+@check("01", "4", '"sparser", "denser" or "same"')
+def max_pooling_map(answer):
+    """What global max pooling in place of GAP does to the map (01, exercise 4)."""
     where = "At how many positions of a class map does the score's gradient arrive"
-    return dict.fromkeys(("denser", "same"), f"{where}, with a mean and with a maximum?")
+    choose(answer, "sparser", dict.fromkeys(("denser", "same"), f"{where}, with a mean and with a maximum?"))
 
 
-@words(
+@check(
     "01",
     "5",
-    ("loud", "handled", "silent"),
-    {"not normalised": "silent", "training mode": "handled", "integers": "loud"},
+    '{"not normalised": ..., "training mode": ..., "integers": ...}, each "loud", "handled" or "silent"',
 )
-def broken_inputs():
-    """Which wrong inputs of localization_maps fail loudly, which in silence, which not (01, exercise 5).
-
-    The answer is a dictionary with the words "loud", "handled" or "silent" for "not normalised", "training
-    mode" and "integers", or the three words in this order.
-    """
-    return {
-        "not normalised": "Can a function tell from a tensor of floats whether somebody normalised it? "
-        "Try it.",
-        "training mode": "Compare the maps, and look at model.training after the call.",
-        "integers": "Call it with uint8 pixels and read what comes.",
+def broken_inputs(answer):
+    """Which wrong inputs of localization_maps fail loudly, which in silence, which not (01, exercise 5)."""
+    tell = "Can a function tell from a tensor of floats whether somebody normalised it? Try it."
+    questions = {
+        "not normalised": ("silent", tell),
+        "training mode": ("handled", "Compare the maps, and look at model.training after the call."),
+        "integers": ("loud", "Call it with uint8 pixels and read what comes."),
     }
+    choose_each(answer, ("loud", "handled", "silent"), questions)
 
 
 _DELTA, _TAU = 0.44, 4.4
 _SUPPRESSED = frozenset({(1, 3), (2, 2), (2, 3), (2, 4)})
+_OF_TAU = {
+    _DELTA: "tau is a share of the map's maximum, not the share itself",
+    _DELTA * 51 / 25: "tau is a share of the map's maximum, not of its mean",
+    _DELTA * 51 / 15: "tau is a share of the map's maximum, not of the mean of its active positions",
+    5.6: "That is 1 - delta of the maximum; a map may keep the share delta",
+    10: "That is the maximum; which share of it may the map keep?",
+    6.9: "That is the bound with G = 0.69; here G is delta",
+    6: 'That is the bound of "Where the gradient goes", with 0.6; here delta is 0.44',
+}
+_OF_POSITIONS = {
+    frozenset((r + 1, c + 1) for r, c in _SUPPRESSED): "Rows and columns seem counted from 1; here they "
+    "count from 0",
+    frozenset((c, r) for r, c in _SUPPRESSED): "Rows and columns look exchanged: a position is (row, column)",
+    _SUPPRESSED - {(2, 3)}: "The maximum itself is above tau, too",
+    _SUPPRESSED - {(2, 2)}: "That was right at G = 0.69; tau has sunk since",
+    _SUPPRESSED | {(1, 4)}: "4.3 is below tau",
+    frozenset({(2, 3)}): "Not only the maximum is above tau",
+}
+_OF_GRADIENT = {
+    1.8: 'That is 0.6 of three gradients, as in "Where the gradient goes". Here delta is 0.44, and other '
+    "positions are suppressed",
+    1: "Without DRS it would be 1; what do the other suppressed positions hand to tau?",
+    4: "Four gradients reach tau; which share of them does the maximum get?",
+    _DELTA: "That is its own share; the others' gradients go through tau as well",
+    _DELTA * 3: "The maximum's own gradient goes through tau, too",
+    1 + _DELTA * 3: "The maximum is suppressed itself: its own gradient goes through tau like the others'",
+    1 + _DELTA * 4: "The maximum is suppressed itself: nothing reaches it but through tau",
+    0: "The maximum decides tau, and tau is in the result",
+}
 
 
 @check("02", "1", "three things: (tau, suppressed positions (row, column) from 0, gradient of the maximum)")
 def five_by_five(answer):
     """The 5 x 5 map of notebook 02 with delta = 0.44 (02, exercise 1).
 
-    The answer is (tau, positions, gradient): the upper bound, the suppressed positions as pairs (row, column)
-    counted from 0, or as a 5 x 5 mask, and the gradient that the maximum receives if g = 1 everywhere. A
-    dictionary with the keys "tau", "positions" and "gradient" will do, too. A position whose X is at or above
-    tau is suppressed; the maximum is one.
+    tau is the upper bound; a position whose X is at or above it is suppressed, and the maximum is one. The
+    positions are pairs, or a 5 x 5 mask; the gradient is what the maximum receives if g = 1 everywhere. A
+    dictionary with the keys "tau", "positions" and "gradient" will do, too.
     """
     tau, positions, gradient = as_list(answer, ("tau", "positions", "gradient"))
     tau, gradient = as_number(tau, "tau"), as_number(gradient, "the gradient")
     positions = _positions(positions)
-    of_tau = {
-        _DELTA: "tau is a share of the map's maximum, not the share itself",
-        _DELTA * 51 / 25: "tau is a share of the map's maximum, not of its mean",
-        _DELTA * 51 / 15: "tau is a share of the map's maximum, not of the mean of its active positions",
-        5.6: "That is 1 - delta of the maximum; a map may keep the share delta",
-        10: "That is the maximum; which share of it may the map keep?",
-        6.9: "That is the bound with G = 0.69; here G is delta",
-        6: 'That is the bound of "Where the gradient goes", with 0.6; here delta is 0.44',
-    }
-    from_1, exchanged = zip(*(((r + 1, c + 1), (c, r)) for r, c in _SUPPRESSED), strict=True)
-    of_positions = {
-        frozenset(from_1): "Rows and columns seem counted from 1; here they count from 0",
-        frozenset(exchanged): "Rows and columns look exchanged: a position is (row, column)",
-        _SUPPRESSED - {(2, 3)}: "The maximum itself is above tau, too",
-        _SUPPRESSED - {(2, 2)}: "That was right at G = 0.69; tau has sunk since",
-        _SUPPRESSED | {(1, 4)}: "4.3 is below tau",
-        frozenset({(2, 3)}): "Not only the maximum is above tau",
-    }
-    of_gradient = {
-        1.8: 'That is 0.6 of three gradients, as in "Where the gradient goes". Here delta is 0.44, and other '
-        "positions are suppressed",
-        1: "Without DRS it would be 1; what do the other suppressed positions hand to tau?",
-        4: "Four gradients reach tau; which share of them does the maximum get?",
-        _DELTA: "That is its own share; the others' gradients go through tau as well",
-        _DELTA * 3: "The maximum's own gradient goes through tau, too",
-        1 + _DELTA * 3: "The maximum is suppressed itself: its own gradient goes through tau like "
-        "the others'",
-        1 + _DELTA * 4: "The maximum is suppressed itself: nothing reaches it but through tau",
-        0: "The maximum decides tau, and tau is in the result",
-    }
-    if not close(tau, _TAU, 0.01):
-        why = cause(tau, of_tau, "What is the maximum of the map, and what delta of it?")
+    if not alike(tau, _TAU):
+        why = cause(tau, _OF_TAU, "What is the maximum of the map, and what delta of it?")
         raise Wrong(f"tau is not {tau:g}{why}")
     if positions != _SUPPRESSED:
         extra, missing = len(positions - _SUPPRESSED), len(_SUPPRESSED - positions)
         why = f"{extra} too many, {missing} missing. Compare each X with tau"
-        why = of_positions.get(frozenset(positions), why)
+        why = _OF_POSITIONS.get(frozenset(positions), why)
         raise Wrong(f"tau is right, but the positions are not {sorted(positions)}. {why}")
-    if not close(gradient, _DELTA * 4, 0.01):
-        why = cause(gradient, of_gradient, "See the formula for the gradient at the maximum, p = p*")
+    if not alike(gradient, _DELTA * 4):
+        why = cause(gradient, _OF_GRADIENT, "See the formula for the gradient at the maximum, p = p*")
         raise Wrong(f"tau and the positions are right, but the gradient is not {gradient:g}{why}")
 
 
 def _positions(value):
-    mask = value.tolist() if hasattr(value, "tolist") else value
-    if isinstance(mask, (list, tuple)) and len(mask) == 5:
-        rows = [row for row in mask if isinstance(row, (list, tuple)) and len(row) == 5]
-        if len(rows) == 5:
-            return {(r, c) for r, row in enumerate(rows) for c, one in enumerate(row) if one}
-    return as_pairs(mask, "the positions")
+    rows = value.tolist() if hasattr(value, "tolist") else value
+    listed = isinstance(rows, (list, tuple)) and all(isinstance(row, (list, tuple)) for row in rows)
+    if listed and list(map(len, rows)) == [5] * 5:
+        return {(r, c) for r, row in enumerate(rows) for c, one in enumerate(row) if one}
+    return as_pairs(rows, "the positions")
 
 
 def _sigmoid(z):
@@ -190,19 +178,19 @@ def _sigmoid(z):
 def two_maps(answer):
     """The two upper bounds of a layer with two maps and a learnable controller (02, exercise 2).
 
-    The answer is two numbers, tau of map 1 and tau of map 2, to 1 %: tau = max X * sigmoid(theta GAP(X)) with
-    averages (2.0, 0.5), maxima (10, 4) and theta = ((0.4, -1), (0.2, 0.1)).
+    To 1 %: tau = max X * sigmoid(theta GAP(X)) with averages (2.0, 0.5), maxima (10, 4) and
+    theta = ((0.4, -1), (0.2, 0.1)).
     """
     z, w = 0.4 * 2 - 1 * 0.5, 0.2 * 2 + 0.1 * 0.5  # theta GAP(X)
     G, H = _sigmoid(z), _sigmoid(w)
     e, f = math.exp(z), math.exp(w)
     by_columns = 10 * _sigmoid(0.4 * 2 + 0.2 * 0.5), 4 * _sigmoid(-1 * 2 + 0.1 * 0.5)
-    diagonal = 10 * _sigmoid(0.8), 4 * _sigmoid(0.05)
     causes = {
         (G, H): "Those are the control values; a bound is the maximum times G",
         (10 * z, 4 * w): "The sigmoid is left out",
         by_columns: "theta is read by columns: row k belongs to map k",
-        diagonal: "Only the diagonal of theta is used: the other map has a say as well",
+        (10 * _sigmoid(0.8), 4 * _sigmoid(0.05)): "Only the diagonal of theta is used: the other map has "
+        "a say as well",
         (2 * G, 0.5 * H): "G is multiplied with the average, not with the maximum",
         (10 * e / (e + f), 4 * f / (e + f)): "softmax takes the place of the sigmoid",
         (10 * _sigmoid(0), 4 * _sigmoid(2.4)): "f is applied to the maxima: it reads the averages",
@@ -213,41 +201,35 @@ def two_maps(answer):
     same_numbers(answer, {"the bound of map 1": 10 * G, "the bound of map 2": 4 * H}, causes)
 
 
-@word("02", "2", "stronger")
-def second_map():
-    """How map 1 is suppressed the more active map 2 is (02, exercise 2).
-
-    The answer is "stronger", "weaker" or "not at all".
-    """
-    return {
+@check("02", "2", '"stronger", "weaker" or "not at all"')
+def second_map(answer):
+    """How map 1 is suppressed the more active map 2 is (02, exercise 2)."""
+    why = {
         "weaker": "Look at the sign of theta_12, and at what a smaller G does to the bound.",
         "not at all": "f is a full matrix: which of its numbers joins the average of map 2 to G of map 1?",
     }
+    choose(answer, "stronger", why)
 
 
-@words("02", "4", ("holds", "fails"), {"scaling": "holds", "max pooling": "holds"})
-def soft_properties():
-    """Which of the two properties the soft suppressor tau * tanh(X / tau) has (02, exercise 4).
-
-    The answer is a dictionary with the words "holds" or "fails" for "scaling" and "max pooling", or the two
-    words in this order.
-    """
-    return {
-        "scaling": "With s x in place of x, what becomes of tau, and of X / tau?",
-        "max pooling": "The proof uses that the function never decreases and that tau stays. Does tanh "
-        "decrease?",
+@check("02", "4", '{"scaling": ..., "max pooling": ...}, each "holds" or "fails"')
+def soft_properties(answer):
+    """Which of the two properties the soft suppressor tau * tanh(X / tau) has (02, exercise 4)."""
+    never = "The proof uses that the function never decreases and that tau stays. Does tanh decrease?"
+    questions = {
+        "scaling": ("holds", "With s x in place of x, what becomes of tau, and of X / tau?"),
+        "max pooling": ("holds", never),
     }
+    choose_each(answer, ("holds", "fails"), questions)
 
 
 @check("02", "5", "a number: the G that weight decay pulls towards")
 def weight_decay(answer):
     """What weight decay pulls G towards if the controller has a bias that starts at +3 (02, exercise 5).
 
-    The answer is a number in [0, 1]. Weight decay acts on the bias as well.
+    It is in [0, 1]. Weight decay acts on the bias as well.
     """
     causes = {
         _sigmoid(3): "That is where G starts. Weight decay shrinks the bias, too",
-        0.95: "That is where G starts. Weight decay shrinks the bias, too",
         0: "The weights go to 0; G is their sigmoid",
         1: "The weights go to 0; what is the sigmoid of 0?",
         3: "That is the bias at its start; G is between 0 and 1",
@@ -256,37 +238,35 @@ def weight_decay(answer):
     same_numbers(answer, {"G": 0.5}, causes)
 
 
-@word("03", "1", "CAM")
-def delta_one():
+@check("03", "1", '"CAM", "learnable", "delta 0.90" or "DRS in layer 6"')
+def delta_one(answer):
     """Which row Configuration(delta=1.0) must equal (03, exercise 1).
 
-    The answer is one of "CAM" (the row without DRS), "learnable" (DRS in layers 1-6), "delta 0.90" and
-    "DRS in layer 6".
+    "CAM" is the row without DRS, "learnable" the one with DRS in layers 1-6.
     """
     why = "With delta = 1 the bound is the maximum itself: which value is above it?"
-    return dict.fromkeys(("learnable", "delta 0.90", "DRS in layer 6"), why)
+    choose(answer, "CAM", dict.fromkeys(("learnable", "delta 0.90", "DRS in layer 6"), why))
 
 
-@word("03", "6", "flat")
-def delta_near_zero():
+@check("03", "6", '"flat", "empty", "sparse" or "unchanged"')
+def delta_near_zero(answer):
     """A feature map, divided by its new maximum, when delta is close to 0 (03, exercise 6).
 
-    The answer is "flat" (one value wherever the map is active), "empty" (0 everywhere), "sparse" (the
-    maximum alone) or "unchanged".
+    "flat" is one value wherever the map is active, "empty" 0 everywhere, "sparse" the maximum alone.
     """
-    return {
+    why = {
         "empty": "Its values are small, but divide them by their new maximum, as equation 1 does.",
         "sparse": "The maximum is cut down to tau. Which active values are not?",
         "unchanged": "Which active values are above a bound that is close to 0, and what do they become?",
     }
+    choose(answer, "flat", why)
 
 
 @check("03", "2", "a list of the values of delta")
 def within_two_sd(answer):
     """Which constant delta are within two sd of the best one in the reference results (03, exercise 2).
 
-    The answer is a list, set or array of deltas, with or without the best one itself; sd is that of the best
-    row.
+    A set or array will do, too, with or without the best one itself; sd is that of the best row.
     """
     reference = reference_table(1).dropna(subset=["delta"])
     best = reference.loc[reference["measured"].idxmax()]
@@ -298,55 +278,59 @@ def within_two_sd(answer):
         verb = "is" if len(unknown) == 1 else "are"
         raise Wrong(f"{unknown} {verb} not among Table 1's constant deltas {sorted(measured)}")
 
-    def near(sd, count=2):
-        return frozenset(delta for delta, value in measured.items() if value >= best["measured"] - count * sd)
+    def near(distance):
+        return frozenset(delta for delta, value in measured.items() if value >= best["measured"] - distance)
 
-    right, with_best = near(best["sd"]), given | {round(float(best["delta"]), 4)}
+    right, with_best = near(2 * best["sd"]), given | {round(float(best["delta"]), 4)}
     if not given:
         raise Wrong("it is not []: the best one is within two sd of itself")
     if with_best == right:
         return
     counts = f"{len(given - right)} of them too many, {len(right - with_best)} missing"
     otherwise = f"{counts}. Subtract twice the sd of the best row from its mIoU"
+    sd = reference["sd"]
     causes = {  # where two are equal, the last one counts
-        near(best["sd"], 1): "that is one sd; take two",
-        near(reference["sd"].mean()): "that is with the mean sd of the table; take the sd of the best row",
-        near(reference["sd"].max()): "that is with the largest sd of the table; take the sd of the best row",
+        near(best["sd"]): "that is one sd; take two",
+        near(2 * sd.mean()): "that is with the mean sd of the table; take the sd of the best row",
+        near(2 * sd.max()): "that is with the largest sd of the table; take the sd of the best row",
     }
     raise Wrong(f"it is not {sorted(given)}: {causes.get(frozenset(with_best), otherwise)}")
 
 
-@word("04", "1", "higher")
-def larger_heads():
-    """In which layers DRS would do its work if heads were twice as large (04, exercise 1).
-
-    The answer is "higher" layers, "lower" layers or "the same".
-    """
+@check("04", "1", '"higher", "lower" or "the same"')
+def larger_heads(answer):
+    """In which layers DRS would do its work if heads were twice as large (04, exercise 1)."""
     shift = "Shift the band of head sizes up in the figure's top panel"
-    return dict.fromkeys(("lower", "the same"), f"{shift}. At which layer does the curve enter it now?")
+    why = f"{shift}. At which layer does the curve enter it now?"
+    choose(answer, "higher", dict.fromkeys(("lower", "the same"), why))
 
 
 @check("04", "2", "five whole numbers: the sides in pixels, block by block")
 def vgg16_fields(answer):
     """The receptive fields of torchvision's VGG-16: five poolings of stride 2, no dilation (04, exercise 2).
 
-    The answer is five numbers, one for each block: of its last convolution, or after its pooling.
+    Those of a block are of its last convolution, or after its pooling.
     """
     given = as_numbers(answer, [f"block {number}" for number in range(1, 6)])
     rights = [5, 14, 40, 92, 196], [6, 16, 44, 100, 212]  # of the last convolutions, after the poolings
     if given in rights:
         return
+    one, sizes, jumps = (
+        "A block has two or three convolutions, not one",
+        "Those are sizes of the outputs for an image of 224 pixels",
+        "Those are the jumps",
+    )
     causes = {
         (5, 14, 40, 92, 204): "That is the paper's network, whose fifth block is dilated",
         (5, 10, 18, 26, 34): "The jump between positions is not doubled by the poolings",
         (5, 9, 15, 21, 27): "Only convolutions are counted, without the poolings between them",
         (5, 13, 37, 85, 181): "The poolings double the jump, but their own kernel of 2 is not counted",
-        (3, 8, 18, 38, 78): "A block has two or three convolutions, not one",
-        (4, 10, 22, 46, 94): "A block has two or three convolutions, not one",
-        (224, 112, 56, 28, 14): "Those are sizes of the outputs for an image of 224 pixels",
-        (112, 56, 28, 14, 7): "Those are sizes of the outputs for an image of 224 pixels",
-        (1, 2, 4, 8, 16): "Those are the jumps",
-        (2, 4, 8, 16, 32): "Those are the jumps",
+        (3, 8, 18, 38, 78): one,
+        (4, 10, 22, 46, 94): one,
+        (224, 112, 56, 28, 14): sizes,
+        (112, 56, 28, 14, 7): sizes,
+        (1, 2, 4, 8, 16): jumps,
+        (2, 4, 8, 16, 32): jumps,
     }
     if why := causes.get(tuple(given)):
         raise Wrong(f"they are not {[int(value) for value in given]}. {why}")
@@ -360,10 +344,7 @@ def vgg16_fields(answer):
 
 @check("05", "1", "two numbers: N, and N if half of these images are taken for another species")
 def refinement_mean(answer):
-    """What N is where 60 of 100 similar images have M = 1 and the others 0.1 (05, exercise 1).
-
-    The answer is two numbers: N there, and N if the network takes half of these images for another species.
-    """
+    """What N is where 60 of 100 similar images have M = 1 and the others 0.1 (05, exercise 1)."""
     average = "the most frequent value; the squared error asks for another kind of average"
     causes = {
         (1, 1): f"That is {average}",
@@ -378,38 +359,37 @@ def refinement_mean(answer):
     same_numbers(answer, {"N": 0.64, "N with half of the images taken for another species": 0.32}, causes)
 
 
-@word("05", "5", "mean map")
-def shuffled_targets():
+@check("05", "5", '"mean map", "own map", "zero" or "noise"')
+def shuffled_targets(answer):
     """What the refinement network learns from the targets of other images (05, exercise 5).
 
-    The answer is "mean map" (each class's mean over all targets), "own map" (the image's own map), "zero" or
-    "noise".
+    "mean map" is each class's mean over all targets, "own map" the image's own map.
     """
-    return {
+    mean = "The loss is a mean over many images; what is the best answer that does not depend on the image?"
+    why = {
         "own map": "Does the image still say anything about its target?",
         "zero": "The best constant under the squared error is a mean; is the mean of the targets 0?",
-        "noise": "The loss is a mean over many images; what is the best answer that does not depend on the "
-        "image?",
+        "noise": mean,
     }
+    choose(answer, "mean map", why)
 
 
 _CONFLICT = "is saliency 0.10 below beta? A setting decides only where both cues are there"
-_COUNTED = "classes count from 1, and class 2 is named in the text"
+_ABOVE = "is its largest map above alpha?"
 _LEVEL = "is 0.10 above 50/255? What does background then score?"
-_OF_CLASSES = {1: _COUNTED, 3: _COUNTED, 5: "of several maps above alpha the largest wins"}
-# The slips at the conflict pixel: for each rule the right label, and what is to be said of others.
+
+
+def _not_class_2(background, ignored):
+    """What is to be said of wrong labels where class 2 is right."""
+    counted = "classes count from 1, and class 2 is named in the text"
+    largest = "of several maps above alpha the largest wins"
+    return {0: background, 1: counted, 3: counted, 5: largest, 255: ignored}
+
+
 _LABELS = {
-    "background": {
-        0: _CONFLICT,
-        255: "a pixel is ignored if it has neither cue. Is its largest map above alpha?",
-        **_OF_CLASSES,
-    },
-    "object": {
-        0: "is its largest map above alpha?",
-        255: "two maps above alpha are no reason to ignore; the largest wins",
-        **_OF_CLASSES,
-    },
-    "ignore": {0: "a pixel is background if saliency is below beta. Is 0.10?", 255: _CONFLICT, **_OF_CLASSES},
+    "background": _not_class_2(_CONFLICT, f"a pixel is ignored if it has neither cue. {_ABOVE.capitalize()}"),
+    "object": _not_class_2(_ABOVE, "two maps above alpha are no reason to ignore; the largest wins"),
+    "ignore": _not_class_2("a pixel is background if saliency is below beta. Is 0.10?", _CONFLICT),
     "release": {
         2: _LEVEL,
         5: _LEVEL,
@@ -422,8 +402,8 @@ _LABELS = {
 def conflict_pixel(answer):
     """The label of a pixel with maps 0.30 (class 2) and 0.25 (class 5) and saliency 0.10 (06, exercise 1).
 
-    The answer is four labels, in the order "background", "object", "ignore" (the values of `conflict`, at
-    alpha 0.2 and beta 0.06) and "release", or a dictionary with these keys.
+    alpha is 0.2 and beta 0.06. A dictionary with the keys "background", "object", "ignore" and "release"
+    will do, too.
     """
     given = as_list(answer, _LABELS)
     given = [as_number(value, f"the label for {name!r}") for value, name in zip(given, _LABELS, strict=True)]
@@ -436,22 +416,25 @@ def conflict_pixel(answer):
         raise Wrong("; ".join(wrong))
 
 
-@words("06", "2", _UP_DOWN, {"alpha": "up", "beta": "down"})
-def ignored_share():
+@check("06", "2", '{"alpha": ..., "beta": ...}, each "up", "down" or "same"')
+def ignored_share(answer):
     """How the share of ignored pixels moves when alpha rises, and when beta does (06, exercise 2).
 
-    The answer is a dictionary with the words "up", "down" or "same" for "alpha" and "beta", or the two words
-    in this order. Background wins a conflict.
+    Background wins a conflict.
     """
     text = "A pixel is ignored if it has neither cue. Which cue does"
-    return {name: f"{text} {name} make, and does a higher one make more?" for name in ("alpha", "beta")}
+    questions = {
+        name: (right, f"{text} {name} make, and does a higher one make more?")
+        for name, right in (("alpha", "up"), ("beta", "down"))
+    }
+    choose_each(answer, _UP_DOWN, questions)
 
 
 @check("06", "3", "pairs (d1, d2) of dilations")
 def dense_pairs(answer):
     """For which dilations two 3x3 convolutions see every position of the square they span (06, exercise 3).
 
-    The answer is a list or set of pairs (d1, d2), d1 and d2 at least 1. The order in a pair does not matter.
+    d1 and d2 are at least 1; the order in a pair does not matter.
     """
     pairs = {tuple(sorted(pair)) for pair in as_pairs(answer, "the pairs")}
     if any(min(pair) < 1 for pair in pairs):
@@ -465,26 +448,23 @@ def dense_pairs(answer):
         raise Wrong(f"{begins}, but {more}. At most how many positions of a row can be seen?")
 
 
-@word("07", "1", "flat")
-def all_ones_map():
-    """The curve over alpha of a map that is 1 everywhere for the image's classes (07, exercise 1).
-
-    The answer is "flat", "falling", "rising" or "peaked", for alpha below 1.
-    """
+@check("07", "1", '"flat", "falling", "rising" or "peaked"')
+def all_ones_map(answer):
+    """The curve over alpha < 1 of a map that is 1 everywhere for the image's classes (07, exercise 1)."""
     one = "alpha asks one question of a pixel: is its map above it?"
     why = f"{one} Which pixels answer otherwise at another alpha?"
-    return dict.fromkeys(("falling", "rising", "peaked"), why)
+    choose(answer, "flat", dict.fromkeys(("falling", "rising", "peaked"), why))
 
 
-@words("07", "6", _UP_DOWN, {"recall": "up", "precision": "down"})
-def without_saliency():
-    """Labels by "map > 0.2" alone, without saliency: learnable DRS compared with CAM (07, exercise 6).
-
-    The answer is a dictionary with the words "up", "down" or "same" for "recall" and "precision", or the two
-    words in this order.
-    """
-    return {
-        "recall": "A cap brings the body closer to the head. More of the object above 0.2, or less?",
-        "precision": "A cap lifts what is low, relative to the maximum, and background is low. See the means "
-        "on background.",
+@check("07", "6", _RECALL_AND_PRECISION)
+def without_saliency(answer):
+    """Labels by "map > 0.2" alone, without saliency: learnable DRS compared with CAM (07, exercise 6)."""
+    means = "See the means on background."
+    questions = {
+        "recall": ("up", "A cap brings the body closer to the head. More of the object above 0.2, or less?"),
+        "precision": (
+            "down",
+            f"A cap lifts what is low, relative to the maximum, and background is low. {means}",
+        ),
     }
+    choose_each(answer, _UP_DOWN, questions)

@@ -6,33 +6,24 @@ from drs_course.checks.functions import Case, compare, one_number, randn
 from drs_course.checks.verdict import check
 
 
-def _walk(grow, start=1, early=False):
+def _field(layers, grow=lambda k, s, d, j: (k - 1) * d * j, start=1):
     """The side after a chain of layers; grow(k, s, d, j) is what a layer adds to it."""
-
-    def side(layers):
-        r, j = start, 1
-        for k, s, d in layers:
-            r += grow(k, s, d, j * s if early else j)
-            j *= s
-        return r
-
-    return side
-
-
-def _grown(k, s, d, j):
-    return (k - 1) * d * j
+    r, j = start, 1
+    for k, s, d in layers:
+        r += grow(k, s, d, j)
+        j *= s
+    return r
 
 
 @check("04", "2", "a function f(layers) of a list of (kernel, stride, dilation): a whole number")
 def receptive_field(answer):
     """The receptive field of a chain of layers (04, *The six layers in numbers* and exercise 2).
 
-    The answer is a function f(layers), layers a list of (kernel, stride, dilation) of convolutions and
-    poolings, the first of them first. It returns the side r of the receptive field of the last,
+    The layers are convolutions and poolings, the first of them first. The number is the side r of the
+    receptive field of the last,
 
         r <- r + (k - 1) d j,    j <- s j,    starting with r = j = 1.
     """
-    field = _walk(_grown)
     block = [(3, 1, 1), (3, 1, 1), (2, 2, 1)]
     cases = (
         ([(3, 1, 1)],),
@@ -42,41 +33,36 @@ def receptive_field(answer):
         ([],),
     )
     slips = {
-        "dilation is left out": _walk(lambda k, s, d, j: (k - 1) * j),
-        "the jump is left out": _walk(lambda k, s, d, j: (k - 1) * d),
-        "the jump is updated before r": _walk(_grown, early=True),
-        "k takes the place of k - 1": _walk(lambda k, s, d, j: k * d * j),
-        "d multiplies k instead of k - 1": _walk(lambda k, s, d, j: (k * d - 1) * j),
-        "r starts at 0": _walk(_grown, start=0),
-        "j is the layer's own stride, not the product": _walk(lambda k, s, d, j: (k - 1) * d * s),
-        "the layers are gone through from the last to the first": lambda layers: field(layers[::-1]),
-        "only one side of the kernel is counted": _walk(lambda k, s, d, j: (k // 2) * d * j),
+        "dilation is left out": {"grow": lambda k, s, d, j: (k - 1) * j},
+        "the jump is left out": {"grow": lambda k, s, d, j: (k - 1) * d},
+        "the jump is updated before r": {"grow": lambda k, s, d, j: (k - 1) * d * j * s},
+        "k takes the place of k - 1": {"grow": lambda k, s, d, j: k * d * j},
+        "d multiplies k instead of k - 1": {"grow": lambda k, s, d, j: (k * d - 1) * j},
+        "r starts at 0": {"start": 0},
+        "j is the layer's own stride, not the product": {"grow": lambda k, s, d, j: (k - 1) * d * s},
+        "the layers are gone through from the last to the first": lambda layers: _field(layers[::-1]),
+        "only one side of the kernel is counted": {"grow": lambda k, s, d, j: (k // 2) * d * j},
     }
-    compare(answer, field, cases, slips, read=one_number)
+    compare(answer, _field, cases, slips, read=one_number)
 
 
-def _effective(share=0.9, measure=torch.abs, side=lambda half: 2 * half + 1):
+def _effective(gradient, share=0.9, measure=torch.abs, side=lambda half: 2 * half + 1):
     """The square that holds a share of the gradient; side(half): what is given of it."""
-
-    def function(gradient):
-        g = measure(gradient.double())
-        y, x = g.shape[0] // 2, g.shape[1] // 2
-        for half in range(max(g.shape)):
-            square = g[max(y - half, 0) : y + half + 1, max(x - half, 0) : x + half + 1]
-            if square.sum() >= share * g.sum():
-                return side(half)
-        return max(g.shape)
-
-    return function
+    g = measure(gradient.double())
+    y, x = g.shape[0] // 2, g.shape[1] // 2
+    for half in range(max(g.shape)):
+        square = g[max(y - half, 0) : y + half + 1, max(x - half, 0) : x + half + 1]
+        if square.sum() >= share * g.sum():
+            return side(half)
+    return max(g.shape)
 
 
 def _box(keep):
     """The side of the box around the values that are kept; keep(g, the largest)."""
 
     def function(gradient):
-        g = gradient.abs()
-        rows, columns = keep(g, g.max()).nonzero(as_tuple=True)
-        return max(int(rows.max() - rows.min()), int(columns.max() - columns.min())) + 1
+        places = keep(gradient.abs(), gradient.abs().max()).nonzero()
+        return int((places.amax(0) - places.amin(0)).max()) + 1
 
     return function
 
@@ -85,9 +71,9 @@ def _box(keep):
 def effective_field(answer):
     """The effective receptive field (04, exercise 4).
 
-    The answer is a function f(gradient): the gradient of one central position with respect to the image,
-    summed over its channels, a tensor (H, W) with H and W odd and signs mixed. It returns the side of the
-    smallest square with an odd side, around the middle, that holds at least 90 % of the absolute gradient.
+    gradient is that of one central position with respect to the image, summed over its channels, with mixed
+    signs. The number is the side of the smallest square with an odd side, around the middle, that holds at
+    least 90 % of the absolute gradient.
     """
     cases = []
     for seed, h, w, width in ((50, 21, 31, 3.0), (51, 41, 25, 5.0), (52, 15, 15, 1.2), (53, 33, 33, 9.0)):
@@ -99,33 +85,30 @@ def effective_field(answer):
     point = torch.zeros(7, 9)
     point[3, 4] = 2.0
     cases.append(Case((point,), "a gradient (7, 9) that is 2 in the middle and 0 elsewhere"))
+    tenth = "a tenth of the maximum"
     slips = {
-        "the distance from the middle is given, not the side": _effective(side=lambda half: half),
-        "the side is twice the distance: the middle itself is not counted": _effective(
-            side=lambda half: 2 * half
-        ),
-        "the gradient is added up with its signs": _effective(measure=lambda g: g),
-        "the gradient is squared, not taken absolute": _effective(measure=torch.square),
-        "negative gradients are left out": _effective(measure=torch.relu),
-        "10 % are held instead of 90 %": _effective(0.1),
-        "95 % are held instead of 90 %": _effective(0.95),
-        "99 % are held instead of 90 %": _effective(0.99),
-        "the box around values above a tenth of the maximum is measured": _box(
-            lambda g, peak: g >= 0.1 * peak
-        ),
+        "the distance from the middle is given, not the side": {"side": lambda half: half},
+        "the side is twice the distance: the middle itself is not counted": {"side": lambda half: 2 * half},
+        "the gradient is added up with its signs": {"measure": lambda g: g},
+        "the gradient is squared, not taken absolute": {"measure": torch.square},
+        "negative gradients are left out": {"measure": torch.relu},
+        "10 % are held instead of 90 %": {"share": 0.1},
+        "95 % are held instead of 90 %": {"share": 0.95},
+        "99 % are held instead of 90 %": {"share": 0.99},
+        f"the box around values above {tenth} is measured": _box(lambda g, peak: g >= 0.1 * peak),
         "the box around values above 90 % of the maximum is measured": _box(lambda g, peak: g >= 0.9 * peak),
         "all positions with a gradient are held: that is the theoretical field": _box(lambda g, peak: g > 0),
-        "the square's area is given, not its side": _effective(side=lambda half: (2 * half + 1) ** 2),
+        "the square's area is given, not its side": {"side": lambda half: (2 * half + 1) ** 2},
     }
-    compare(answer, _effective(), cases, slips, read=one_number)
+    compare(answer, _effective, cases, slips, read=one_number)
 
 
 @check("06", "3", "a function f(d1, d2): a whole number")
 def span_of_two(answer):
     """The side that two 3x3 convolutions in a row span together (06, exercise 3).
 
-    The answer is a function f(d1, d2) of their dilations. It returns a number of positions: one convolution
-    of kernel k and dilation d spans d (k - 1) + 1.
+    d1 and d2 are their dilations, and the side is counted in positions: one convolution of kernel k and
+    dilation d spans d (k - 1) + 1.
     """
     reach = "only the reach to one side is counted, without the other side and the position in the middle"
     slips = {

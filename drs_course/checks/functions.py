@@ -5,6 +5,8 @@ the message names the slip.
 """
 
 import contextlib
+import copy
+import functools
 import inspect
 import random
 import re
@@ -45,9 +47,9 @@ class Task:
     right: object
     cases: list
     slips: dict
-    wrt: tuple = ()
-    read: object = None
-    result: str = "the result"
+    wrt: tuple
+    read: object
+    result: str
 
 
 @contextlib.contextmanager
@@ -63,37 +65,68 @@ def sheltered():
             np.random.set_state(states[1])
 
 
-def compare(answer, right, cases, slips, names=(), **more):
+def like_expected(result, wanted):
+    """Reads a floating-point tensor of the shape and type of the expected one."""
+    if not isinstance(result, torch.Tensor):
+        raise Wrong(f"the result is {found(result)}; expected a tensor")
+    if not result.is_floating_point():
+        raise Wrong(f"the result is {_kind(result)}; expected floating point")
+    if wanted is not None and result.shape != wanted.shape:
+        raise Wrong(f"the result has shape {tuple(result.shape)}; expected {tuple(wanted.shape)}")
+    if wanted is not None and result.dtype != wanted.dtype:
+        raise Wrong(
+            f"the result is {_kind(result)}; expected {_kind(wanted)}, the type of "
+            "the input. A new tensor takes it with dtype=x.dtype, or use torch.zeros_like and the like"
+        )
+    return result.detach()
+
+
+def one_number(result, wanted):
+    """Reads a number."""
+    return torch.tensor(as_number(result, "the result"), dtype=torch.float64)
+
+
+def some_numbers(*names):
+    """Reads a number for each of the names."""
+    return lambda result, wanted: torch.tensor(as_numbers(result, names, "the result"), dtype=torch.float64)
+
+
+def label_map(result, wanted):
+    """Reads integers of the expected shape: a tensor or an array."""
+    if isinstance(result, np.ndarray) and result.dtype != np.uint16:
+        result = torch.from_numpy(result.copy())
+    if not isinstance(result, torch.Tensor):
+        raise Wrong(f"the result is {found(result)}; expected a tensor of labels")
+    if result.is_floating_point() or result.dtype == torch.bool:
+        raise Wrong(f"the result is {_kind(result)}; labels are whole numbers, say uint8")
+    if wanted is not None and result.shape != wanted.shape:
+        raise Wrong(f"the result has shape {tuple(result.shape)}; expected {tuple(wanted.shape)}")
+    return result.detach().double()
+
+
+def compare(answer, right, cases, slips, names=(), *, wrt=(), read=like_expected, result="the result"):
     """Raises `Wrong` unless the function `answer` does on every case what the function `right` does.
 
     cases: tuples of arguments, or `Case`. slips: a dictionary from a sentence, which continues "Your result
-    equals what comes out if", to a wrong function that many write, or a tuple of such. names: of the
-    arguments; none: those of `right`. wrt: names of the arguments whose gradient is compared. read: makes of
-    a result, given the expected one, a float64 tensor, or raises `Wrong`. result: what a message calls it.
+    equals what comes out if", to a wrong function that many write, to the parts in which such a one differs
+    from `right`, a dictionary of keyword arguments, or to a tuple of these. names: of the arguments; none:
+    those of `right` without a default. wrt: names of the arguments whose gradient is compared. read: makes
+    of a result, given the expected one, a tensor, or raises `Wrong`. result: what a message calls it.
     """
-    names = names or tuple(inspect.signature(right).parameters)
+    parameters = inspect.signature(right).parameters.values()
+    names = names or tuple(one.name for one in parameters if one.default is one.empty)
     cases = [case if isinstance(case, Case) else Case(case) for case in cases]
+    task = Task(names, right, cases, slips, wrt, read, result)
+    called(answer, f"the function itself, f({', '.join(names)}), not called")
     # The inputs are small: more threads would only wait for each other.
     with threads(1), sheltered():
-        _compare(answer, Task(names, right, cases, slips, **more))
-
-
-def _compare(answer, task):
-    called(answer, f"the function itself, f({', '.join(task.names)}), not called")
-    expected = [_run(task.right, task, case) for case in task.cases]
-    given = [_attempt(answer, task, case, wanted) for case, wanted in zip(task.cases, expected, strict=True)]
-    for case, outcome, wanted in zip(task.cases, given, expected, strict=True):
-        if isinstance(outcome, Wrong):
-            raise Wrong(f"{tried(task, case)}, {outcome}")
-        if not _equal(outcome, wanted):
-            raise Wrong(f"{tried(task, case)}, {_difference(outcome, wanted)}.{_slip(given, task)}")
-
-
-def tried(task, case):
-    if case.about:
-        return f"with {case.about}"
-    said = [f"{name} {_described(value)}" for name, value in zip(task.names, case.args, strict=True)]
-    return f"with {', '.join(said)}"
+        expected = [_run(right, task, case) for case in cases]
+        given = [_attempt(answer, task, *pair) for pair in zip(cases, expected, strict=True)]
+        for case, outcome, wanted in zip(cases, given, expected, strict=True):
+            if isinstance(outcome, Wrong):
+                raise Wrong(f"{_tried(task, case)}, {outcome}")
+            if not _equal(outcome, wanted):
+                raise Wrong(f"{_tried(task, case)}, {_difference(outcome, wanted)}.{_slip(given, task)}")
 
 
 def called(answer, what):
@@ -108,9 +141,8 @@ def call(function, *args):
         try:
             result = function(*args)
         except NotImplementedError as error:
-            raise Wrong(
-                f"nothing was computed: the function is still to be written. {error}".rstrip()
-            ) from None
+            text = f"nothing was computed: the function is still to be written. {error}"
+            raise Wrong(text.rstrip()) from None
         except (Exception, SystemExit) as error:
             raise Wrong(f"the function raised {type(error).__name__}: {_short(error)}") from None
     if result is None:
@@ -123,10 +155,14 @@ def _short(error):
     return text if len(text) <= 200 else text[:200] + " ..."
 
 
+def _tried(task, case):
+    said = [f"{name} {_described(value)}" for name, value in zip(task.names, case.args, strict=True)]
+    return f"with {case.about or ', '.join(said)}"
+
+
 def _described(value):
-    if isinstance(value, np.ndarray):
-        value = torch.from_numpy(value)
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, (np.ndarray, torch.Tensor)):
+        value = torch.as_tensor(value)
         if 0 < value.numel() <= 24:
             return f"= {_listed(value.tolist())}"
         return f"of shape {tuple(value.shape)}, {_kind(value)}"
@@ -141,27 +177,15 @@ def _listed(value):
     return f"{value + 0.0:.4g}" if isinstance(value, float) else str(value)  # + 0.0: no -0
 
 
-def _copy(value, needs_gradient=False):
-    if isinstance(value, torch.Tensor):
-        return value.clone().requires_grad_(needs_gradient)
-    if isinstance(value, np.ndarray):
-        return value.copy()
-    if isinstance(value, dict):
-        return {key: _copy(one) for key, one in value.items()}
-    return list(value) if isinstance(value, list) else value
-
-
 def _unchanged(one, other):
-    if isinstance(one, torch.Tensor):
-        return one.shape == other.shape and torch.equal(one, other)
-    if isinstance(one, np.ndarray):
-        return np.array_equal(one, other)
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(_unchanged(one[key], other[key]) for key in one)
-    return not isinstance(one, list) or one == other
+    if isinstance(one, (np.ndarray, torch.Tensor)):
+        return torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+    return one == other
 
 
-def _attempt(function, task, case, wanted):
+def _attempt(function, task, case, wanted=None):
     try:
         return _run(function, task, case, wanted)
     except Wrong as wrong:
@@ -169,8 +193,8 @@ def _attempt(function, task, case, wanted):
 
 
 def _run(function, task, case, wanted=None):
-    """The result and the gradients of a function, by what they are, as float64 tensors."""
-    args = [_copy(value) for value in case.args]
+    """The result and the gradients of a function, by what they are."""
+    args = copy.deepcopy(case.args)
     result = call(function, *args)
     for name, before, after in zip(task.names, case.args, args, strict=True):
         if not _unchanged(before, after):
@@ -178,16 +202,14 @@ def _run(function, task, case, wanted=None):
                 f"{name} is another one after the call: the function writes into it. Make a new one; names "
                 "that end with _ (relu_, clamp_) and assignments to slices write into the old one"
             )
-    read = task.read or like_expected
-    outcome = {task.result: read(result, None if wanted is None else wanted[task.result])}
-    if not (task.wrt and case.gradients):
-        return outcome
-    args = [
-        _copy(value, needs_gradient=name in task.wrt)
-        for name, value in zip(task.names, case.args, strict=True)
-    ]
-    result = call(function, *args)
-    leaves = {name: value for name, value in zip(task.names, args, strict=True) if name in task.wrt}
+    outcome = {task.result: task.read(result, wanted and wanted[task.result])}
+    return outcome | (_gradients(function, task, case) if task.wrt and case.gradients else {})
+
+
+def _gradients(function, task, case):
+    args = dict(zip(task.names, copy.deepcopy(case.args), strict=True))
+    leaves = [args[name].requires_grad_() for name in task.wrt]
+    result = call(function, *args.values())
     if not isinstance(result, torch.Tensor) or not result.requires_grad:
         raise Wrong(
             "the values may be right, but no gradient can flow back through the result. Leave out detach(), "
@@ -196,83 +218,26 @@ def _run(function, task, case, wanted=None):
     weights = torch.linspace(-1, 1.5, result.numel(), dtype=result.dtype).view_as(result)
     with sheltered():
         try:
-            gradients = torch.autograd.grad((result * weights).sum(), leaves.values(), allow_unused=True)
+            loss = (result * weights).sum()
+            gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         except RuntimeError as error:
             raise Wrong(f"backpropagation through the result failed: {_short(error)}") from None
-    for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
-        gradient = torch.zeros_like(leaf) if gradient is None else gradient
-        verb = "receive" if name.endswith("s") else "receives"
-        outcome[f"the gradient that {name} {verb}"] = gradient.double()
-    return outcome
-
-
-def like_expected(result, wanted):
-    """Reads a floating-point tensor of the shape and type of the expected one."""
-    if not isinstance(result, torch.Tensor):
-        raise Wrong(f"the result is {found(result)}; expected a tensor")
-    if not result.is_floating_point():
-        raise Wrong(f"the result is {_kind(result)}; expected floating point")
-    exact = Typed(result.detach().double(), result.dtype)
-    if wanted is not None:
-        if result.shape != wanted.value.shape:
-            raise Wrong(f"the result has shape {tuple(result.shape)}; expected {tuple(wanted.value.shape)}")
-        if result.dtype != wanted.dtype:
-            raise Wrong(
-                f"the result is {_kind(result)}; expected {_kind(wanted)}, the type of "
-                "the input. A new tensor takes it with dtype=x.dtype, or use torch.zeros_like and the like"
-            )
-    return exact
-
-
-@dataclass(frozen=True)
-class Typed:
-    """A result in float64, with the type that it came in."""
-
-    value: torch.Tensor
-    dtype: torch.dtype
-
-
-def one_number(result, wanted):
-    """Reads a number."""
-    return torch.tensor(as_number(result, "the result"), dtype=torch.float64)
-
-
-def some_numbers(*names):
-    """Reads a number for each of the names."""
-
-    def read(result, wanted):
-        return torch.tensor(as_numbers(result, names, "the result"), dtype=torch.float64)
-
-    return read
-
-
-def label_map(result, wanted):
-    """Reads integers of the expected shape: a tensor or an array."""
-    if isinstance(result, np.ndarray):
-        result = torch.from_numpy(result.copy()) if result.dtype != np.uint16 else result
-    if not isinstance(result, torch.Tensor):
-        raise Wrong(f"the result is {found(result)}; expected a tensor of labels")
-    if result.is_floating_point() or result.dtype == torch.bool:
-        raise Wrong(f"the result is {_kind(result)}; labels are whole numbers, say uint8")
-    result = result.detach().double()
-    if wanted is not None and result.shape != wanted.shape:
-        raise Wrong(f"the result has shape {tuple(result.shape)}; expected {tuple(wanted.shape)}")
-    return result
+    verbs = ["receive" if name.endswith("s") else "receives" for name in task.wrt]
+    return {
+        f"the gradient that {name} {verb}": gradient
+        for name, verb, gradient in zip(task.wrt, verbs, gradients, strict=True)
+    }
 
 
 def _kind(tensor):
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _value(outcome):
-    return outcome.value if isinstance(outcome, Typed) else outcome
-
-
 def _same(one, other):
-    one, other = _value(one), _value(other)
     # An atol relative to the largest value, so that inputs of any scale are compared alike.
     scale = other[torch.isfinite(other)].abs().max().item() if torch.isfinite(other).any() else 1.0
-    return torch.isclose(one, other, rtol=RTOL, atol=ATOL * max(scale, 1e-30), equal_nan=True)
+    atol = ATOL * max(scale, 1e-30)
+    return torch.isclose(one.double(), other.double(), rtol=RTOL, atol=atol, equal_nan=True)
 
 
 def _equal(outcome, wanted):
@@ -280,31 +245,33 @@ def _equal(outcome, wanted):
 
 
 def _difference(outcome, wanted):
-    task_result = next(iter(wanted))
-    for number, what in enumerate(wanted):
-        one, other = _value(outcome[what]), _value(wanted[what])
-        differs = ~_same(one, other)
-        if not differs.any():
-            continue
-        before = f"{task_result} is right, but for a loss that weighs it from -1 to 1.5, " if number else ""
-        one_of_it, verb = ("the label", "are") if what == "the labels" else (what, "is")
-        if one.numel() == 1:
-            return f"{before}{one_of_it} is {one.item():.4g}; expected {other.item():.4g}"
-        if one.numel() <= 12:
-            return f"{before}{what} {verb} {_listed(one.tolist())}; expected {_listed(other.tolist())}"
-        place = tuple(differs.nonzero()[0].tolist())
-        return (
-            f"{before}{one_of_it} at {list(place)} is {one[place].item():.4g}; "
-            f"expected {other[place].item():.4g} ({int(differs.sum())} of {differs.numel()} values differ)"
-        )
-    raise AssertionError("no difference was found")
+    number, what, differs = next(
+        (number, what, differs)
+        for number, what in enumerate(wanted)
+        if (differs := ~_same(outcome[what], wanted[what])).any()
+    )
+    one, other = outcome[what], wanted[what]
+    right = next(iter(wanted))
+    before = f"{right} is right, but for a loss that weighs it from -1 to 1.5, " if number else ""
+    one_of_it, verb = ("the label", "are") if what == "the labels" else (what, "is")
+    if one.numel() == 1:
+        return f"{before}{one_of_it} is {one.item():.4g}; expected {other.item():.4g}"
+    if one.numel() <= 12:
+        return f"{before}{what} {verb} {_listed(one.tolist())}; expected {_listed(other.tolist())}"
+    place = tuple(differs.nonzero()[0].tolist())
+    return (
+        f"{before}{one_of_it} at {list(place)} is {one[place].item():.4g}; "
+        f"expected {other[place].item():.4g} ({int(differs.sum())} of {differs.numel()} values differ)"
+    )
 
 
 def _slip(given, task):
     """What the known slip is called whose outcome is the given one in every case, or nothing."""
     for sentence, functions in task.slips.items():
         for function in functions if isinstance(functions, tuple) else (functions,):
-            outcomes = [_attempt(function, task, case, None) for case in task.cases]
+            if isinstance(function, dict):
+                function = functools.partial(task.right, **function)
+            outcomes = (_attempt(function, task, case) for case in task.cases)
             if all(_alike(*pair) for pair in zip(outcomes, given, strict=True)):
                 return f" Your result equals what comes out if {sentence}."
     return ""
@@ -314,11 +281,7 @@ def _alike(slipped, outcome):
     if isinstance(slipped, Wrong) or isinstance(outcome, Wrong):
         # The sentences of two exceptions may name different places.
         return type(slipped) is type(outcome) and _gist(slipped) == _gist(outcome)
-    return all(
-        _value(slipped[what]).shape == _value(outcome[what]).shape
-        and bool(_same(outcome[what], slipped[what]).all())
-        for what in outcome
-    )
+    return all(slipped[what].shape == outcome[what].shape for what in outcome) and _equal(outcome, slipped)
 
 
 def _gist(wrong):

@@ -1,6 +1,7 @@
 """Checks of what notebooks 02 and 03 ask to be written: suppressors and controllers."""
 
 import contextlib
+import functools
 
 import numpy as np
 import torch
@@ -11,7 +12,10 @@ from drs_course.checks.verdict import Wrong, check, found
 from drs_lib.drs import suppress_plain
 
 # One image, two maps of 2x3: small enough to be printed in a message. The second has no positive value.
-SMALL = torch.tensor([[[[-1.0, 2.0, 0.4], [6.0, 10.0, 1.0]], [[-3.0, -1.0, -2.0], [-0.5, -4.0, -1.5]]]])
+_SMALL = torch.tensor([[[[-1.0, 2.0, 0.4], [6.0, 10.0, 1.0]], [[-3.0, -1.0, -2.0], [-0.5, -4.0, -1.5]]]])
+# Ties: 8 * 0.5 = 4 and 2 * 0.5 = 1 occur in the maps, the first maximum occurs twice, and there are zeros.
+_TIES = torch.tensor([[[[8.0, 4.0, 0.0], [3.0, 8.0, 4.0]], [[2.0, 1.0, 0.0], [0.5, -2.0, 1.0]]]])
+_THETA_SMALL = torch.tensor([[0.4, -1.0], [0.2, 0.1]])
 
 
 def _maps(n, k, h, w, seed, dtype=torch.float32):
@@ -23,14 +27,11 @@ def _maps(n, k, h, w, seed, dtype=torch.float32):
     return x
 
 
-# Ties: 8 * 0.5 = 4 and 2 * 0.5 = 1 occur in the maps, the first maximum occurs twice, and there are zeros.
-TIES = torch.tensor([[[[8.0, 4.0, 0.0], [3.0, 8.0, 4.0]], [[2.0, 1.0, 0.0], [0.5, -2.0, 1.0]]]])
-
 _OF_X_AND_DELTA = (
-    (SMALL, 0.5),
+    (_SMALL, 0.5),
     (_maps(3, 4, 5, 7, seed=1), 0.55),
     (_maps(2, 3, 6, 4, seed=2, dtype=torch.float64), 0.3),
-    Case((TIES, 0.5), gradients=False),
+    Case((_TIES, 0.5), gradients=False),
     Case((_maps(2, 2, 3, 5, seed=3), 1.0), gradients=False),
 )
 
@@ -39,127 +40,114 @@ def _same(x):
     return x
 
 
-def _over(*dims):
-    return lambda x: x.relu().amax(dims, keepdim=True)
-
-
-_peak = _over(2, 3)
-
-
-def _raw_peak(x):
-    return x.amax((2, 3), keepdim=True)
+def _over(*dims, by=torch.amax):
+    return lambda x: by(x.relu(), dims, keepdim=True)
 
 
 def _one(x):
     return torch.ones_like(x[:1, :1, :1, :1])
 
 
-def _module(form=torch.minimum, X=torch.relu, peak=_peak, share=_same, tau=_same):
-    """What a module does, form(X, tau), with parts of one's own; delta may be G, (N, K, 1, 1)."""
-    return lambda x, delta: form(X(x), tau(share(delta) * peak(x)))
+_peak = _over(2, 3)
 
 
-# Wrong maxima, by what to say of them.
-_PEAKS = {
-    "the maximum is taken over the batch too, not of every image": _over(0, 2, 3),
-    "all channels of an image share one maximum": _over(1, 2, 3),
-    "there is one maximum for the whole batch": _over(0, 1, 2, 3),
-    "the maximum is taken over the channels, at every position": _over(1),
-    "every row of a map has its own maximum": _over(3),
-    "every column of a map has its own maximum": _over(2),
-    "the maximum is taken over the images, at every position": _over(0),
-    "the mean of a map takes the place of its maximum": lambda x: x.relu().mean((2, 3), keepdim=True),
-}
-_CONSTANT = "tau is treated as a constant, so that its gradient is lost"
-_ERASING = "values at or above tau are set to 0: that is erasing, not suppressing"
-_MAXIMUM = "the maximum of X and tau is taken"
-_PLAIN = "nothing is suppressed: it is a plain ReLU"
-
-
-def _peak_slips(form):
-    """The slips of any module that takes a maximum and delta of it."""
-    return {sentence: _module(form, peak=peak) for sentence, peak in _PEAKS.items()} | {
-        "the bound is delta itself, without the maximum": _module(form, peak=_one),
-        "the share is 1 - delta instead of delta": _module(form, share=lambda delta: 1 - delta),
-        "the bound is the maximum itself, without delta": _module(form, share=lambda delta: 1),
-    }
+def _suppressed(x, delta, form=torch.minimum, X=torch.relu, peak=_peak, share=_same, tau=_same):
+    """What a module does, form(X, tau); delta may be G, (N, K, 1, 1)."""
+    return form(X(x), tau(share(delta) * peak(x)))
 
 
 def _erase(X, tau):
     return torch.where(X < tau, X, 0)
 
 
+def _soft(X, tau):
+    return tau * torch.tanh(X / tau.clamp(min=1e-12))
+
+
+# Slips of every module that takes a maximum, and of those that take delta of it.
+_WITHOUT_RELU = {"X": _same, "peak": lambda x: x.amax((2, 3), keepdim=True)}
+_CONSTANT = {"tau is treated as a constant, so that its gradient is lost": {"tau": torch.detach}}
+_PEAKS = {
+    "the maximum is taken over the batch too, not of every image": {"peak": _over(0, 2, 3)},
+    "all channels of an image share one maximum": {"peak": _over(1, 2, 3)},
+    "there is one maximum for the whole batch": {"peak": _over(0, 1, 2, 3)},
+    "the maximum is taken over the channels, at every position": {"peak": _over(1)},
+    "every row of a map has its own maximum": {"peak": _over(3)},
+    "every column of a map has its own maximum": {"peak": _over(2)},
+    "the maximum is taken over the images, at every position": {"peak": _over(0)},
+    "the mean of a map takes the place of its maximum": {"peak": _over(2, 3, by=torch.mean)},
+}
+_OF_DELTA = {
+    **_PEAKS,
+    "the bound is delta itself, without the maximum": {"peak": _one},
+    "the share is 1 - delta instead of delta": {"share": lambda delta: 1 - delta},
+    "the bound is the maximum itself, without delta": {"share": lambda delta: 1},
+    "the ReLU is left out": ({"X": _same}, _WITHOUT_RELU),
+    **_CONSTANT,
+}
+_OTHER_FORMS = {
+    "nothing is suppressed: it is a plain ReLU": {"form": lambda X, tau: X},
+    "values at or above tau are set to 0: that is erasing, not suppressing": {"form": _erase},
+    "the maximum of X and tau is taken": {"form": torch.maximum},
+}
+
+
 @check("02", "B", "a function f(x, delta), x (N, K, H, W): tensor like x")
 def suppress(answer):
     """Algorithm 1 with a constant controller, in three lines (02, exercise B).
 
-    The answer is a function f(x, delta): x what a convolution returns, a floating-point tensor (N, K, H, W);
-    delta a number in (0, 1]. It returns a tensor like x,
+    x is what a convolution returns, floating-point; delta a number in (0, 1]. What comes back is
 
         X = relu(x),    tau = delta * max X (of each map),    min(X, tau),
 
     and x must receive the right gradient, through tau too.
     """
     slips = {
-        _PLAIN: lambda x, delta: x.relu(),
-        **_peak_slips(torch.minimum),
-        "the ReLU is left out": _module(X=_same, peak=_raw_peak),
-        _CONSTANT: _module(tau=torch.detach),
-        _ERASING: _module(_erase),
-        _MAXIMUM: _module(torch.maximum),
+        **_OTHER_FORMS,
+        **_OF_DELTA,
         "all of X is multiplied by delta": lambda x, delta: delta * x.relu(),
         "the result is divided by the maximum": lambda x, delta: (
-            _module()(x, delta) / _peak(x).clamp(min=1e-12)
+            _suppressed(x, delta) / _peak(x).clamp(min=1e-12)
         ),
     }
-    compare(answer, suppress_plain, _OF_X_AND_DELTA, slips, ("x", "delta"), wrt=("x",))
+    compare(answer, _suppressed, _OF_X_AND_DELTA, slips, wrt=("x",))
 
 
 @check("02", "3", "a function f(x, delta), x (N, K, H, W): tensor like x")
 def erasing(answer):
     """Erasing in place of suppression (02, exercise 3).
 
-    The answer is a function f(x, delta), x (N, K, H, W), that returns a tensor like x: X = relu(x) where
-    X < tau, and 0 where X >= tau, with tau = delta * max X of each map. x must receive its gradient.
+    What comes back is X = relu(x) where X < tau, and 0 where X >= tau, with tau = delta * max X of each map.
+    x must receive its gradient.
     """
     slips = {
-        "only the maximum is erased": _module(_erase, share=lambda delta: 1),
-        **_peak_slips(_erase),
-        "values above tau are cut down to tau: that is suppressing, not erasing": suppress_plain,
-        "values that are equal to tau are kept; X >= tau is erased": _module(
-            lambda X, tau: torch.where(X <= tau, X, 0)
-        ),
-        "what lies below tau is erased and the rest kept": _module(lambda X, tau: torch.where(X < tau, 0, X)),
-        "the ReLU is left out": (_module(_erase, _same), _module(_erase, _same, _raw_peak)),
+        "only the maximum is erased": {"share": lambda delta: 1},
+        **_OF_DELTA,
+        "values above tau are cut down to tau: that is suppressing, not erasing": {"form": torch.minimum},
+        "values that are equal to tau are kept; X >= tau is erased": {"form": lambda X, tau: X * (X <= tau)},
+        "what lies below tau is erased and the rest kept": {"form": lambda X, tau: X * (X >= tau)},
     }
-    compare(answer, _module(_erase), _OF_X_AND_DELTA, slips, wrt=("x",))
-
-
-def _soft(X, tau):
-    return tau * torch.tanh(X / tau.clamp(min=1e-12))
+    compare(answer, functools.partial(_suppressed, form=_erase), _OF_X_AND_DELTA, slips, wrt=("x",))
 
 
 @check("02", "4", "a function f(x, delta), x (N, K, H, W): tensor like x")
 def soft_suppressor(answer):
     """The soft suppressor tau * tanh(X / tau) (02, exercise 4).
 
-    The answer is a function f(x, delta), x (N, K, H, W), that returns a tensor like x, with X = relu(x) and
-    tau = delta * max X of each map. A map without a positive value gives 0, and no nan, in the gradient of x
-    either.
+    X = relu(x) and tau = delta * max X of each map. A map without a positive value gives 0, and no nan, in
+    the gradient of x either.
     """
     slips = {
-        **_peak_slips(_soft),
-        "tau in front is left out": _module(lambda X, tau: torch.tanh(X / tau.clamp(min=1e-12))),
-        "X is not divided by tau inside of tanh": _module(lambda X, tau: tau * torch.tanh(X)),
-        "nothing guards against 0 / 0 where tau is 0": _module(lambda X, tau: tau * torch.tanh(X / tau)),
-        _CONSTANT: _module(_soft, tau=torch.detach),
-        "the ReLU is left out": (_module(_soft, _same), _module(_soft, _same, _raw_peak)),
-        "the minimum is taken: that is the hard suppressor": suppress_plain,
-        "sigmoid takes the place of tanh": _module(
-            lambda X, tau: tau * torch.sigmoid(X / tau.clamp(min=1e-12))
-        ),
+        **_OF_DELTA,
+        "tau in front is left out": {"form": lambda X, tau: torch.tanh(X / tau.clamp(min=1e-12))},
+        "X is not divided by tau inside of tanh": {"form": lambda X, tau: tau * torch.tanh(X)},
+        "nothing guards against 0 / 0 where tau is 0": {"form": lambda X, tau: tau * torch.tanh(X / tau)},
+        "the minimum is taken: that is the hard suppressor": {"form": torch.minimum},
+        "sigmoid takes the place of tanh": {
+            "form": lambda X, tau: tau * torch.sigmoid(X / tau.clamp(min=1e-12))
+        },
     }
-    compare(answer, _module(_soft), _OF_X_AND_DELTA, slips, wrt=("x",))
+    compare(answer, functools.partial(_suppressed, form=_soft), _OF_X_AND_DELTA, slips, wrt=("x",))
 
 
 def _gap(X):
@@ -170,12 +158,9 @@ def _times(pooled, theta):
     return pooled @ theta.T
 
 
-def _control(pool=_gap, f=_times, act=torch.sigmoid):
-    """Equation 2 with parts of one's own."""
-    return lambda features, theta: act(f(pool(features), theta))
-
-
-_THETA_SMALL = torch.tensor([[0.4, -1.0], [0.2, 0.1]])
+def _control(features, theta, seen=_same, pool=_gap, f=_times, act=torch.sigmoid):
+    """Equation 2."""
+    return act(f(pool(seen(features)), theta))
 
 
 def _sized(x, theta, name="x"):
@@ -188,8 +173,8 @@ def _sized(x, theta, name="x"):
 def learnable_controller(answer):
     """The learnable controller, equation 2 (03, exercise A).
 
-    The answer is a function f(features, theta): features a tensor (N, K, H, W) of values >= 0, theta (K, K),
-    laid out like the weight of nn.Linear(K, K). It returns the control values, (N, K),
+    The values of features are >= 0, and theta is laid out like the weight of nn.Linear(K, K). What comes back
+    are the control values,
 
         G = sigmoid(theta GAP(X)),
 
@@ -202,87 +187,86 @@ def learnable_controller(answer):
         _sized(_maps(2, 3, 4, 6, seed=6, **double).relu(), randn(3, 3, seed=7, **double), "features"),
     )
     slips = {
-        "theta is not transposed: map k then reads column k": _control(f=torch.matmul),
+        "theta is not transposed: map k then reads column k": {"f": torch.matmul},
         "softmax takes the place of the sigmoid": (
-            _control(act=lambda z: z.softmax(1)),
-            _control(act=lambda z: z.softmax(0)),
+            {"act": lambda z: z.softmax(1)},
+            {"act": lambda z: z.softmax(0)},
         ),
-        "maps are pooled by their maximum, not their mean": _control(lambda X: X.amax((2, 3))),
-        "maps are pooled by their sum, not their mean": _control(lambda X: X.sum((2, 3))),
-        "the sigmoid is left out": _control(act=_same),
-        "the sigmoid comes before f": _control(lambda X: _gap(X).sigmoid(), act=_same),
-        "f is left out": _control(f=lambda pooled, theta: pooled),
-        "tanh takes the place of the sigmoid": _control(act=torch.tanh),
-        "a ReLU takes the place of the sigmoid": _control(act=torch.relu),
-        "only the diagonal of theta is used": _control(f=lambda pooled, theta: pooled * theta.diagonal()),
-        "the mean is taken over the batch too: each image has its own G": _control(
-            lambda X: X.mean((0, 2, 3)).expand(len(X), -1)
-        ),
-        "the features are detached: they then receive no gradient from G": _control(
-            lambda X: _gap(X).detach()
-        ),
+        "maps are pooled by their maximum, not their mean": {"pool": lambda X: X.amax((2, 3))},
+        "maps are pooled by their sum, not their mean": {"pool": lambda X: X.sum((2, 3))},
+        "the sigmoid is left out": {"act": _same},
+        "the sigmoid comes before f": {"pool": lambda X: _gap(X).sigmoid(), "act": _same},
+        "f is left out": {"f": lambda pooled, theta: pooled},
+        "tanh takes the place of the sigmoid": {"act": torch.tanh},
+        "a ReLU takes the place of the sigmoid": {"act": torch.relu},
+        "only the diagonal of theta is used": {"f": lambda pooled, theta: pooled * theta.diagonal()},
+        "the mean is taken over the batch too: each image has its own G": {
+            "pool": lambda X: X.mean((0, 2, 3)).expand(len(X), -1)
+        },
+        "the features are detached: they then receive no gradient from G": {"seen": torch.detach},
     }
-    compare(answer, _control(), cases, slips, wrt=("features", "theta"))
+    compare(answer, _control, cases, slips, wrt=("features", "theta"))
+
+
+def _whole(x, theta, seen=torch.relu, pool=_gap, f=_times, act=torch.sigmoid, **parts):
+    """A module with the controller of equation 2."""
+    return _suppressed(x, _control(x, theta, seen, pool, f, act)[:, :, None, None], **parts)
+
+
+def _scaled(x, theta):
+    return x.relu() * _control(x.relu(), theta)[:, :, None, None]
 
 
 @check("02", "A", "a function f(x, theta), (N, K, H, W) and (K, K): tensor like x")
 def algorithm_1(answer):
     """Algorithm 1 with the learnable controller of equation 2, the whole module (02, exercise A).
 
-    The answer is a function f(x, theta): x what a convolution returns, (N, K, H, W), theta (K, K) laid out
-    like the weight of nn.Linear(K, K). It returns a tensor like x,
+    x is what a convolution returns; theta is laid out like the weight of nn.Linear(K, K). What comes back is
 
         X = relu(x),    tau = max X * sigmoid(theta GAP(X)) (of each map),    min(X, tau),
 
     and x and theta must receive their gradients.
     """
     cases = (
-        (SMALL, _THETA_SMALL),
+        (_SMALL, _THETA_SMALL),
         _sized(_maps(3, 4, 5, 7, seed=8), randn(4, 4, seed=9)),
         _sized(_maps(2, 3, 6, 4, seed=10, dtype=torch.float64), randn(3, 3, seed=11, dtype=torch.float64)),
     )
-
-    def whole(module=suppress_plain, seen=torch.relu, **parts):
-        """A module with a controller of some parts, which sees seen(x)."""
-        control = _control(**parts)
-        return lambda x, theta: module(x, control(seen(x), theta)[:, :, None, None])
-
     slips = {
-        _PLAIN: lambda x, theta: x.relu(),
-        "GAP is taken of x, before the ReLU, instead of X": whole(seen=_same),
-        "the ReLU is left out everywhere: X is relu(x)": whole(_module(X=_same, peak=_raw_peak), _same),
-        **{sentence: whole(_module(peak=peak)) for sentence, peak in _PEAKS.items()},
-        "all of X is multiplied by G, which is the share that the maximum may keep: tau = G * X_max": whole(
-            lambda x, G: x.relu() * G
-        ),
-        _ERASING: whole(_module(_erase)),
-        _MAXIMUM: whole(_module(torch.maximum)),
-        "the sigmoid is left out": whole(_module(), act=_same),
-        "the share is 1 - G instead of G": whole(_module(share=lambda G: 1 - G)),
-        "theta is not transposed": whole(f=torch.matmul),
-        "softmax takes the place of the sigmoid": whole(act=lambda z: z.softmax(1)),
-        "GAP is a maximum instead of a mean": whole(pool=lambda X: X.amax((2, 3))),
-        "GAP is a sum instead of a mean": whole(pool=lambda X: X.sum((2, 3))),
-        "the controller's input is detached": whole(pool=lambda X: _gap(X.detach())),
-        "the control values are detached": whole(_module(share=torch.detach)),
-        _CONSTANT: whole(_module(tau=torch.detach)),
-        "the minimum is taken of x, not of relu(x)": whole(_module(X=_same)),
-        "tau is G itself, without the maximum": whole(_module(peak=_one)),
+        "GAP is taken of x, before the ReLU, instead of X": {"seen": _same},
+        "the ReLU is left out everywhere: X is relu(x)": {**_WITHOUT_RELU, "seen": _same},
+        **_PEAKS,
+        "all of X is multiplied by G, which is the share that the maximum may keep: tau = G * X_max": _scaled,
+        **_OTHER_FORMS,
+        "the sigmoid is left out": {"act": _same},
+        "the share is 1 - G instead of G": {"share": lambda G: 1 - G},
+        "theta is not transposed": {"f": torch.matmul},
+        "softmax takes the place of the sigmoid": {"act": lambda z: z.softmax(1)},
+        "GAP is a maximum instead of a mean": {"pool": lambda X: X.amax((2, 3))},
+        "GAP is a sum instead of a mean": {"pool": lambda X: X.sum((2, 3))},
+        "the controller's input is detached": {"seen": lambda x: x.relu().detach()},
+        "the control values are detached": {"share": torch.detach},
+        **_CONSTANT,
+        "the minimum is taken of x, not of relu(x)": {"X": _same},
+        "tau is G itself, without the maximum": {"peak": _one},
     }
+    compare(answer, _whole, cases, slips, ("x", "theta"), wrt=("x", "theta"))
 
-    def right(x, theta):
-        return suppress_plain(x, _control()(x.relu(), theta))
 
-    compare(answer, right, cases, slips, wrt=("x", "theta"))
+def _pearson(one, other):
+    return np.corrcoef(one, other)[0, 1]
+
+
+def _correlation(values, shares, of=lambda v, s: _pearson(v.mean(1), s)):
+    return float(of(values.double().numpy(), shares.double().numpy()))
 
 
 @check("03", "3", "a function f(values, shares), (images, K) and (images,): a number in [-1, 1]")
 def control_correlation(answer):
     """How an image's mean control value goes with the share of it that is object (03, exercise 3).
 
-    The answer is a function f(values, shares): values the control values of one controller, a tensor
-    (images, K); shares the objects' share of each image, a tensor (images,). It returns one number, the
-    correlation of the mean of G over the channels with the share.
+    values are the control values of one controller, shares the objects' share of each image, both tensors.
+    The number is the correlation of the mean of G over the channels with the share.
     """
     values = torch.sigmoid(randn(12, 5, seed=12))
     shares = (0.4 * values.mean(1) + 0.1 * torch.rand(12, generator=generator(13))).square()
@@ -293,28 +277,21 @@ def control_correlation(answer):
         (values, shares),
         (square, 1 - square.mean(1) ** 3 - 0.2 * square[:, 0]),
     )
-
-    def r(one, other):
-        return np.corrcoef(one, other)[0, 1]
-
-    def of(function):
-        return lambda values, shares: float(function(values.double().numpy(), shares.double().numpy()))
-
     slips = {
-        "the matrix of np.corrcoef is read at [0, 0]": of(lambda v, s: 1),
+        "the matrix of np.corrcoef is read at [0, 0]": {"of": lambda v, s: 1},
         "the covariance is taken, which is not scaled": (
-            of(lambda v, s: np.cov(v.mean(1), s)[0, 1]),
-            of(lambda v, s: np.cov(v.mean(1), s, ddof=0)[0, 1]),
+            {"of": lambda v, s: np.cov(v.mean(1), s)[0, 1]},
+            {"of": lambda v, s: np.cov(v.mean(1), s, ddof=0)[0, 1]},
         ),
-        "the correlation is squared: its sign is lost": of(lambda v, s: r(v.mean(1), s) ** 2),
-        "the correlation's sign is dropped": of(lambda v, s: abs(r(v.mean(1), s))),
-        "the largest channel takes the place of the mean": of(lambda v, s: r(v.max(1), s)),
-        "only the first channel is used": of(lambda v, s: r(v[:, 0], s)),
-        "each channel is correlated by itself and the results are averaged": of(
-            lambda v, s: np.mean([r(one, s) for one in v.T])
-        ),
+        "the correlation is squared: its sign is lost": {"of": lambda v, s: _pearson(v.mean(1), s) ** 2},
+        "the correlation's sign is dropped": {"of": lambda v, s: abs(_pearson(v.mean(1), s))},
+        "the largest channel takes the place of the mean": {"of": lambda v, s: _pearson(v.max(1), s)},
+        "only the first channel is used": {"of": lambda v, s: _pearson(v[:, 0], s)},
+        "each channel is correlated by itself and the results are averaged": {
+            "of": lambda v, s: np.mean([_pearson(one, s) for one in v.T])
+        },
     }
-    compare(answer, of(lambda v, s: r(v.mean(1), s)), cases, slips, read=one_number)
+    compare(answer, _correlation, cases, slips, read=one_number)
 
 
 @contextlib.contextmanager
@@ -338,13 +315,23 @@ def _rounded(values):
     return [round(value, 3) for value in values.flatten().tolist()]
 
 
+def _rows(G, n, k):
+    """Control values as (1, k) or (n, k), or None where they have no shape that a DRS module takes."""
+    fits = isinstance(G, torch.Tensor) and tuple(G.shape) in ((k,), (n, k), (n, k, 1, 1))
+    return G.detach().reshape(-1, k) if fits else None
+
+
+def _all_are(rows, row):
+    return torch.allclose(rows, row.expand_as(rows), atol=1e-5)
+
+
 @check("03", "4", "a class (or function) of K that gives an nn.Module with K trainable numbers")
 def channel_controller(answer):
     """A controller with one trainable number for each channel, G = sigmoid(theta) (03, exercise 4).
 
-    The answer is a class, or a function, of the number of channels K; called, it gives an nn.Module with K
-    trainable numbers, whose forward(features) takes features (N, K, H, W) and returns sigmoid(theta) as
-    (N, K), (K,) or (N, K, 1, 1): the same for all images. Inside a DRS module theta must receive a gradient.
+    K is the number of channels. The module's forward(features) takes features (N, K, H, W) and returns
+    sigmoid(theta) as (N, K), (K,) or (N, K, 1, 1): the same for all images. Inside a DRS module theta must
+    receive a gradient.
     """
     if isinstance(answer, nn.Module):
         raise Wrong(
@@ -388,39 +375,39 @@ def _try_values(module, theta, n, k):
     other = call(module, features + torch.linspace(0, 2, n * k).view(n, k, 1, 1))
     if not torch.equal(before, features):
         raise Wrong("the features are other ones after the call: the module writes into them")
-    if not isinstance(G, torch.Tensor) or tuple(G.shape) not in ((k,), (n, k), (n, k, 1, 1)):
+    rows, expected = _rows(G, n, k), torch.sigmoid(theta)
+    if rows is None:
         raise Wrong(f"forward returned {found(G)}; expected a tensor of shape {(n, k)}")
-    values, expected = G.detach().reshape(-1, k), torch.sigmoid(theta)
-    if torch.allclose(values, expected.expand_as(values), atol=1e-5):
+    if _all_are(rows, expected):
         return
-    why = {
+    slips = {
         "theta itself, without the sigmoid": theta,
         "softmax in place of the sigmoid: the values of a layer would have to share 1": theta.softmax(0),
         "clamp in place of the sigmoid: outside of 0 to 1 it has no gradient": theta.clamp(0, 1),
         "tanh in place of the sigmoid": theta.tanh(),
         "exp in place of the sigmoid": theta.exp(),
     }
-    why = "".join(
-        f" That is {said}." for said, row in why.items() if torch.allclose(values, row.expand_as(values))
-    )
+    why = "".join(f" That is {said}." for said, row in slips.items() if _all_are(rows, row))
     if isinstance(other, torch.Tensor) and other.shape == G.shape and not torch.allclose(other, G):
         why = " With other features it is another one; it must depend on theta alone."
-    raise Wrong(f"G is {_rounded(values[0])}; expected {_rounded(expected)}.{why}")
+    raise Wrong(f"G is {_rounded(rows[0])}; expected {_rounded(expected)}.{why}")
 
 
 def _try_gradient(module, theta, x):
+    def gradient(of, wrt):
+        weights = torch.linspace(-1, 1.5, x.numel()).view_as(x)
+        loss = (suppress_plain(x, of) * weights).sum()
+        return torch.autograd.grad(loss, wrt, allow_unused=True)[0] if loss.requires_grad else None
+
     with sheltered():
-        weights, flat = torch.linspace(-1, 1.5, x.numel()).view_as(x), theta.detach().flatten()
-        loss = (suppress_plain(x, torch.sigmoid(flat.requires_grad_())) * weights).sum()
-        [wanted] = torch.autograd.grad(loss, flat)
-        result = (suppress_plain(x, module(x.relu())) * weights).sum()
-        gradient = torch.autograd.grad(result, theta, allow_unused=True)[0] if result.requires_grad else None
-    if gradient is None:
+        flat = theta.detach().flatten().requires_grad_()
+        wanted, given = gradient(flat.sigmoid(), flat), gradient(module(x.relu()), theta)
+    if given is None:
         raise Wrong(
             "G is right, but theta receives no gradient through a DRS module: it can't be trained. Leave out "
             "detach(), .data and no_grad()"
         )
-    if not torch.allclose(gradient.flatten(), wanted, rtol=1e-3, atol=1e-4):
+    if not torch.allclose(given.flatten(), wanted, rtol=1e-3, atol=1e-4):
         raise Wrong("G is right, but the gradient that theta receives is not that of the sigmoid")
 
 
@@ -428,42 +415,38 @@ def _try_gradient(module, theta, x):
 def fixed_controller(answer):
     """A controller that answers every image with its channels' mean control values (03, exercise 5).
 
-    The answer is a function (or class) of the control values of a trained controller, a tensor (images, K);
-    called, it gives an nn.Module without trainable numbers, whose forward(features), features (N, K, H, W),
-    returns the mean over the images as (K,), (N, K) or (N, K, 1, 1).
+    The values are those of a trained controller, a tensor; a class will do, too. The module is without
+    trainable numbers, and its forward(features), features (N, K, H, W), returns the mean over the images as
+    (K,), (N, K) or (N, K, 1, 1).
     """
     called(answer, "the function or the class, not called")
     for images, k, n in ((6, 4, 3), (3, 3, 2)):
         values = torch.sigmoid(randn(images, k, seed=17))
-        with _about(f"with values of shape {(images, k)}"):
+        about = f"with values of shape {(images, k)}"
+        with _about(about):
             module = _made(answer, values.clone())
             G = call(module, randn(n, k, 4, 6, seed=18).relu())
             if any(parameter.requires_grad for parameter in module.parameters()):
                 raise Wrong("the module has trainable numbers; the means are to stay what they are")
-        _try_means(G, values, n)
+        rows, mean = _rows(G, n, k), values.mean(0)
+        if rows is None:
+            why = _mean_slip(G.detach(), values) if isinstance(G, torch.Tensor) else ""
+            raise Wrong(f"{about} and {n} images, forward returned {found(G)}; expected shape {(k,)}{why}")
+        if not _all_are(rows, mean):
+            why = _mean_slip(rows, values)
+            raise Wrong(f"{about}, forward returned {_rounded(rows[0])}; expected {_rounded(mean)}{why}")
 
 
-def _try_means(G, values, n):
-    """Raises `Wrong` unless G is the mean of the values for each of n images."""
-    mean, k = values.mean(0), values.shape[1]
-    fits = isinstance(G, torch.Tensor) and tuple(G.shape) in ((k,), (n, k), (n, k, 1, 1))
-    flat = G.detach() if isinstance(G, torch.Tensor) else torch.tensor(float("nan"))
-    flat = flat.reshape(-1, k) if fits else flat
-    if fits and torch.allclose(flat, mean.expand_as(flat), atol=1e-5):
-        return
+def _mean_slip(G, values):
+    """What control values are that should be the mean of the values over the images."""
     slips = {
         "the mean over the channels: one number for each image, not for each channel": values.mean(1),
         "one mean for all channels": values.mean()[None],
         "the median, not the mean": values.median(0).values,
         "the values of the first image": values[0],
-        "passed through a sigmoid once more; the values are control values already": mean.sigmoid(),
+        "passed through a sigmoid once more; the values are control values already": values.mean(0).sigmoid(),
     }
-    why = ""
-    if flat.ndim <= 2:
-        rows = {said: row for said, row in slips.items() if flat.numel() % len(row) == 0}
-        alike = (said for said, row in rows.items() if torch.allclose(flat.reshape(-1, len(row)), row))
-        why = next((f". That is {said}" for said in alike), "")
-    about = f"with values of shape {tuple(values.shape)}"
-    if not fits:
-        raise Wrong(f"{about} and {n} images, forward returned {found(G)}; expected shape {(k,)}{why}")
-    raise Wrong(f"{about}, forward returned {_rounded(flat[0])}; expected {_rounded(mean)}{why}")
+    for said, row in slips.items():
+        if G.ndim <= 2 and G.numel() % len(row) == 0 and torch.allclose(G.reshape(-1, len(row)), row):
+            return f". That is {said}"
+    return ""

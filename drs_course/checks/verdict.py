@@ -1,5 +1,6 @@
 """What a check answers, and the checks' common parts that need no tensors: numbers, words, pairs."""
 
+import contextlib
 import functools
 import inspect
 import math
@@ -47,39 +48,31 @@ class Exercise:
 def check(notebook, number, answer):
     """Makes a check of a function that raises `Wrong` for a wrong answer and returns for a right one.
 
-    answer: what the answer must look like, in a few words, for the list of the checks.
+    answer: what the answer must look like, in a few words; it joins the docstring and the list of checks.
     """
 
     def decorate(function):
         @functools.wraps(function)
         def checked(*given):
-            if len(given) != 1:
-                return _not_yet(f"this check takes one answer, {answer}; {len(given)} were given")
             try:
+                if len(given) != 1:
+                    raise Wrong(f"this check takes one answer, {answer}; {len(given)} were given")
                 function(*given)
             except Wrong as wrong:
-                return _not_yet(str(wrong))
+                reason = str(wrong)
             except Exception as error:  # an answer whose own methods fail, say its __array__ or __len__
-                return _not_yet(
-                    f"the answer can't be read ({type(error).__name__}: {error}). {expects(answer)}"
-                )
-            return Verdict(CORRECT)
+                cause = f"{type(error).__name__}: {error}"
+                reason = f"the answer can't be read ({cause}). The answer is to be {answer}"
+            else:
+                return Verdict(CORRECT)
+            return Verdict(f"Not yet: {reason}" + ("" if reason.endswith((".", "?", ")")) else "."))
 
-        checked.__signature__ = inspect.Signature(
-            [inspect.Parameter("answer", inspect.Parameter.POSITIONAL_ONLY)], return_annotation=Verdict
-        )
+        question, _, more = inspect.cleandoc(function.__doc__ or "").partition("\n\n")
+        checked.__doc__ = f"{question}\n\nThe answer is {answer}.\n{more}".rstrip()
         checked.exercise = Exercise(function.__name__, notebook, number, answer)
         return checked
 
     return decorate
-
-
-def _not_yet(reason):
-    return Verdict(f"Not yet: {reason}" + ("" if reason.endswith((".", "?", ")")) else "."))
-
-
-def expects(what):
-    return f"The answer is to be {what}"
 
 
 def found(value):
@@ -99,11 +92,9 @@ def found(value):
 
 def as_number(value, what="the answer"):
     """A real number from an int, a float, or a tensor or array of one element."""
-    if hasattr(value, "item") and getattr(value, "size", None) is not None:
-        try:
+    if hasattr(value, "item"):
+        with contextlib.suppress(RuntimeError, ValueError, TypeError):
             value = value.item()
-        except (RuntimeError, ValueError, TypeError):
-            raise Wrong(f"{what} is {found(value)}; it must be one number") from None
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise Wrong(f"{what} is {found(value)}; it must be one number")
     if math.isnan(value):
@@ -117,12 +108,13 @@ def as_list(value, names, what="the answer"):
         if len(value) != len(names) or any(name not in value for name in names):
             raise Wrong(f"{what} has the keys {list(value)}; expected {list(names)}")
         return [value[name] for name in names]
+    expected = f"{', '.join(map(str, names))}"
     if isinstance(value, (str, bytes, set, frozenset)) or not isinstance(value, Iterable):
-        raise Wrong(f"{what} is {found(value)}; expected {len(names)} things: {', '.join(map(str, names))}")
+        raise Wrong(f"{what} is {found(value)}; expected {len(names)} things: {expected}")
     values = list(value)
     if len(values) != len(names):
         entries = f"{len(values)} {'entry' if len(values) == 1 else 'entries'}"
-        raise Wrong(f"{what} has {entries}; expected {len(names)}: {', '.join(map(str, names))}")
+        raise Wrong(f"{what} has {entries}; expected {len(names)}: {expected}")
     return values
 
 
@@ -131,14 +123,26 @@ def as_numbers(value, names, what="the answer"):
     return [as_number(*pair) for pair in zip(as_list(value, names, what), names, strict=True)]
 
 
-def close(one, other, tolerance):
-    return math.isclose(one, other, rel_tol=tolerance, abs_tol=1e-9)
+def as_pairs(answer, what):
+    """A set of pairs of whole numbers from a sequence, set or array of pairs."""
+    if isinstance(answer, (str, bytes, Mapping)) or not isinstance(answer, Iterable):
+        raise Wrong(f"{what} are {found(answer)}; expected pairs of whole numbers such as [(1, 2), (3, 0)]")
+    pairs = set()
+    for pair in answer:
+        if isinstance(pair, (str, bytes)) or not isinstance(pair, Iterable) or len(pair := list(pair)) != 2:
+            raise Wrong(f"{what} hold {found(pair)}; expected pairs of whole numbers such as (1, 2)")
+        pair = tuple(as_number(value, f"a number in {what}") for value in pair)
+        if not all(value.is_integer() for value in pair):
+            raise Wrong(f"{what} hold {pair}; expected whole numbers")
+        pairs.add(tuple(map(int, pair)))
+    return pairs
 
 
 def alike(given, wanted, tolerance=0.01):
     """Whether a number, or each of several, is within `tolerance` of the wanted one."""
     given, wanted = (one if isinstance(one, (tuple, list)) else [one] for one in (given, wanted))
-    return all(close(*pair, tolerance) for pair in zip(given, wanted, strict=True))
+    pairs = zip(given, wanted, strict=True)
+    return all(math.isclose(*pair, rel_tol=tolerance, abs_tol=1e-9) for pair in pairs)
 
 
 def cause(given, causes, otherwise=""):
@@ -157,7 +161,7 @@ def same_numbers(answer, right, causes, tolerance=0.01):
     wrong = [
         f"{name} is not {value:g}"
         for (name, wanted), value in zip(right.items(), given, strict=True)
-        if not close(value, wanted, tolerance)
+        if not alike(value, wanted, tolerance)
     ]
     if not wrong:
         return
@@ -169,65 +173,24 @@ def same_numbers(answer, right, causes, tolerance=0.01):
     raise Wrong(", ".join(wrong) + cause(given, causes, rest))
 
 
-def word(notebook, number, right):
-    """Makes a check of one word from a function that returns, for each wrong one, a sentence that helps."""
-
-    def decorate(function):
-        why = function()
-        options = (right, *why)
-        compare = functools.partial(_chosen, options=options, right=right, why=why)
-        return _of_words(notebook, number, function, options, compare)
-
-    return decorate
-
-
-def words(notebook, number, options, right):
-    """Makes a check of a word for each of several questions; the function returns what helps with each."""
-    asked = ", ".join(f'"{question}": ...' for question in right)
-
-    def decorate(function):
-        why = function()
-
-        def compare(answer):
-            for question, one in zip(right, as_list(answer, right), strict=True):
-                try:
-                    _chosen(one, options, right[question], dict.fromkeys(options, why[question]))
-                except Wrong as wrong:
-                    raise Wrong(f"{question}: {wrong}") from None
-
-        return _of_words(notebook, number, function, options, compare, f"{{{asked}}}, each ")
-
-    return decorate
-
-
-def _of_words(notebook, number, function, options, compare, asked=""):
-    quoted = [f'"{option}"' for option in options]
-    made = check(notebook, number, f"{asked}{', '.join(quoted[:-1])} or {quoted[-1]}")
-    return made(functools.wraps(function)(compare))
-
-
-def _chosen(answer, options, right, why):
+def choose(answer, right, why):
+    """Raises `Wrong` unless the answer is the word `right`. why: from each wrong word to what helps."""
+    options = list(why) if right in why else [right, *why]
     choices = ", ".join(map(repr, options[:-1])) + f" and {options[-1]!r}"
     if not isinstance(answer, str):
         raise Wrong(f"the answer is {found(answer)}; choose one of the words {choices}")
-    by_name = {option.lower(): option for option in options}
-    given = by_name.get(" ".join(answer.lower().split()))
+    given = {option.lower(): option for option in options}.get(" ".join(answer.lower().split()))
     if given is None:
         raise Wrong(f"{answer!r} is none of the choices {choices}")
     if given != right:
         raise Wrong(f"{given!r} is not it. {why[given]}")
 
 
-def as_pairs(answer, what):
-    """A set of pairs of whole numbers from a sequence, set or array of pairs."""
-    if isinstance(answer, (str, bytes, Mapping)) or not isinstance(answer, Iterable):
-        raise Wrong(f"{what} are {found(answer)}; expected pairs of whole numbers such as [(1, 2), (3, 0)]")
-    pairs = []
-    for pair in answer:
-        if isinstance(pair, (str, bytes)) or not isinstance(pair, Iterable) or len(pair := list(pair)) != 2:
-            raise Wrong(f"{what} hold {found(pair)}; expected pairs of whole numbers such as (1, 2)")
-        pair = [as_number(value, f"a number in {what}") for value in pair]
-        if not all(value.is_integer() for value in pair):
-            raise Wrong(f"{what} hold {tuple(pair)}; expected whole numbers")
-        pairs.append(tuple(int(value) for value in pair))
-    return set(pairs)
+def choose_each(answer, options, questions):
+    """`choose` for several questions: from each to its right word and what helps with it."""
+    for question, given in zip(questions, as_list(answer, questions), strict=True):
+        right, why = questions[question]
+        try:
+            choose(given, right, dict.fromkeys(options, why))
+        except Wrong as wrong:
+            raise Wrong(f"{question}: {wrong}") from None
