@@ -6,7 +6,7 @@
 """
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -33,40 +33,44 @@ class Mutant:
     hint: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Answers:
     """To one check: right answers, and mutants."""
 
     right: tuple
-    wrong: list
+    wrong: list = field(default_factory=list)
+
+    def rejects(self, rows):
+        """Adds a mutant for each row, what :: answer :: hint.
+
+        Its answer is an expression, or an edit of the first right answer's source: a text => another for it.
+        """
+        self.wrong += [self._mutant(*row.strip().split(" :: ")) for row in rows.splitlines() if row.strip()]
+
+    def _mutant(self, what, answer, hint=""):
+        if " =>" not in answer:
+            return Mutant(what, eval(answer, globals()), hint)
+        right, (text, other), scope = self.right[0], answer.split(" =>"), {}
+        source = inspect.getsource(right)
+        assert text in source, f"{right.__name__} has no {text!r}"
+        exec(source.replace(text, other.strip()), globals(), scope)
+        return Mutant(what, scope[right.__name__], hint)
 
 
 ANSWERS = {}
 
 
-def answers(name, *right, wrong):
-    """Enters the answers to a check. wrong: a row for each mutant, what :: answer :: hint.
-
-    Its answer is an expression, or an edit of the first right answer's source: a text => another for it.
-    """
-    mutants = [_mutant(right[0], *row.strip().split(" :: ")) for row in wrong.splitlines() if row.strip()]
-    ANSWERS[name] = Answers(right, mutants)
-
-
-def _mutant(right, what, answer, hint=""):
-    if " =>" not in answer:
-        return Mutant(what, eval(answer, globals()), hint)
-    (text, other), source, scope = answer.split(" =>"), inspect.getsource(right), {}
-    assert text in source, f"{right.__name__} has no {text!r}"
-    exec(source.replace(text, other.strip()), globals(), scope)
-    return Mutant(what, scope[right.__name__], hint)
+def accepts(name, *right):
+    """Enters the right answers to a check."""
+    ANSWERS[name] = Answers(right)
+    return ANSWERS[name]
 
 
 def choices(name, right, options, *others):
     """Answers of one word: the right one in three spellings, the other options, and words that are none."""
     wrong = [Mutant(option, option, "is not it") for option in options if option != right]
     wrong += [Mutant(f"{word!r}", word) for word in ("maybe", "", None, [right], *others)]
-    ANSWERS[name] = Answers((right, right.upper(), f"  {right} "), wrong)
+    accepts(name, right, right.upper(), f"  {right} ").wrong += wrong
 
 
 def questions(name, right, options):
@@ -85,7 +89,7 @@ def questions(name, right, options):
         if option != right[question]
     ]
     reverse = {question: right[question].upper() for question in reversed(right)}
-    ANSWERS[name] = Answers((right, list(right.values()), reverse), wrong)
+    accepts(name, right, list(right.values()), reverse).wrong += wrong
 
 
 # Words -----------------------------------------------------------------------------------------------------
@@ -132,12 +136,12 @@ def miou_by_counting(predictions, masks, kinds):
         return torch.tensor(np.nanmean(hits / (confusion.sum(0) + confusion.sum(1) - hits)))
 
 
-answers(
+accepts(
     "miou",
     miou_by_loops,
     lambda p, m, k: SegmentationScore(k).update(p, m).compute()["miou"],
     miou_by_counting,
-    wrong="""
+).rejects("""
     pixel accuracy :: lambda p, m, k: (p == m)[m < 255].mean() :: pixels are averaged
     pixel accuracy with 255 :: lambda p, m, k: (p == m).mean() :: pixels are averaged
     mean of each image :: lambda p, m, k: np.mean([*map(miou_by_loops, p, m, [k] * len(p))]) :: by itself
@@ -156,16 +160,12 @@ answers(
     percent :: return sum => return 100 * sum :: percent
     only labels with a hit :: if either => if both :: without a hit
     255 in the prediction's place :: != 255 => != -1; masks = np.where(masks < 255, masks, predictions)
-    """,
-)
+""")
 
 
-answers(
-    "lazy_network",
-    (0.774, 0.774 / 7),
-    torch.tensor([0.78, 0.1114]),
-    {"pixel accuracy": 0.77, "mIoU": 0.11},
-    wrong="""
+accepts(
+    "lazy_network", (0.774, 0.774 / 7), torch.tensor([0.78, 0.1114]), {"pixel accuracy": 0.77, "mIoU": 0.11}
+).rejects("""
     mIoU of background alone :: (0.774, 0.774) :: background alone
     background left out :: (0.774, 0.0) :: background has one
     divided by six :: (0.774, 0.774 / 6) :: seven labels
@@ -176,15 +176,9 @@ answers(
     accuracy of one in seven :: (1 / 7, 1 / 49)
     the animals' share :: (0.226, 0.226 / 7)
     one number :: 0.774
-    """,
-)
+""")
 
-answers(
-    "shared_stages",
-    1,
-    1.0,
-    np.int64(1),
-    wrong="""
+accepts("shared_stages", 1, 1.0, np.int64(1)).rejects("""
     0 :: 0 :: same δ
     2 :: 2 :: refine
     3 :: 3 :: all that it reads
@@ -194,8 +188,7 @@ answers(
     a list :: ["classify"]
     a word :: "one"
     a bool :: True
-    """,
-)
+""")
 
 
 # 01 --------------------------------------------------------------------------------------------------------
@@ -221,12 +214,7 @@ def equation_1_flat(maps):
     return torch.where(peak > 0, flat / peak, torch.zeros_like(flat)).view_as(maps)
 
 
-answers(
-    "localization_map",
-    equation_1,
-    equation_1_by_loops,
-    equation_1_flat,
-    wrong="""
+accepts("localization_map", equation_1, equation_1_by_loops, equation_1_flat).rejects("""
     sigmoid :: torch.sigmoid :: sigmoid
     softmax over the classes :: lambda m: m.softmax(1)
     8-bit maps :: lambda m: (255 * equation_1(m)).byte() :: floating point
@@ -248,8 +236,7 @@ answers(
     in place :: relu() => relu_() :: writes into it
     0 / 0 where the maximum is just 0 :: + 1e-5 => + (maps.amax((2, 3), keepdim=True) < 0)
     0 for maxima below 1 :: M / => M * (M.amax((2, 3), keepdim=True) > 1) /
-    """,
-)
+""")
 
 
 def enlarge(maps, size, **options):
@@ -270,12 +257,7 @@ def of_image_size(maps, size):
     return equation_1(F.interpolate(maps, tuple(size), mode="bilinear", align_corners=True))
 
 
-answers(
-    "map_of_image_size",
-    of_image_size,
-    grid_sampled,
-    map_by_map,
-    wrong="""
+accepts("map_of_image_size", of_image_size, grid_sampled, map_by_map).rejects("""
     divided first :: lambda m, size: enlarge(equation_1(m), size) :: divided first
     the batch's maximum :: lambda m, size: (M := enlarge(m, size).relu()) / M.amax((0, 2, 3), True) :: batch
     not enlarged :: lambda m, size: equation_1(m) :: shape
@@ -288,8 +270,7 @@ answers(
     square :: tuple(size) => (size[0], size[0]) :: shape
     enlarged only :: equation_1 => F.relu :: division is left out
     a factor for a size :: tuple(size) => scale_factor=3 :: shape
-    """,
-)
+""")
 
 
 def rescaled(maps):
@@ -309,12 +290,7 @@ def minmax(maps):
     return (maps - low) / (high - low + 1e-6)
 
 
-answers(
-    "minmax_map",
-    minmax,
-    rescaled,
-    rescaled_in_two_steps,
-    wrong="""
+accepts("minmax_map", minmax, rescaled, rescaled_in_two_steps).rejects("""
     equation 1 :: equation_1 :: equation 1
     ReLU first :: lambda m: rescaled(m.relu()) :: ReLU is still there
     standardised :: lambda m: (m - m.mean((2, 3), True)) / (m.std((2, 3), keepdim=True) + 1e-06)
@@ -328,17 +304,16 @@ answers(
     not shifted :: (maps - low) => maps :: not subtracted
     upside down :: maps - low => high - maps
     to -1..1 :: return => return -1 + 2 * :: -1 to 1
-    """,
-)
+""")
 
 
-answers(
+accepts(
     "global_max_pooling",
     lambda m: m.amax((2, 3)),
     lambda m: m.flatten(2).max(dim=2).values,
     lambda m: F.adaptive_max_pool2d(m, 1)[:, :, 0, 0],
     lambda m: F.max_pool2d(m, tuple(m.shape[2:])).squeeze(-1).squeeze(-1),
-    wrong="""
+).rejects("""
     mean :: lambda m: m.mean((2, 3)) :: GAP
     sum :: lambda m: m.sum((2, 3)) :: sum
     ReLU first :: lambda m: m.relu().amax((2, 3)) :: ReLU
@@ -354,8 +329,7 @@ answers(
     squeezed :: lambda m: m.amax((2, 3)).squeeze(0) :: shape
     mean of the rows' maxima :: lambda m: m.amax(3).mean(2) :: rows are pooled
     gradient spread :: lambda m: m.mean((2, 3)) + (m.amax((2, 3)) - m.mean((2, 3))).detach() :: gradient
-    """,
-)
+""")
 
 
 def region_by_where(values, regions):
@@ -374,12 +348,9 @@ def region_by(measure):
     return lambda values, regions: max(regions, key=lambda name: measure(values[regions[name]]))
 
 
-answers(
-    "peak_region",
-    region_of_peak,
-    region_by_where,
-    region_by(lambda own: own.max(initial=-9)),
-    wrong="""
+accepts(
+    "peak_region", region_of_peak, region_by_where, region_by(lambda own: own.max(initial=-9))
+).rejects("""
     highest mean :: region_by(lambda own: own.mean() if own.size else -9) :: mean
     largest sum :: region_by(lambda own: own.sum() if own.size else -9) :: sum
     largest region :: region_by(np.size) :: largest region
@@ -391,8 +362,7 @@ answers(
     minimum :: argmax => argmin :: minimum
     absolute :: values.argmax => np.abs(values).argmax :: absolute
     width and height :: values.argmax() => values.T.ravel().argsort()[-1]
-    """,
-)
+""")
 
 
 def scores_by_regions(values, truth, alpha):
@@ -415,12 +385,7 @@ def scores(values, truth, alpha):
     return hit / truth.sum(), hit / cue.sum()
 
 
-answers(
-    "cue_scores",
-    scores,
-    scores_by_regions,
-    scores_by_loops,
-    wrong="""
+accepts("cue_scores", scores, scores_by_regions, scores_by_loops).rejects("""
     the map's mass :: lambda v, t, a: (v[t].sum() / t.sum(), v[t].sum() / v.sum()) :: values are added
     exchanged :: hit / truth.sum(), hit / cue.sum() => hit / cue.sum(), hit / truth.sum() :: comes first
     >= alpha :: > alpha => >= alpha :: >= alpha
@@ -435,8 +400,7 @@ answers(
     alpha fixed at 0.2 :: > alpha => > 0.2
     accuracy for precision :: hit / cue.sum() => (cue == truth).mean()
     rescaled first :: values > alpha => (values - values.min()) / np.ptp(values) > alpha
-    """,
-)
+""")
 
 
 # 02 --------------------------------------------------------------------------------------------------------
@@ -468,7 +432,7 @@ PEAKS = """
     maximum over the channels :: (2, 3) => 1 :: over the channels
     maximum of each row :: (2, 3) => 3 :: row
 """
-answers(
+accepts(
     "suppress",
     three_lines,
     suppress,
@@ -476,8 +440,7 @@ answers(
     by_loops,
     minimum_first,
     lambda x, d: DRS(x.shape[1], delta=d)(x),
-    wrong=PEAKS
-    + """
+).rejects(f"""{PEAKS}
     a batch of one :: lambda x, d: suppress(x.squeeze(0)[None], d)[:1]
     one maximum :: X.amax((2, 3), keepdim=True) => x.max() :: whole batch
     maximum of each column :: (2, 3) => 2 :: column
@@ -502,8 +465,7 @@ answers(
     float32 :: x.relu() => x.float().relu() :: float64
     an absolute value for the ReLU :: relu => abs
     random :: x.relu() => (x + 0.1 * torch.randn(x.shape, dtype=x.dtype)).relu()
-    """,
-)
+""")
 
 OF_A_MODULE = f"""{PEAKS}
     hard suppression :: suppress :: suppress
@@ -519,13 +481,12 @@ def erase(x, delta):
     return torch.where(X < tau, X, 0.0)
 
 
-answers(
+accepts(
     "erasing",
     erase,
     lambda x, d: F.relu(x) * (F.relu(x) < d * F.adaptive_max_pool2d(x, 1)),
     lambda x, d: x.relu().masked_fill(x >= d * x.flatten(2).max(2).values[..., None, None].clamp(min=0), 0),
-    wrong=OF_A_MODULE
-    + """
+).rejects(f"""{OF_A_MODULE}
     > for >= :: X < tau => X <= tau :: equal to tau
     the wrong side :: X, 0.0 => 0.0, X :: below tau
     no ReLU :: x.relu() => x :: ReLU
@@ -533,8 +494,7 @@ answers(
     1 where it is erased :: 0.0 => 1.0
     detached :: x.relu() => x.detach().relu() :: gradient
     in place :: relu() => relu_() :: writes into
-    """,
-)
+""")
 
 
 def soft(x, delta):
@@ -557,14 +517,13 @@ def soft_by_exponentials(x, delta):
     return tau * (1 - e) / (1 + e)
 
 
-answers(
+accepts(
     "soft_suppressor",
     soft,
     soft_where,
     soft_by_exponentials,
     lambda x, d: (d * peak_of(x) * torch.tanh(x.relu() / (d * peak_of(x)))).nan_to_num(),
-    wrong=OF_A_MODULE
-    + """
+).rejects(f"""{OF_A_MODULE}
     tau in front missing :: return tau * => return :: in front
     tau inside missing :: X / tau.clamp(min=1e-9) => X :: inside
     0 / 0 :: .clamp(min=1e-9) => :: 0 / 0
@@ -573,8 +532,7 @@ answers(
     sigmoid :: tanh => sigmoid :: sigmoid
     tanh of the maximum :: tau * torch.tanh(X / tau.clamp(min=1e-9)) => torch.minimum(X, torch.tanh(tau))
     softsign :: tau * torch.tanh(X / tau.clamp(min=1e-9)) => X / (1 + X / tau.clamp(min=1e-9))
-    """,
-)
+""")
 
 
 def by_linear(features, theta):
@@ -592,12 +550,7 @@ def by_call(features, theta):
     return torch.func.functional_call(controller, {"f.weight": theta}, (features,))
 
 
-answers(
-    "learnable_controller",
-    by_linear,
-    by_einsum,
-    by_call,
-    wrong="""
+accepts("learnable_controller", by_linear, by_einsum, by_call).rejects("""
     theta not transposed :: pooled, theta => pooled, theta.T :: transposed
     softmax :: sigmoid() => softmax(1) :: softmax
     softmax over images :: sigmoid() => softmax(0) :: softmax
@@ -615,8 +568,7 @@ answers(
     mean over rows only :: mean((2, 3)) => mean(2).mean(1)
     four dimensions :: .sigmoid() => .sigmoid()[:, :, None, None] :: shape
     one image :: features.mean => features[:1].mean :: shape
-    """,
-)
+""")
 
 
 def whole_module(x, theta):
@@ -627,13 +579,13 @@ def whole_module(x, theta):
     return torch.minimum(X, tau)
 
 
-answers(
+accepts(
     "algorithm_1",
     whole_module,
     lambda x, t: suppress(x, by_einsum(x.relu(), t)),
     lambda x, t: x.relu().minimum(peak_of(x) * by_linear(x.relu(), t)[..., None, None]),
     lambda x, t: torch.func.functional_call(DRS(len(t)).to(t.dtype), {"controller.f.weight": t}, (x,)),
-    wrong="""
+).rejects("""
     GAP before the ReLU :: X.mean => x.mean :: before the ReLU
     maximum over the batch too :: amax((2, 3) => amax((0, 2, 3) :: batch too
     one maximum for all channels :: amax((2, 3) => amax((1, 2, 3) :: share one
@@ -658,12 +610,11 @@ answers(
     ReLU for the controller alone :: peak * G => x.amax((2, 3), keepdim=True) * G; X = x :: not of relu
     maximum of X and tau :: minimum => maximum :: maximum of X and tau
     a ReLU :: torch.minimum(X, tau) => X :: nothing is suppressed
-    """,
-)
+""")
 
 
 FIVE = [(1, 3), (2, 2), (2, 3), (2, 4)]
-answers(
+accepts(
     "five_by_five",
     (4.4, FIVE, 1.76),
     {"positions": {*FIVE}, "tau": torch.tensor(4.4), "gradient": 1.76},
@@ -674,7 +625,7 @@ answers(
         > 0,
         1.76,
     ),
-    wrong="""
+).rejects("""
     tau from the mean :: (0.44 * 51 / 25, FIVE, 1.76) :: not of its mean
     tau is delta :: (0.44, FIVE, 1.76) :: not the share itself
     tau with 1 - delta :: (5.6, FIVE[:1] + FIVE[2:], 1.32) :: 1 - delta
@@ -698,15 +649,14 @@ answers(
     values for positions :: (4.4, [4.6, 7.2, 8.4, 10.0], 1.76) :: pairs
     a count for positions :: (4.4, 4, 1.76) :: pairs
     tau alone :: 4.4 :: expected 3
-    """,
-)
+""")
 
-answers(
+accepts(
     "two_maps",
     (5.744, 2.443),
     torch.sigmoid(torch.tensor([0.3, 0.45])) * torch.tensor([10.0, 4.0]),
     [5.74, np.float64(2.44)],
-    wrong="""
+).rejects("""
     control values :: (0.574, 0.611) :: control values
     no sigmoid :: (3.0, 1.8) :: sigmoid
     columns of theta :: (7.109, 0.498) :: columns
@@ -719,15 +669,9 @@ answers(
     tanh :: (2.913, 1.688) :: tanh
     only the first right :: (5.744, 2.0) :: The other is right
     one number :: 5.744 :: expected 2
-    """,
-)
+""")
 
-answers(
-    "weight_decay",
-    0.5,
-    torch.tensor(0.5),
-    np.float32(0.5),
-    wrong="""
+accepts("weight_decay", 0.5, torch.tensor(0.5), np.float32(0.5)).rejects("""
     0.9526 :: 0.9526 :: starts
     0.95 :: 0.95 :: starts
     0 :: 0 :: sigmoid
@@ -736,8 +680,7 @@ answers(
     0.55 :: 0.55 :: delta
     a word :: "0.5"
     percent :: 50 :: percent
-    """,
-)
+""")
 
 
 # 03 --------------------------------------------------------------------------------------------------------
@@ -753,12 +696,12 @@ def by_numpy(values, shares):
     return np.corrcoef(v.mean(1), s)[0, 1]
 
 
-answers(
+accepts(
     "control_correlation",
     by_numpy,
     by_formula,
     lambda v, s: torch.corrcoef(torch.stack([v.mean(1), s]))[1, 0].item(),
-    wrong="""
+).rejects("""
     [0, 0] :: [0, 1] => [0, 0] :: [0, 0]
     the matrix :: [0, 1] => :: one number
     covariance :: corrcoef => cov :: covariance
@@ -770,8 +713,7 @@ answers(
     mean of the channels' correlations :: (v.mean(1), s)[0, 1] => (v.T, s)[-1, :-1].mean() :: each channel
     ranks :: v.mean(1), s => v.mean(1).argsort().argsort(), s.argsort().argsort()
     of the logits :: v.mean(1), s => v.sum(1), np.log(s / (1 - s))
-    """,
-)
+""")
 
 
 class ChannelController(nn.Module):
@@ -797,13 +739,9 @@ class Shared(OfFourDimensions):
         return 1 / (1 + torch.exp(-self.theta[0, :, 0, 0]))
 
 
-answers(
-    "channel_controller",
-    ChannelController,
-    OfFourDimensions,
-    Shared,
-    lambda k: ChannelController(k),
-    wrong="""
+accepts(
+    "channel_controller", ChannelController, OfFourDimensions, Shared, lambda k: ChannelController(k)
+).rejects("""
     equation 2's :: LearnableController :: equation 2
     an instance :: ChannelController(4) :: its class
     a function :: lambda k: torch.sigmoid(torch.zeros(k)) :: nn.Module
@@ -821,8 +759,7 @@ answers(
     the features' shape :: .expand(len(features), -1) => [:, None, None].expand_as(features) :: shape
     sigmoid twice :: self.theta). => self.theta).sigmoid().
     super().__init__() missing :: super().__init__() => :: raised
-    """,
-)
+""")
 
 
 class Fixed(nn.Module):
@@ -848,12 +785,7 @@ class FixedOfFourDimensions(Fixed):
         return self.v.mean(0, keepdim=True).repeat(len(features), 1)[:, :, None, None]
 
 
-answers(
-    "fixed_controller",
-    Fixed,
-    PlainFixed,
-    FixedOfFourDimensions,
-    wrong="""
+accepts("fixed_controller", Fixed, PlainFixed, FixedOfFourDimensions).rejects("""
     trainable :: lambda v: Shared(v.shape[1]) :: trainable
     a tensor :: lambda v: v.mean(0) :: nn.Module
     the module itself :: Fixed(torch.rand(3, 4))
@@ -865,17 +797,10 @@ answers(
     sigmoid once more :: mean(0) => mean(0).sigmoid() :: sigmoid
     all values :: self.v.mean(0) => self.v :: shape
     of the features :: self.v.mean(0) => features.mean((0, 2, 3))
-    """,
-)
+""")
 
 
-answers(
-    "within_two_sd",
-    [0.5, 0.4],
-    {0.4},
-    np.array([0.4, 0.5]),
-    (0.5, 0.4),
-    wrong="""
+accepts("within_two_sd", [0.5, 0.4], {0.4}, np.array([0.4, 0.5]), (0.5, 0.4)).rejects("""
     sd of the worst :: [0.4, 0.5, 0.55, 0.6] :: largest sd
     with 0.55 :: [0.4, 0.5, 0.55]
     one sd :: [0.5] :: one sd
@@ -886,8 +811,7 @@ answers(
     percent :: [50, 40] :: not among
     a number :: 0.4
     two sd as a share :: [0.5, 0.45] :: not among
-    """,
-)
+""")
 
 
 # 04 --------------------------------------------------------------------------------------------------------
@@ -918,12 +842,7 @@ def field_forwards(layers):
     return r
 
 
-answers(
-    "receptive_field",
-    field_forwards,
-    field_backwards,
-    field_by_sum,
-    wrong="""
+accepts("receptive_field", field_forwards, field_backwards, field_by_sum).rejects("""
     all fields :: lambda x: [field_forwards(x[:i]) for i in range(len(x))] :: one number
     empties the list :: lambda x: [field_forwards(x), x.clear()][0] :: writes into
     no dilation :: * d => :: dilation
@@ -939,16 +858,12 @@ answers(
     jumps added from 0 :: j *= s => j += s - 1
     without poolings :: in layers => in [layer for layer in layers if layer[0] != 2]
     the jump :: return r => return j
-    """,
-)
+""")
 
 
-answers(
-    "vgg16_fields",
-    [5, 14, 40, 92, 196],
-    (6, 16, 44, 100, 212),
-    torch.tensor([5, 14, 40, 92, 196]),
-    wrong="""
+accepts(
+    "vgg16_fields", [5, 14, 40, 92, 196], (6, 16, 44, 100, 212), torch.tensor([5, 14, 40, 92, 196])
+).rejects("""
     the paper's network :: [5, 14, 40, 92, 204] :: paper's
     jump not doubled :: [5, 10, 18, 26, 34] :: doubled
     poolings left out :: [5, 9, 15, 21, 27] :: Only convolutions
@@ -960,8 +875,7 @@ answers(
     all wrong :: [7, 20, 50, 100, 200] :: block 1
     the last alone :: 212 :: expected 5
     six layers :: [5, 14, 40, 92, 204, 252] :: 6 entries
-    """,
-)
+""")
 
 
 def square_by_sums(gradient):
@@ -998,12 +912,7 @@ def box_of(g, threshold):
     return max(int(rows.max() - rows.min()), int(columns.max() - columns.min())) + 1
 
 
-answers(
-    "effective_field",
-    square_by_sums,
-    square_by_distance,
-    square_by_rings,
-    wrong="""
+accepts("effective_field", square_by_sums, square_by_distance, square_by_rings).rejects("""
     above a tenth :: lambda g: box_of(g, 0.1) :: tenth
     all of it :: lambda g: box_of(g, 0.0) :: theoretical
     the count of positions :: lambda g: (g.abs().ravel().sort().values.cumsum(0) > 0.1 * g.abs().sum()).sum()
@@ -1019,18 +928,17 @@ answers(
     two too many :: return side => return side + 2
     around the maximum :: gradient.abs() => gradient.abs().roll(gradient.shape[0] // 2, 0)
     takes the absolute in place :: abs() => abs_() :: writes into
-    """,
-)
+""")
 
 
 # 05 --------------------------------------------------------------------------------------------------------
 
-answers(
+accepts(
     "refinement_mean",
     (0.64, 0.32),
     {"N": 0.64, "N with half of the images taken for another species": 0.32},
     np.array([0.64, 0.32]),
-    wrong="""
+).rejects("""
     the most frequent :: (1, 1) :: most frequent
     the most frequent, halved :: (1, 0.5) :: most frequent
     others taken for 0 :: (0.6, 0.3) :: 0.1, not 0
@@ -1042,8 +950,7 @@ answers(
     percent :: (64, 32) :: percent
     only the first :: 0.64 :: expected 2
     words :: ('0.64', '0.32') :: one number
-    """,
-)
+""")
 
 
 def changes_by_library(before, after, mask, label):
@@ -1071,12 +978,7 @@ def changes(before, after, mask, label):
     return [int(x.sum()) for x in (kept, new & right, new & ~right, gone & ~right, gone & right)]
 
 
-answers(
-    "cue_changes",
-    changes,
-    changes_by_library,
-    changes_by_loops,
-    wrong="""
+accepts("cue_changes", changes, changes_by_library, changes_by_loops).rejects("""
     cues exchanged :: lambda b, a, m, k: changes(a, b, m, k) :: cues are exchanged
     writes the mask :: lambda b, a, m, k: [changes(b, a, m, k), m.fill(0)][0] :: writes into
     removed the other way round :: gone & ~right, gone & => gone & right, gone & ~ :: other way round
@@ -1092,8 +994,7 @@ answers(
     shares of the object :: int(x.sum()) => x.sum() / right.sum() :: divided
     neither in front :: (kept, new & right => (kept & False, kept, new & right :: 6 entries
     new counted as all of the new cue :: after & ~before & scored => after & scored
-    """,
-)
+""")
 
 
 def four_lines(network, images, target, labels):
@@ -1117,12 +1018,9 @@ def by_library(network, images, target, labels):
     ) + 0 * (images.sum() * 0)
 
 
-answers(
-    "mse_of_labels",
-    four_lines,
-    by_selection,
-    lambda *args: by_library(*args).to(args[1].dtype),
-    wrong="""
+accepts(
+    "mse_of_labels", four_lines, by_selection, lambda *args: by_library(*args).to(args[1].dtype)
+).rejects("""
     labels unused :: return loss => return error.mean() :: not used
     divided by all :: / y.sum() => / y.numel() :: all classes
     each image first :: return loss => return ((error * y).sum(1) / y.sum(1)).mean() :: by itself first
@@ -1142,8 +1040,7 @@ answers(
     a float :: return loss => return loss.item() :: tensor
     not reduced :: return loss => return error * y :: shape
     the classes of the first image :: y = labels => y = labels[:1].expand_as(labels)
-    """,
-)
+""")
 
 
 def largest_by_one_hot(maps):
@@ -1160,12 +1057,7 @@ def largest_in_place(maps):
     return maps
 
 
-answers(
-    "keep_largest",
-    keep_largest_class,
-    largest_by_one_hot,
-    largest_by_where,
-    wrong="""
+accepts("keep_largest", keep_largest_class, largest_by_one_hot, largest_by_where).rejects("""
     1 for the largest :: lambda m: (m == m.amax(0)).to(m.dtype) :: becomes 1
     one hot :: lambda m: F.one_hot(m.argmax(0), len(m)).permute(2, 0, 1).to(m.dtype)
     each class's peak :: lambda m: m * (m == m.amax((1, 2), keepdim=True)) :: highest pixel
@@ -1182,18 +1074,17 @@ answers(
     the maximum :: lambda m: m.amax(0) :: shape
     in place :: largest_in_place :: writes into
     one value :: lambda m: m * (m == m.max()) :: highest value of all
-    """,
-)
+""")
 
 
 # 06 --------------------------------------------------------------------------------------------------------
 
-answers(
+accepts(
     "conflict_pixel",
     (2, 2, 2, 0),
     {"release": 0, "background": 2, "object": 2, "ignore": 2},
     np.array([2, 2, 2, 0], np.uint8),
-    wrong="""
+).rejects("""
     the object always :: (2, 2, 2, 2) :: 'release' is not 2: is 0.10 above 50/255
     ignored always :: (255, 255, 255, 255) :: neither cue
     a conflict :: (0, 2, 255, 0) :: both cues are there
@@ -1207,8 +1098,7 @@ answers(
     -1 for ignored :: (2, 2, -1, 0) :: 255
     three labels :: (2, 2, 0) :: 3 entries
     the maps :: (0.3, 0.3, 0.25, 0.05) :: labels are 0
-    """,
-)
+""")
 
 
 def rule_by_where(maps, saliency, alpha, beta, conflict):
@@ -1243,13 +1133,13 @@ def rule(maps, saliency, alpha, beta, conflict):
     return labels
 
 
-answers(
+accepts(
     "pseudo_labels",
     rule,
     rule_by_where,
     rule_by_loops,
     lambda m, s, a, b, c: pseudo_labels(m[None], s[None], a, b, conflict=c)[0],
-    wrong="""
+).rejects("""
     one hot :: lambda m, *rest: F.one_hot(m.argmax(0)) :: shape
     >= alpha :: > alpha => >= alpha :: equal to alpha
     <= beta :: < beta => <= beta :: equal to beta
@@ -1272,8 +1162,7 @@ answers(
     floats :: return labels => return labels.float() :: whole numbers
     -1 for 255 :: return labels => return labels.char()
     maps cut in place :: maps.max(0) => maps.masked_fill_(maps < 0.1, 0).max(0) :: writes into
-    """,
-)
+""")
 
 
 def release_by_scores(maps, saliency, alpha):
@@ -1297,12 +1186,12 @@ def release_by_loops(maps, saliency, alpha):
     return labels
 
 
-answers(
+accepts(
     "release_rule",
     release_by_scores,
     release_by_loops,
     lambda m, s, a: pseudo_labels(m[None], s[None], a, rule="release")[0],
-    wrong="""
+).rejects("""
     the paper's rule :: lambda m, s, a: rule(m, s, a, 0.06, 'background') :: paper's rule
     the paper's rule at 50 :: lambda m, s, a: rule(m, s, a, 50 / 255, 'background') :: paper's rule
     > alpha :: maps < alpha => maps <= alpha :: equal to alpha
@@ -1322,16 +1211,15 @@ answers(
     nothing ignored :: labels = scores => return scores
     background half as strong :: [calm[None] => [calm[None] / 2
     labels from 0 :: labels.byte() => (labels.byte().int() - 1) % 256
-    """,
-)
+""")
 
 
-answers(
+accepts(
     "span_of_two",
     lambda a, b: 1 + 2 * a + 2 * b,
     lambda a, b: (2 * a + 1) + (2 * b + 1) - 1,
     lambda a, b: field_forwards([(3, 1, a), (3, 1, b)]),
-    wrong="""
+).rejects("""
     middle twice :: lambda a, b: 2 + 2 * a + 2 * b :: counted twice
     no middle :: lambda a, b: 2 * (a + b) :: not counted
     one side :: lambda a, b: 1 + a + b :: one side
@@ -1346,15 +1234,14 @@ answers(
     the first twice :: lambda a, b: 1 + 4 * a :: first dilation
     one dilation only :: lambda a: 1 + 4 * a :: raised TypeError
     one off the second :: lambda a, b: 2 * a + 2 * b + 1 - (b > 1)
-    """,
-)
+""")
 
-answers(
+accepts(
     "dense_pairs",
     [(1, 1), (1, 2), (1, 3)],
     {(1, 1), (1, 2), (2, 1), (1, 3), (3, 1)},
     np.array([[1, 1], [2, 1], [3, 1]]),
-    wrong="""
+).rejects("""
     (1, 3) missing :: [(1, 1), (1, 2)] :: missing
     with (2, 2) :: [(1, 1), (1, 2), (2, 2), (1, 3)] :: (2, 2) leaves gaps
     with (1, 4) :: [(1, 1), (1, 2), (1, 3), (1, 4)] :: (1, 4) leaves gaps
@@ -1366,8 +1253,7 @@ answers(
     numbers :: [1, 2, 3] :: pairs
     a word in a pair :: [(1, 1), (1, '2')] :: a number in the pairs is '2'
     words :: '1 and 2' :: pairs
-    """,
-)
+""")
 
 
 def verdicts(name):
