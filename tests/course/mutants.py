@@ -117,9 +117,8 @@ questions(
 
 
 def miou_by_loops(predictions, masks, kinds):
-    found = []
+    found, scored = [], masks != 255
     for label in range(kinds):
-        scored = masks != 255
         said, true = (predictions == label) & scored, (masks == label) & scored
         both, either = (said & true).sum(), (said | true).sum()
         found.append(both / either if either else None)
@@ -147,7 +146,7 @@ accepts(
     mean of each image :: lambda p, m, k: np.mean([*map(miou_by_loops, p, m, [k] * len(p))]) :: by itself
     the per-label list :: lambda p, m, k: [1.0] * k :: one number
     an overflowing index :: lambda p, m, k: miou_by_loops(((m * k + p) % 256 % k).astype(np.uint8), m, k)
-    255 counted as background :: found = [] => found, masks = [], masks * (masks < 255) :: 255 are counted
+    255 as background :: found, scored = [], => masks = masks * (masks < 255); found, scored = [], :: 255 are counted
     255 stays in the union :: != 255 => <= 255 :: in the union
     without background :: range(kinds) => range(1, kinds) :: background is left out
     absent labels count 0 :: else None => else 0 :: count as 0
@@ -201,10 +200,9 @@ def equation_1(maps):
 
 def equation_1_by_loops(maps):
     found = torch.zeros_like(maps)
-    for n in range(len(maps)):
-        for c in range(maps.shape[1]):
-            if maps[n, c].max() > 0:
-                found[n, c] = maps[n, c].clamp(min=0) / maps[n, c].max()
+    for one, M in zip(maps.flatten(0, 1), found.flatten(0, 1), strict=True):
+        if one.max() > 0:
+            M[:] = one.clamp(min=0) / one.max()
     return found
 
 
@@ -274,8 +272,7 @@ accepts("map_of_image_size", of_image_size, grid_sampled, map_by_map).rejects(""
 
 
 def rescaled(maps):
-    flat = maps.flatten(2)
-    low, high = flat.min(2).values[..., None, None], flat.max(2).values[..., None, None]
+    low, high = (one[..., None, None] for one in maps.flatten(2).aminmax(dim=2))
     return (maps - low) / (high - low + 1e-6)
 
 
@@ -334,9 +331,7 @@ accepts(
 
 def region_by_where(values, regions):
     rows, columns = np.where(values == values.max())
-    for name in regions:
-        if regions[name][rows[0], columns[0]]:
-            return name
+    return [name for name in regions if regions[name][rows[0], columns[0]]][0]
 
 
 def region_of_peak(values, regions):
@@ -619,12 +614,7 @@ accepts(
     (4.4, FIVE, 1.76),
     {"positions": {*FIVE}, "tau": torch.tensor(4.4), "gradient": 1.76},
     [4.4, np.array(FIVE[::-1]), 0.44 * 4],
-    (
-        4.4,
-        torch.zeros(5, 5).index_put((torch.tensor([1, 2, 2, 2]), torch.tensor([3, 2, 3, 4])), torch.ones(4))
-        > 0,
-        1.76,
-    ),
+    (4.4, torch.isin(torch.arange(25), torch.tensor([8, 12, 13, 14])).view(5, 5), 1.76),
 ).rejects("""
     tau from the mean :: (0.44 * 51 / 25, FIVE, 1.76) :: not of its mean
     tau is delta :: (0.44, FIVE, 1.76) :: not the share itself
@@ -686,11 +676,6 @@ accepts("weight_decay", 0.5, torch.tensor(0.5), np.float32(0.5)).rejects("""
 # 03 --------------------------------------------------------------------------------------------------------
 
 
-def by_formula(values, shares):
-    a, b = values.mean(1) - values.mean(), shares - shares.mean()
-    return (a * b).sum() / (a.square().sum() * b.square().sum()).sqrt()
-
-
 def by_numpy(values, shares):
     v, s = values.numpy(), shares.numpy()
     return np.corrcoef(v.mean(1), s)[0, 1]
@@ -699,7 +684,7 @@ def by_numpy(values, shares):
 accepts(
     "control_correlation",
     by_numpy,
-    by_formula,
+    lambda v, s: F.cosine_similarity(v.mean(1) - v.mean(), s - s.mean(), dim=0),
     lambda v, s: torch.corrcoef(torch.stack([v.mean(1), s]))[1, 0].item(),
 ).rejects("""
     [0, 0] :: [0, 1] => [0, 0] :: [0, 0]
@@ -825,13 +810,8 @@ def field_backwards(layers):
 
 
 def field_by_sum(layers):
-    return torch.tensor(
-        1
-        + sum(
-            (k - 1) * d * int(np.prod([s for _, s, _ in layers[:i]], initial=1))
-            for i, (k, _, d) in enumerate(layers)
-        )
-    )
+    jumps = np.cumprod([1, *(s for _, s, _ in layers)])
+    return torch.tensor(1 + sum((k - 1) * d * int(j) for (k, _, d), j in zip(layers, jumps, strict=False)))
 
 
 def field_forwards(layers):
@@ -908,8 +888,7 @@ def square_by_rings(g):
 
 
 def box_of(g, threshold):
-    rows, columns = (g.abs() > threshold * g.abs().max()).nonzero(as_tuple=True)
-    return max(int(rows.max() - rows.min()), int(columns.max() - columns.min())) + 1
+    return max(np.ptp(axis) for axis in np.nonzero(g.abs().numpy() > threshold * g.abs().max().item())) + 1
 
 
 accepts("effective_field", square_by_sums, square_by_distance, square_by_rings).rejects("""
@@ -961,14 +940,8 @@ def changes_by_loops(before, after, mask, label):
     counts = dict.fromkeys(CHANGES[1:], 0)
     for b, a, m in zip(before.ravel(), after.ravel(), mask.ravel(), strict=True):
         if m != 255 and (b or a):
-            right = m == label
-            counts[
-                ("recovered, right" if right else "recovered, wrong")
-                if not b
-                else ("removed, wrong" if right else "removed, right")
-                if not a
-                else "kept"
-            ] += 1
+            change = "recovered" if a else "removed"
+            counts["kept" if a and b else f"{change}, {'right' if a == (m == label) else 'wrong'}"] += 1
     return counts
 
 
@@ -1013,14 +986,11 @@ def by_selection(network, images, target, labels):
 
 
 def by_library(network, images, target, labels):
-    return refinement_loss(
-        network, Batch(torch.arange(len(images)), images, labels, target), label_mask=True
-    ) + 0 * (images.sum() * 0)
+    batch = Batch(torch.arange(len(images)), images, labels, target)
+    return refinement_loss(network, batch, label_mask=True).to(images.dtype)
 
 
-accepts(
-    "mse_of_labels", four_lines, by_selection, lambda *args: by_library(*args).to(args[1].dtype)
-).rejects("""
+accepts("mse_of_labels", four_lines, by_selection, by_library).rejects("""
     labels unused :: return loss => return error.mean() :: not used
     divided by all :: / y.sum() => / y.numel() :: all classes
     each image first :: return loss => return ((error * y).sum(1) / y.sum(1)).mean() :: by itself first
@@ -1043,21 +1013,12 @@ accepts(
 """)
 
 
-def largest_by_one_hot(maps):
-    winner = F.one_hot(maps.argmax(0), len(maps)).permute(2, 0, 1)
-    return maps * winner
-
-
-def largest_by_where(maps):
-    return torch.where(maps == maps.max(dim=0, keepdim=True).values, maps, torch.zeros_like(maps))
-
-
-def largest_in_place(maps):
-    maps[maps < maps.amax(0)] = 0
-    return maps
-
-
-accepts("keep_largest", keep_largest_class, largest_by_one_hot, largest_by_where).rejects("""
+accepts(
+    "keep_largest",
+    keep_largest_class,
+    lambda m: m * F.one_hot(m.argmax(0), len(m)).permute(2, 0, 1),
+    lambda m: torch.where(m == m.max(dim=0, keepdim=True).values, m, torch.zeros_like(m)),
+).rejects("""
     1 for the largest :: lambda m: (m == m.amax(0)).to(m.dtype) :: becomes 1
     one hot :: lambda m: F.one_hot(m.argmax(0), len(m)).permute(2, 0, 1).to(m.dtype)
     each class's peak :: lambda m: m * (m == m.amax((1, 2), keepdim=True)) :: highest pixel
@@ -1072,7 +1033,7 @@ accepts("keep_largest", keep_largest_class, largest_by_one_hot, largest_by_where
     nothing :: lambda m: m.clone() :: nothing
     labels :: lambda m: m.argmax(0) :: floating point
     the maximum :: lambda m: m.amax(0) :: shape
-    in place :: largest_in_place :: writes into
+    in place :: lambda m: m.masked_fill_(m < m.amax(0), 0) :: writes into
     one value :: lambda m: m * (m == m.max()) :: highest value of all
 """)
 
@@ -1103,9 +1064,7 @@ accepts(
 
 def rule_by_where(maps, saliency, alpha, beta, conflict):
     score, best = maps.max(dim=0)
-    both = {"background": torch.zeros_like(best), "object": best + 1, "ignore": torch.full_like(best, 255)}[
-        conflict
-    ]
+    both = {"background": 0 * best, "object": best + 1, "ignore": 0 * best + 255}[conflict]
     calm = saliency < beta
     return torch.where(score > alpha, torch.where(calm, both, best + 1), torch.where(calm, 0, 255))
 
@@ -1115,10 +1074,9 @@ def rule_by_loops(maps, saliency, alpha, beta, conflict):
     for place in np.ndindex(*saliency.shape):
         values = maps[(slice(None), *place)].tolist()
         own = values.index(max(values)) + 1 if max(values) > alpha else None
+        labels[place] = 255 if own is None else own
         if saliency[place] < beta:
-            labels[place] = 0 if own is None else {"background": 0, "object": own, "ignore": 255}[conflict]
-        else:
-            labels[place] = 255 if own is None else own
+            labels[place] = {"background": 0, "object": own, "ignore": 255}[conflict] if own else 0
     return labels
 
 
@@ -1276,14 +1234,9 @@ def main():
     print(f"{'check':22} mutants rejected   right answers accepted")
     for name, rejected, tried, accepted, right in table:
         print(f"{name:22} {rejected:7} of {tried:3} {accepted:18} of {right:2}")
-    rejected, tried, accepted, right = (
-        sum(column) for column in zip(*(row[1:] for row in table), strict=True)
-    )
-    print(
-        f"{len(table)} checks: {rejected} of {tried} mutants rejected ({100 * rejected / tried:.1f} %), ",
-        end="",
-    )
-    print(f"{accepted} of {right} right answers accepted.")
+    rejected, tried, accepted, right = map(sum, list(zip(*table, strict=True))[1:])
+    share = f"{rejected} of {tried} mutants rejected ({100 * rejected / tried:.1f} %)"
+    print(f"{len(table)} checks: {share}, {accepted} of {right} right answers accepted.")
 
 
 if __name__ == "__main__":
