@@ -146,7 +146,7 @@ accepts(
     mean of each image :: lambda p, m, k: np.mean([*map(miou_by_loops, p, m, [k] * len(p))]) :: by itself
     the per-label list :: lambda p, m, k: [1.0] * k :: one number
     an overflowing index :: lambda p, m, k: miou_by_loops(((m * k + p) % 256 % k).astype(np.uint8), m, k)
-    255 as background :: found, scored = [], => masks = masks * (masks < 255); found, scored = [], :: 255 are counted
+    255 as background :: found, scored => masks = masks * (masks < 255); found, scored :: 255 are counted
     255 stays in the union :: != 255 => <= 255 :: in the union
     without background :: range(kinds) => range(1, kinds) :: background is left out
     absent labels count 0 :: else None => else 0 :: count as 0
