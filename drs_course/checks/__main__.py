@@ -5,12 +5,10 @@ from drs_course import checks
 
 def table():
     """The checks in the order of the exercises, one line each."""
-    found = sorted((getattr(checks, name).exercise for name in checks.__all__), key=lambda e: e.place)
-    width = max(len(exercise.name) for exercise in found)
-    return "\n".join(
-        f"{exercise.notebook}  {exercise.number:<3} {exercise.name:<{width}}  {exercise.answer}"
-        for exercise in found
-    )
+    found = [getattr(checks, name).exercise for name in checks.__all__]
+    found.sort(key=lambda exercise: (exercise.notebook, exercise.number, exercise.name))
+    width = max(len(one.name) for one in found)
+    return "\n".join(f"{one.notebook}  {one.number:<3} {one.name:<{width}}  {one.answer}" for one in found)
 
 
 if __name__ == "__main__":

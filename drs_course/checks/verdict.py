@@ -30,19 +30,12 @@ class Wrong(Exception):
 
 @dataclass(frozen=True)
 class Exercise:
-    """Where a check belongs: a notebook ("02"), the number of the exercise, and the answer it expects.
-
-    ``number`` is a letter for an exercise that stands in the notebook's text, and "" where no exercise asks.
-    """
+    """Where a check belongs: a notebook ("02") and its exercise ("3", or "B" in the text); the answer."""
 
     name: str
     notebook: str
     number: str
     answer: str
-
-    @property
-    def place(self):
-        return self.notebook, self.number or "9", self.name
 
 
 def check(notebook, number, answer):

@@ -6,7 +6,7 @@
 """
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -33,64 +33,92 @@ class Mutant:
     hint: str = ""
 
 
-def edited(function, table):
-    """Mutants by edits of a right function's source, one a line: what :: a text => another for it :: hint."""
-    source, mutants = inspect.getsource(function) if table else "", []
-    for what, edit, *hint in (line.strip().split(" :: ") for line in table.splitlines() if line.strip()):
-        text, other = edit.split(" =>")
-        assert text in source, f"{function.__name__} has no {text!r}"
-        scope = {}
-        exec(source.replace(text, other.strip()), globals(), scope)
-        mutants.append(Mutant(what, scope[function.__name__], *hint))
-    return mutants
-
-
 @dataclass
 class Answers:
-    """To one check: right answers, mutants as rows of (what, answer, hint), and edits of the first answer."""
+    """To one check: right answers, and mutants."""
 
-    right: list
-    wrong: list
-    edits: str = ""
+    right: tuple
+    wrong: list = field(default_factory=list)
 
-    def __post_init__(self):
-        self.wrong = [Mutant(*row) for row in self.wrong] + edited(self.right[0], self.edits)
+    def rejects(self, rows):
+        """Adds a mutant for each row, what :: answer :: hint.
+
+        Its answer is an expression, or an edit of the first right answer's source: a text => another for it.
+        """
+        self.wrong += [self._mutant(*row.strip().split(" :: ")) for row in rows.splitlines() if row.strip()]
+
+    def _mutant(self, what, answer, hint=""):
+        if " =>" not in answer:
+            return Mutant(what, eval(answer, globals()), hint)
+        right, (text, other), scope = self.right[0], answer.split(" =>"), {}
+        source = inspect.getsource(right)
+        assert text in source, f"{right.__name__} has no {text!r}"
+        exec(source.replace(text, other.strip()), globals(), scope)
+        return Mutant(what, scope[right.__name__], hint)
 
 
-def choices(right, options, *others):
+ANSWERS = {}
+
+
+def accepts(name, *right):
+    """Enters the right answers to a check."""
+    ANSWERS[name] = Answers(right)
+    return ANSWERS[name]
+
+
+def choices(name, right, options, *others):
     """Answers of one word: the right one in three spellings, the other options, and words that are none."""
-    wrong = [(option, option, "is not it") for option in options if option != right]
-    wrong += [(f"{word!r}", word) for word in ("maybe", "", None, [right], *others)]
-    return Answers([right, right.upper(), f"  {right} "], wrong)
+    wrong = [Mutant(option, option, "is not it") for option in options if option != right]
+    wrong += [Mutant(f"{word!r}", word) for word in ("maybe", "", None, [right], *others)]
+    accepts(name, right, right.upper(), f"  {right} ").wrong += wrong
 
 
-def questions(right, options):
+def questions(name, right, options):
     """Answers of one word to each of several questions: a dictionary, a list, other order and case."""
     first, *_, last = right
     wrong = [
-        ("only one word", right[first]),
-        ("a question is missing", {first: right[first]}, "keys"),
-        ("a word that is no choice", {**right, last: "perhaps"}, "none of the choices"),
-        ("numbers", dict.fromkeys(right, 1)),
+        Mutant("only one word", right[first]),
+        Mutant("a question is missing", {first: right[first]}, "keys"),
+        Mutant("a word that is no choice", {**right, last: "perhaps"}, "none of the choices"),
+        Mutant("numbers", dict.fromkeys(right, 1)),
     ]
     wrong += [
-        (f"{name} {option}", {**right, name: option}, f"{name}: ")
-        for name in right
+        Mutant(f"{question} {option}", {**right, question: option}, f"{question}: ")
+        for question in right
         for option in options
-        if option != right[name]
+        if option != right[question]
     ]
-    return Answers(
-        [right, list(right.values()), {name: right[name].upper() for name in reversed(right)}], wrong
-    )
+    reverse = {question: right[question].upper() for question in reversed(right)}
+    accepts(name, right, list(right.values()), reverse).wrong += wrong
+
+
+# Words -----------------------------------------------------------------------------------------------------
+
+UP_DOWN = ("up", "down", "same")
+choices("max_pooling_map", "sparser", ("sparser", "denser", "same"), 0)
+choices("second_map", "stronger", ("stronger", "weaker", "not at all"), -1)
+choices("delta_one", "CAM", ("CAM", "learnable", "delta 0.90", "DRS in layer 6"))
+choices("delta_near_zero", "flat", ("flat", "empty", "sparse", "unchanged"))
+choices("larger_heads", "higher", ("higher", "lower", "the same"), 5)
+choices("shuffled_targets", "mean map", ("mean map", "own map", "zero", "noise"))
+choices("all_ones_map", "flat", ("flat", "falling", "rising", "peaked"))
+questions("minmax_scores", {"recall": "up", "precision": "down"}, UP_DOWN)
+questions("soft_properties", {"scaling": "holds", "max pooling": "holds"}, ("holds", "fails"))
+questions("ignored_share", {"alpha": "up", "beta": "down"}, UP_DOWN)
+questions("without_saliency", {"recall": "up", "precision": "down"}, UP_DOWN)
+questions(
+    "broken_inputs",
+    {"not normalised": "silent", "training mode": "handled", "integers": "loud"},
+    ("loud", "handled", "silent"),
+)
 
 
 # 00 --------------------------------------------------------------------------------------------------------
 
 
 def miou_by_loops(predictions, masks, kinds):
-    found = []
+    found, scored = [], masks != 255
     for label in range(kinds):
-        scored = masks != 255
         said, true = (predictions == label) & scored, (masks == label) & scored
         both, either = (said & true).sum(), (said | true).sum()
         found.append(both / either if either else None)
@@ -107,24 +135,18 @@ def miou_by_counting(predictions, masks, kinds):
         return torch.tensor(np.nanmean(hits / (confusion.sum(0) + confusion.sum(1) - hits)))
 
 
-MIOU = Answers(
-    [miou_by_loops, lambda p, m, k: SegmentationScore(k).update(p, m).compute()["miou"], miou_by_counting],
-    [
-        ("pixel accuracy", lambda p, m, k: (p == m)[m < 255].mean(), "pixels are averaged"),
-        ("pixel accuracy with 255", lambda p, m, k: (p == m).mean(), "pixels are averaged"),
-        (
-            "mean of each image's score",
-            lambda p, m, k: np.mean([miou_by_loops(*pair, k) for pair in zip(p, m, strict=True)]),
-            "by itself",
-        ),
-        ("the per-label list", lambda p, m, k: [1.0] * k, "one number"),
-        (
-            "an overflowing index",
-            lambda p, m, k: miou_by_loops(((m * k + p) % 256 % k).astype(np.uint8), m, k),
-        ),
-    ],
-    """
-    255 counted as background :: found = [] => found, masks = [], masks * (masks < 255) :: 255 are counted
+accepts(
+    "miou",
+    miou_by_loops,
+    lambda p, m, k: SegmentationScore(k).update(p, m).compute()["miou"],
+    miou_by_counting,
+).rejects("""
+    pixel accuracy :: lambda p, m, k: (p == m)[m < 255].mean() :: pixels are averaged
+    pixel accuracy with 255 :: lambda p, m, k: (p == m).mean() :: pixels are averaged
+    mean of each image :: lambda p, m, k: np.mean([*map(miou_by_loops, p, m, [k] * len(p))]) :: by itself
+    the per-label list :: lambda p, m, k: [1.0] * k :: one number
+    an overflowing index :: lambda p, m, k: miou_by_loops(((m * k + p) % 256 % k).astype(np.uint8), m, k)
+    255 as background :: found, scored => masks = masks * (masks < 255); found, scored :: 255 are counted
     255 stays in the union :: != 255 => <= 255 :: in the union
     without background :: range(kinds) => range(1, kinds) :: background is left out
     absent labels count 0 :: else None => else 0 :: count as 0
@@ -137,41 +159,35 @@ MIOU = Answers(
     percent :: return sum => return 100 * sum :: percent
     only labels with a hit :: if either => if both :: without a hit
     255 in the prediction's place :: != 255 => != -1; masks = np.where(masks < 255, masks, predictions)
-    """,
-)
+""")
 
 
-LAZY = Answers(
-    [(0.774, 0.774 / 7), torch.tensor([0.78, 0.1114]), {"pixel accuracy": 0.77, "mIoU": 0.11}],
-    [
-        ("mIoU of background alone", (0.774, 0.774), "background alone"),
-        ("background left out", (0.774, 0.0), "background has one"),
-        ("divided by six", (0.774, 0.774 / 6), "seven labels"),
-        ("IoU of background taken for 1", (0.774, 1 / 7), "is not 1"),
-        ("two labels", (0.774, 0.774 / 2), "two labels"),
-        ("exchanged", (0.774 / 7, 0.774), "exchanged"),
-        ("percent", (77.4, 11.06), "percent"),
-        ("accuracy of one in seven", (1 / 7, 1 / 49)),
-        ("the animals' share", (0.226, 0.226 / 7)),
-        ("one number", 0.774),
-    ],
-)
+accepts(
+    "lazy_network", (0.774, 0.774 / 7), torch.tensor([0.78, 0.1114]), {"pixel accuracy": 0.77, "mIoU": 0.11}
+).rejects("""
+    mIoU of background alone :: (0.774, 0.774) :: background alone
+    background left out :: (0.774, 0.0) :: background has one
+    divided by six :: (0.774, 0.774 / 6) :: seven labels
+    IoU of background taken for 1 :: (0.774, 1 / 7) :: is not 1
+    two labels :: (0.774, 0.774 / 2) :: two labels
+    exchanged :: (0.774 / 7, 0.774) :: exchanged
+    percent :: (77.4, 11.06) :: percent
+    accuracy of one in seven :: (1 / 7, 1 / 49)
+    the animals' share :: (0.226, 0.226 / 7)
+    one number :: 0.774
+""")
 
-STAGES = Answers(
-    [1, 1.0, np.int64(1)],
-    [
-        (str(count), count, hint)
-        for count, hint in (
-            (0, "same δ"),
-            (2, "refine"),
-            (3, "all that it reads"),
-            (4, "keys"),
-            (5, "differs"),
-            (6, "in all"),
-        )
-    ]
-    + [("a list", ["classify"]), ("a word", "one"), ("a bool", True)],
-)
+accepts("shared_stages", 1, 1.0, np.int64(1)).rejects("""
+    0 :: 0 :: same δ
+    2 :: 2 :: refine
+    3 :: 3 :: all that it reads
+    4 :: 4 :: keys
+    5 :: 5 :: differs
+    6 :: 6 :: in all
+    a list :: ["classify"]
+    a word :: "one"
+    a bool :: True
+""")
 
 
 # 01 --------------------------------------------------------------------------------------------------------
@@ -184,10 +200,9 @@ def equation_1(maps):
 
 def equation_1_by_loops(maps):
     found = torch.zeros_like(maps)
-    for n in range(len(maps)):
-        for c in range(maps.shape[1]):
-            if maps[n, c].max() > 0:
-                found[n, c] = maps[n, c].clamp(min=0) / maps[n, c].max()
+    for one, M in zip(maps.flatten(0, 1), found.flatten(0, 1), strict=True):
+        if one.max() > 0:
+            M[:] = one.clamp(min=0) / one.max()
     return found
 
 
@@ -197,15 +212,11 @@ def equation_1_flat(maps):
     return torch.where(peak > 0, flat / peak, torch.zeros_like(flat)).view_as(maps)
 
 
-EQUATION_1 = Answers(
-    [equation_1, equation_1_by_loops, equation_1_flat],
-    [
-        ("sigmoid", torch.sigmoid, "sigmoid"),
-        ("softmax over the classes", lambda m: m.softmax(1)),
-        ("8-bit maps", lambda m: (255 * equation_1(m)).byte(), "floating point"),
-        ("clipped to 1", lambda m: m.clamp(0, 1)),
-    ],
-    """
+accepts("localization_map", equation_1, equation_1_by_loops, equation_1_flat).rejects("""
+    sigmoid :: torch.sigmoid :: sigmoid
+    softmax over the classes :: lambda m: m.softmax(1)
+    8-bit maps :: lambda m: (255 * equation_1(m)).byte() :: floating point
+    clipped to 1 :: lambda m: m.clamp(0, 1)
     the batch's maximum :: (2, 3) => (0, 2, 3) :: batch
     the image's maximum :: (2, 3) => (1, 2, 3) :: all classes of an image
     one maximum :: M.amax((2, 3), keepdim=True) => maps.max() :: one maximum
@@ -223,8 +234,7 @@ EQUATION_1 = Answers(
     in place :: relu() => relu_() :: writes into it
     0 / 0 where the maximum is just 0 :: + 1e-5 => + (maps.amax((2, 3), keepdim=True) < 0)
     0 for maxima below 1 :: M / => M * (M.amax((2, 3), keepdim=True) > 1) /
-    """,
-)
+""")
 
 
 def enlarge(maps, size, **options):
@@ -245,18 +255,10 @@ def of_image_size(maps, size):
     return equation_1(F.interpolate(maps, tuple(size), mode="bilinear", align_corners=True))
 
 
-OF_IMAGE_SIZE = Answers(
-    [of_image_size, grid_sampled, map_by_map],
-    [
-        ("divided first", lambda m, size: enlarge(equation_1(m), size), "divided first"),
-        (
-            "the batch's maximum",
-            lambda m, size: (M := enlarge(m, size).relu()) / M.amax((0, 2, 3), True),
-            "batch",
-        ),
-        ("not enlarged", lambda m, size: equation_1(m), "shape"),
-    ],
-    """
+accepts("map_of_image_size", of_image_size, grid_sampled, map_by_map).rejects("""
+    divided first :: lambda m, size: enlarge(equation_1(m), size) :: divided first
+    the batch's maximum :: lambda m, size: (M := enlarge(m, size).relu()) / M.amax((0, 2, 3), True) :: batch
+    not enlarged :: lambda m, size: equation_1(m) :: shape
     ReLU first :: interpolate(maps => interpolate(maps.relu() :: ReLU comes before
     corners :: True => False :: align_corners
     nearest :: , mode="bilinear", align_corners=True => :: nearest
@@ -266,13 +268,11 @@ OF_IMAGE_SIZE = Answers(
     square :: tuple(size) => (size[0], size[0]) :: shape
     enlarged only :: equation_1 => F.relu :: division is left out
     a factor for a size :: tuple(size) => scale_factor=3 :: shape
-    """,
-)
+""")
 
 
 def rescaled(maps):
-    flat = maps.flatten(2)
-    low, high = flat.min(2).values[..., None, None], flat.max(2).values[..., None, None]
+    low, high = (one[..., None, None] for one in maps.flatten(2).aminmax(dim=2))
     return (maps - low) / (high - low + 1e-6)
 
 
@@ -287,14 +287,10 @@ def minmax(maps):
     return (maps - low) / (high - low + 1e-6)
 
 
-MINMAX = Answers(
-    [minmax, rescaled, rescaled_in_two_steps],
-    [
-        ("equation 1", equation_1, "equation 1"),
-        ("ReLU first", lambda m: rescaled(m.relu()), "ReLU is still there"),
-        ("standardised", lambda m: (m - m.mean((2, 3), True)) / (m.std((2, 3), keepdim=True) + 1e-6)),
-    ],
-    """
+accepts("minmax_map", minmax, rescaled, rescaled_in_two_steps).rejects("""
+    equation 1 :: equation_1 :: equation 1
+    ReLU first :: lambda m: rescaled(m.relu()) :: ReLU is still there
+    standardised :: lambda m: (m - m.mean((2, 3), True)) / (m.std((2, 3), keepdim=True) + 1e-06)
     over the batch too :: (2, 3) => (0, 2, 3) :: batch too
     one for an image :: (2, 3) => (1, 2, 3) :: all classes
     one for all :: (2, 3) => (0, 1, 2, 3) :: whole batch
@@ -305,46 +301,37 @@ MINMAX = Answers(
     not shifted :: (maps - low) => maps :: not subtracted
     upside down :: maps - low => high - maps
     to -1..1 :: return => return -1 + 2 * :: -1 to 1
-    """,
-)
+""")
 
 
-MAX_POOLING = Answers(
-    [
-        lambda m: m.amax((2, 3)),
-        lambda m: m.flatten(2).max(dim=2).values,
-        lambda m: F.adaptive_max_pool2d(m, 1)[:, :, 0, 0],
-        lambda m: F.max_pool2d(m, tuple(m.shape[2:])).squeeze(-1).squeeze(-1),
-    ],
-    [
-        ("mean", lambda m: m.mean((2, 3)), "GAP"),
-        ("sum", lambda m: m.sum((2, 3)), "sum"),
-        ("ReLU first", lambda m: m.relu().amax((2, 3)), "ReLU"),
-        ("sigmoid", lambda m: m.amax((2, 3)).sigmoid(), "sigmoid"),
-        ("absolute", lambda m: m.abs().amax((2, 3)), "absolute"),
-        ("minimum", lambda m: m.amin((2, 3)), "minimum"),
-        ("logsumexp", lambda m: m.logsumexp((2, 3)), "logsumexp"),
-        ("over the batch too", lambda m: m.amax((0, 2, 3)).expand(len(m), -1), "batch too"),
-        ("dimensions kept", lambda m: m.amax((2, 3), keepdim=True), "shape"),
-        ("over the classes", lambda m: m.amax((1, 2)), "shape"),
-        ("the place of the maximum", lambda m: m.flatten(2).argmax(2), "floating point"),
-        ("detached", lambda m: m.detach().amax((2, 3)), "gradient"),
-        ("squeezed", lambda m: m.amax((2, 3)).squeeze(0), "shape"),
-        ("mean of the rows' maxima", lambda m: m.amax(3).mean(2), "rows are pooled"),
-        (
-            "gradient spread",
-            lambda m: m.mean((2, 3)) + (m.amax((2, 3)) - m.mean((2, 3))).detach(),
-            "gradient",
-        ),
-    ],
-)
+accepts(
+    "global_max_pooling",
+    lambda m: m.amax((2, 3)),
+    lambda m: m.flatten(2).max(dim=2).values,
+    lambda m: F.adaptive_max_pool2d(m, 1)[:, :, 0, 0],
+    lambda m: F.max_pool2d(m, tuple(m.shape[2:])).squeeze(-1).squeeze(-1),
+).rejects("""
+    mean :: lambda m: m.mean((2, 3)) :: GAP
+    sum :: lambda m: m.sum((2, 3)) :: sum
+    ReLU first :: lambda m: m.relu().amax((2, 3)) :: ReLU
+    sigmoid :: lambda m: m.amax((2, 3)).sigmoid() :: sigmoid
+    absolute :: lambda m: m.abs().amax((2, 3)) :: absolute
+    minimum :: lambda m: m.amin((2, 3)) :: minimum
+    logsumexp :: lambda m: m.logsumexp((2, 3)) :: logsumexp
+    over the batch too :: lambda m: m.amax((0, 2, 3)).expand(len(m), -1) :: batch too
+    dimensions kept :: lambda m: m.amax((2, 3), keepdim=True) :: shape
+    over the classes :: lambda m: m.amax((1, 2)) :: shape
+    the place of the maximum :: lambda m: m.flatten(2).argmax(2) :: floating point
+    detached :: lambda m: m.detach().amax((2, 3)) :: gradient
+    squeezed :: lambda m: m.amax((2, 3)).squeeze(0) :: shape
+    mean of the rows' maxima :: lambda m: m.amax(3).mean(2) :: rows are pooled
+    gradient spread :: lambda m: m.mean((2, 3)) + (m.amax((2, 3)) - m.mean((2, 3))).detach() :: gradient
+""")
 
 
 def region_by_where(values, regions):
     rows, columns = np.where(values == values.max())
-    for name in regions:
-        if regions[name][rows[0], columns[0]]:
-            return name
+    return [name for name in regions if regions[name][rows[0], columns[0]]][0]
 
 
 def region_of_peak(values, regions):
@@ -356,24 +343,21 @@ def region_by(measure):
     return lambda values, regions: max(regions, key=lambda name: measure(values[regions[name]]))
 
 
-PEAK = Answers(
-    [region_of_peak, region_by_where, region_by(lambda own: own.max(initial=-9))],
-    [
-        ("highest mean", region_by(lambda own: own.mean() if own.size else -9), "mean"),
-        ("largest sum", region_by(lambda own: own.sum() if own.size else -9), "sum"),
-        ("largest region", region_by(np.size), "largest region"),
-        ("always the head", lambda v, r: "head", "always"),
-        ("the number", lambda v, r: int(v.argmax()), "name of a region"),
-        ("outside of the map's zeros", region_by(lambda own: own.max(initial=0))),
-        ("most above a half", lambda v, r: max(r, key=lambda k: (v[r[k]] > 0.5 * v.max()).sum())),
-        ("'skull'", lambda v, r: "skull", "expected one of"),
-    ],
-    """
+accepts(
+    "peak_region", region_of_peak, region_by_where, region_by(lambda own: own.max(initial=-9))
+).rejects("""
+    highest mean :: region_by(lambda own: own.mean() if own.size else -9) :: mean
+    largest sum :: region_by(lambda own: own.sum() if own.size else -9) :: sum
+    largest region :: region_by(np.size) :: largest region
+    always the head :: lambda v, r: 'head' :: always
+    the number :: lambda v, r: int(v.argmax()) :: name of a region
+    outside of the map's zeros :: region_by(lambda own: own.max(initial=0))
+    most above a half :: lambda v, r: max(r, key=lambda k: (v[r[k]] > 0.5 * v.max()).sum())
+    'skull' :: lambda v, r: 'skull' :: expected one of
     minimum :: argmax => argmin :: minimum
     absolute :: values.argmax => np.abs(values).argmax :: absolute
     width and height :: values.argmax() => values.T.ravel().argsort()[-1]
-    """,
-)
+""")
 
 
 def scores_by_regions(values, truth, alpha):
@@ -396,12 +380,8 @@ def scores(values, truth, alpha):
     return hit / truth.sum(), hit / cue.sum()
 
 
-CUE_SCORES = Answers(
-    [scores, scores_by_regions, scores_by_loops],
-    [
-        ("the map's mass", lambda v, t, a: (v[t].sum() / t.sum(), v[t].sum() / v.sum()), "values are added"),
-    ],
-    """
+accepts("cue_scores", scores, scores_by_regions, scores_by_loops).rejects("""
+    the map's mass :: lambda v, t, a: (v[t].sum() / t.sum(), v[t].sum() / v.sum()) :: values are added
     exchanged :: hit / truth.sum(), hit / cue.sum() => hit / cue.sum(), hit / truth.sum() :: comes first
     >= alpha :: > alpha => >= alpha :: >= alpha
     < alpha :: > alpha => < alpha :: < alpha
@@ -415,8 +395,7 @@ CUE_SCORES = Answers(
     alpha fixed at 0.2 :: > alpha => > 0.2
     accuracy for precision :: hit / cue.sum() => (cue == truth).mean()
     rescaled first :: values > alpha => (values - values.min()) / np.ptp(values) > alpha
-    """,
-)
+""")
 
 
 # 02 --------------------------------------------------------------------------------------------------------
@@ -448,18 +427,16 @@ PEAKS = """
     maximum over the channels :: (2, 3) => 1 :: over the channels
     maximum of each row :: (2, 3) => 3 :: row
 """
-SUPPRESS = Answers(
-    [
-        three_lines,
-        suppress,
-        suppress_plain,
-        by_loops,
-        minimum_first,
-        lambda x, d: DRS(x.shape[1], delta=d)(x),
-    ],
-    [("a batch of one", lambda x, d: suppress(x.squeeze(0)[None], d)[:1])],
-    PEAKS
-    + """
+accepts(
+    "suppress",
+    three_lines,
+    suppress,
+    suppress_plain,
+    by_loops,
+    minimum_first,
+    lambda x, d: DRS(x.shape[1], delta=d)(x),
+).rejects(f"""{PEAKS}
+    a batch of one :: lambda x, d: suppress(x.squeeze(0)[None], d)[:1]
     one maximum :: X.amax((2, 3), keepdim=True) => x.max() :: whole batch
     maximum of each column :: (2, 3) => 2 :: column
     maximum over the images :: (2, 3) => 0 :: over the images
@@ -483,11 +460,11 @@ SUPPRESS = Answers(
     float32 :: x.relu() => x.float().relu() :: float64
     an absolute value for the ReLU :: relu => abs
     random :: x.relu() => (x + 0.1 * torch.randn(x.shape, dtype=x.dtype)).relu()
-    """,
-)
+""")
 
-OF_A_MODULE = [("hard suppression", suppress, "suppress"), ("a ReLU", lambda x, d: x.relu())]
-PEAKS_OF_A_MODULE = f"""{PEAKS}
+OF_A_MODULE = f"""{PEAKS}
+    hard suppression :: suppress :: suppress
+    a ReLU :: lambda x, d: x.relu()
     mean for maximum :: amax => mean :: mean
     delta itself :: X.amax((2, 3), keepdim=True) => torch.ones_like(X) :: delta itself
 """
@@ -499,17 +476,12 @@ def erase(x, delta):
     return torch.where(X < tau, X, 0.0)
 
 
-ERASING = Answers(
-    [
-        erase,
-        lambda x, d: F.relu(x) * (F.relu(x) < d * F.adaptive_max_pool2d(x, 1)),
-        lambda x, d: x.relu().masked_fill(
-            x >= d * x.flatten(2).max(2).values[..., None, None].clamp(min=0), 0
-        ),
-    ],
-    OF_A_MODULE,
-    PEAKS_OF_A_MODULE
-    + """
+accepts(
+    "erasing",
+    erase,
+    lambda x, d: F.relu(x) * (F.relu(x) < d * F.adaptive_max_pool2d(x, 1)),
+    lambda x, d: x.relu().masked_fill(x >= d * x.flatten(2).max(2).values[..., None, None].clamp(min=0), 0),
+).rejects(f"""{OF_A_MODULE}
     > for >= :: X < tau => X <= tau :: equal to tau
     the wrong side :: X, 0.0 => 0.0, X :: below tau
     no ReLU :: x.relu() => x :: ReLU
@@ -517,8 +489,7 @@ ERASING = Answers(
     1 where it is erased :: 0.0 => 1.0
     detached :: x.relu() => x.detach().relu() :: gradient
     in place :: relu() => relu_() :: writes into
-    """,
-)
+""")
 
 
 def soft(x, delta):
@@ -541,16 +512,13 @@ def soft_by_exponentials(x, delta):
     return tau * (1 - e) / (1 + e)
 
 
-SOFT_SUPPRESSOR = Answers(
-    [
-        soft,
-        soft_where,
-        soft_by_exponentials,
-        lambda x, d: (d * peak_of(x) * torch.tanh(x.relu() / (d * peak_of(x)))).nan_to_num(),
-    ],
-    OF_A_MODULE,
-    PEAKS_OF_A_MODULE
-    + """
+accepts(
+    "soft_suppressor",
+    soft,
+    soft_where,
+    soft_by_exponentials,
+    lambda x, d: (d * peak_of(x) * torch.tanh(x.relu() / (d * peak_of(x)))).nan_to_num(),
+).rejects(f"""{OF_A_MODULE}
     tau in front missing :: return tau * => return :: in front
     tau inside missing :: X / tau.clamp(min=1e-9) => X :: inside
     0 / 0 :: .clamp(min=1e-9) => :: 0 / 0
@@ -559,8 +527,7 @@ SOFT_SUPPRESSOR = Answers(
     sigmoid :: tanh => sigmoid :: sigmoid
     tanh of the maximum :: tau * torch.tanh(X / tau.clamp(min=1e-9)) => torch.minimum(X, torch.tanh(tau))
     softsign :: tau * torch.tanh(X / tau.clamp(min=1e-9)) => X / (1 + X / tau.clamp(min=1e-9))
-    """,
-)
+""")
 
 
 def by_linear(features, theta):
@@ -578,10 +545,7 @@ def by_call(features, theta):
     return torch.func.functional_call(controller, {"f.weight": theta}, (features,))
 
 
-CONTROLLER = Answers(
-    [by_linear, by_einsum, by_call],
-    [],
-    """
+accepts("learnable_controller", by_linear, by_einsum, by_call).rejects("""
     theta not transposed :: pooled, theta => pooled, theta.T :: transposed
     softmax :: sigmoid() => softmax(1) :: softmax
     softmax over images :: sigmoid() => softmax(0) :: softmax
@@ -599,8 +563,7 @@ CONTROLLER = Answers(
     mean over rows only :: mean((2, 3)) => mean(2).mean(1)
     four dimensions :: .sigmoid() => .sigmoid()[:, :, None, None] :: shape
     one image :: features.mean => features[:1].mean :: shape
-    """,
-)
+""")
 
 
 def whole_module(x, theta):
@@ -611,15 +574,13 @@ def whole_module(x, theta):
     return torch.minimum(X, tau)
 
 
-ALGORITHM = Answers(
-    [
-        whole_module,
-        lambda x, t: suppress(x, by_einsum(x.relu(), t)),
-        lambda x, t: x.relu().minimum(peak_of(x) * by_linear(x.relu(), t)[..., None, None]),
-        lambda x, t: torch.func.functional_call(DRS(len(t)).to(t.dtype), {"controller.f.weight": t}, (x,)),
-    ],
-    [],
-    """
+accepts(
+    "algorithm_1",
+    whole_module,
+    lambda x, t: suppress(x, by_einsum(x.relu(), t)),
+    lambda x, t: x.relu().minimum(peak_of(x) * by_linear(x.relu(), t)[..., None, None]),
+    lambda x, t: torch.func.functional_call(DRS(len(t)).to(t.dtype), {"controller.f.weight": t}, (x,)),
+).rejects("""
     GAP before the ReLU :: X.mean => x.mean :: before the ReLU
     maximum over the batch too :: amax((2, 3) => amax((0, 2, 3) :: batch too
     one maximum for all channels :: amax((2, 3) => amax((1, 2, 3) :: share one
@@ -644,97 +605,75 @@ ALGORITHM = Answers(
     ReLU for the controller alone :: peak * G => x.amax((2, 3), keepdim=True) * G; X = x :: not of relu
     maximum of X and tau :: minimum => maximum :: maximum of X and tau
     a ReLU :: torch.minimum(X, tau) => X :: nothing is suppressed
-    """,
-)
+""")
 
 
 FIVE = [(1, 3), (2, 2), (2, 3), (2, 4)]
-FIVE_BY_FIVE = Answers(
-    [
-        (4.4, FIVE, 1.76),
-        {"positions": {*FIVE}, "tau": torch.tensor(4.4), "gradient": 1.76},
-        [4.4, np.array(FIVE[::-1]), 0.44 * 4],
-        (
-            4.4,
-            torch.zeros(5, 5).index_put(
-                (torch.tensor([1, 2, 2, 2]), torch.tensor([3, 2, 3, 4])), torch.ones(4)
-            )
-            > 0,
-            1.76,
-        ),
-    ],
-    [
-        ("tau from the mean", (0.44 * 51 / 25, FIVE, 1.76), "not of its mean"),
-        ("tau is delta", (0.44, FIVE, 1.76), "not the share itself"),
-        ("tau with 1 - delta", (5.6, FIVE[:1] + FIVE[2:], 1.32), "1 - delta"),
-        ("tau is the maximum", (10, [(2, 3)], 1), "maximum"),
-        ("G of the text", (6.9, FIVE[:1] + FIVE[2:], 1.76), "0.69"),
-        ("counted from 1", (4.4, [(r + 1, c + 1) for r, c in FIVE], 1.76), "from 1"),
-        ("columns first", (4.4, [(c, r) for r, c in FIVE], 1.76), "exchanged"),
-        ("without the maximum", (4.4, [p for p in FIVE if p != (2, 3)], 1.76), "maximum itself"),
-        ("without 4.6", (4.4, [p for p in FIVE if p != (2, 2)], 1.32), "sunk since"),
-        ("with 4.3", (4.4, [*FIVE, (1, 4)], 2.2), "4.3"),
-        ("the maximum alone", (4.4, [(2, 3)], 0.44), "Not only"),
-        ("the text's, for delta 0.6", (4.4, FIVE, 1.8), "Here delta is 0.44"),
-        ("the bound of delta 0.6", (6, FIVE[:1] + FIVE[2:], 1.8), "here delta is 0.44"),
-        ("gradient 1", (4.4, FIVE, 1), "Without DRS"),
-        ("gradient 4", (4.4, FIVE, 4), "share"),
-        ("gradient 0.44", (4.4, FIVE, 0.44), "others"),
-        ("gradient of the other three", (4.4, FIVE, 1.32), "own gradient"),
-        ("own gradient in full", (4.4, FIVE, 2.32), "like the others"),
-        ("own gradient on top", (4.4, FIVE, 2.76), "nothing reaches it"),
-        ("gradient 0", (4.4, FIVE, 0), "decides tau"),
-        ("values for positions", (4.4, [4.6, 7.2, 8.4, 10.0], 1.76), "pairs"),
-        ("a count for positions", (4.4, 4, 1.76), "pairs"),
-        ("tau alone", 4.4, "expected 3"),
-    ],
-)
+accepts(
+    "five_by_five",
+    (4.4, FIVE, 1.76),
+    {"positions": {*FIVE}, "tau": torch.tensor(4.4), "gradient": 1.76},
+    [4.4, np.array(FIVE[::-1]), 0.44 * 4],
+    (4.4, torch.isin(torch.arange(25), torch.tensor([8, 12, 13, 14])).view(5, 5), 1.76),
+).rejects("""
+    tau from the mean :: (0.44 * 51 / 25, FIVE, 1.76) :: not of its mean
+    tau is delta :: (0.44, FIVE, 1.76) :: not the share itself
+    tau with 1 - delta :: (5.6, FIVE[:1] + FIVE[2:], 1.32) :: 1 - delta
+    tau is the maximum :: (10, [(2, 3)], 1) :: maximum
+    G of the text :: (6.9, FIVE[:1] + FIVE[2:], 1.76) :: 0.69
+    counted from 1 :: (4.4, [(r + 1, c + 1) for r, c in FIVE], 1.76) :: from 1
+    columns first :: (4.4, [(c, r) for r, c in FIVE], 1.76) :: exchanged
+    without the maximum :: (4.4, [p for p in FIVE if p != (2, 3)], 1.76) :: maximum itself
+    without 4.6 :: (4.4, [p for p in FIVE if p != (2, 2)], 1.32) :: sunk since
+    with 4.3 :: (4.4, [*FIVE, (1, 4)], 2.2) :: 4.3
+    the maximum alone :: (4.4, [(2, 3)], 0.44) :: Not only
+    the text's, for delta 0.6 :: (4.4, FIVE, 1.8) :: Here delta is 0.44
+    the bound of delta 0.6 :: (6, FIVE[:1] + FIVE[2:], 1.8) :: here delta is 0.44
+    gradient 1 :: (4.4, FIVE, 1) :: Without DRS
+    gradient 4 :: (4.4, FIVE, 4) :: share
+    gradient 0.44 :: (4.4, FIVE, 0.44) :: others
+    gradient of the other three :: (4.4, FIVE, 1.32) :: own gradient
+    own gradient in full :: (4.4, FIVE, 2.32) :: like the others
+    own gradient on top :: (4.4, FIVE, 2.76) :: nothing reaches it
+    gradient 0 :: (4.4, FIVE, 0) :: decides tau
+    values for positions :: (4.4, [4.6, 7.2, 8.4, 10.0], 1.76) :: pairs
+    a count for positions :: (4.4, 4, 1.76) :: pairs
+    tau alone :: 4.4 :: expected 3
+""")
 
-TWO_MAPS = Answers(
-    [
-        (5.744, 2.443),
-        torch.sigmoid(torch.tensor([0.3, 0.45])) * torch.tensor([10.0, 4.0]),
-        [5.74, np.float64(2.44)],
-    ],
-    [
-        ("control values", (0.574, 0.611), "control values"),
-        ("no sigmoid", (3.0, 1.8), "sigmoid"),
-        ("columns of theta", (7.109, 0.498), "columns"),
-        ("diagonal of theta", (6.900, 2.050), "diagonal"),
-        ("times the average", (1.149, 0.305), "average"),
-        ("softmax", (4.626, 2.150), "softmax"),
-        ("f of the maxima", (5.0, 3.667), "maxima"),
-        ("exchanged", (2.443, 5.744), "exchanged"),
-        ("maxima exchanged", (2.298, 6.106), "exchanged"),
-        ("tanh", (2.913, 1.688), "tanh"),
-        ("only the first right", (5.744, 2.0), "The other is right"),
-        ("one number", 5.744, "expected 2"),
-    ],
-)
+accepts(
+    "two_maps",
+    (5.744, 2.443),
+    torch.sigmoid(torch.tensor([0.3, 0.45])) * torch.tensor([10.0, 4.0]),
+    [5.74, np.float64(2.44)],
+).rejects("""
+    control values :: (0.574, 0.611) :: control values
+    no sigmoid :: (3.0, 1.8) :: sigmoid
+    columns of theta :: (7.109, 0.498) :: columns
+    diagonal of theta :: (6.9, 2.05) :: diagonal
+    times the average :: (1.149, 0.305) :: average
+    softmax :: (4.626, 2.15) :: softmax
+    f of the maxima :: (5.0, 3.667) :: maxima
+    exchanged :: (2.443, 5.744) :: exchanged
+    maxima exchanged :: (2.298, 6.106) :: exchanged
+    tanh :: (2.913, 1.688) :: tanh
+    only the first right :: (5.744, 2.0) :: The other is right
+    one number :: 5.744 :: expected 2
+""")
 
-DECAY = Answers(
-    [0.5, torch.tensor(0.5), np.float32(0.5)],
-    [
-        (str(value), value, hint)
-        for value, hint in (
-            (0.9526, "starts"),
-            (0.95, "starts"),
-            (0, "sigmoid"),
-            (1, "sigmoid of 0"),
-            (3, "bias"),
-            (0.55, "delta"),
-        )
-    ]
-    + [("a word", "0.5"), ("percent", 50, "percent")],
-)
+accepts("weight_decay", 0.5, torch.tensor(0.5), np.float32(0.5)).rejects("""
+    0.9526 :: 0.9526 :: starts
+    0.95 :: 0.95 :: starts
+    0 :: 0 :: sigmoid
+    1 :: 1 :: sigmoid of 0
+    3 :: 3 :: bias
+    0.55 :: 0.55 :: delta
+    a word :: "0.5"
+    percent :: 50 :: percent
+""")
 
 
 # 03 --------------------------------------------------------------------------------------------------------
-
-
-def by_formula(values, shares):
-    a, b = values.mean(1) - values.mean(), shares - shares.mean()
-    return (a * b).sum() / (a.square().sum() * b.square().sum()).sqrt()
 
 
 def by_numpy(values, shares):
@@ -742,10 +681,12 @@ def by_numpy(values, shares):
     return np.corrcoef(v.mean(1), s)[0, 1]
 
 
-CORRELATION = Answers(
-    [by_numpy, by_formula, lambda v, s: torch.corrcoef(torch.stack([v.mean(1), s]))[1, 0].item()],
-    [],
-    """
+accepts(
+    "control_correlation",
+    by_numpy,
+    lambda v, s: F.cosine_similarity(v.mean(1) - v.mean(), s - s.mean(), dim=0),
+    lambda v, s: torch.corrcoef(torch.stack([v.mean(1), s]))[1, 0].item(),
+).rejects("""
     [0, 0] :: [0, 1] => [0, 0] :: [0, 0]
     the matrix :: [0, 1] => :: one number
     covariance :: corrcoef => cov :: covariance
@@ -757,8 +698,7 @@ CORRELATION = Answers(
     mean of the channels' correlations :: (v.mean(1), s)[0, 1] => (v.T, s)[-1, :-1].mean() :: each channel
     ranks :: v.mean(1), s => v.mean(1).argsort().argsort(), s.argsort().argsort()
     of the logits :: v.mean(1), s => v.sum(1), np.log(s / (1 - s))
-    """,
-)
+""")
 
 
 class ChannelController(nn.Module):
@@ -784,14 +724,12 @@ class Shared(OfFourDimensions):
         return 1 / (1 + torch.exp(-self.theta[0, :, 0, 0]))
 
 
-CHANNEL = Answers(
-    [ChannelController, OfFourDimensions, Shared, lambda k: ChannelController(k)],
-    [
-        ("equation 2's", LearnableController, "equation 2"),
-        ("an instance", ChannelController(4), "its class"),
-        ("a function", lambda k: torch.sigmoid(torch.zeros(k)), "nn.Module"),
-    ],
-    """
+accepts(
+    "channel_controller", ChannelController, OfFourDimensions, Shared, lambda k: ChannelController(k)
+).rejects("""
+    equation 2's :: LearnableController :: equation 2
+    an instance :: ChannelController(4) :: its class
+    a function :: lambda k: torch.sigmoid(torch.zeros(k)) :: nn.Module
     a whole nn.Linear :: zeros(channels) => zeros(channels + 1, channels) :: nn.Linear
     one number for all :: zeros(channels) => zeros(1) :: One number
     no nn.Parameter :: nn.Parameter => :: nn.Parameter
@@ -806,8 +744,7 @@ CHANNEL = Answers(
     the features' shape :: .expand(len(features), -1) => [:, None, None].expand_as(features) :: shape
     sigmoid twice :: self.theta). => self.theta).sigmoid().
     super().__init__() missing :: super().__init__() => :: raised
-    """,
-)
+""")
 
 
 class Fixed(nn.Module):
@@ -833,14 +770,10 @@ class FixedOfFourDimensions(Fixed):
         return self.v.mean(0, keepdim=True).repeat(len(features), 1)[:, :, None, None]
 
 
-FIXED = Answers(
-    [Fixed, PlainFixed, FixedOfFourDimensions],
-    [
-        ("trainable", lambda v: Shared(v.shape[1]), "trainable"),
-        ("a tensor", lambda v: v.mean(0), "nn.Module"),
-        ("the module itself", Fixed(torch.rand(3, 4))),
-    ],
-    """
+accepts("fixed_controller", Fixed, PlainFixed, FixedOfFourDimensions).rejects("""
+    trainable :: lambda v: Shared(v.shape[1]) :: trainable
+    a tensor :: lambda v: v.mean(0) :: nn.Module
+    the module itself :: Fixed(torch.rand(3, 4))
     mean over the channels :: mean(0) => mean(1) :: over the channels
     one mean :: mean(0) => mean().expand(self.v.shape[1]) :: one mean
     a number :: mean(0) => mean().item() :: forward returned
@@ -849,25 +782,21 @@ FIXED = Answers(
     sigmoid once more :: mean(0) => mean(0).sigmoid() :: sigmoid
     all values :: self.v.mean(0) => self.v :: shape
     of the features :: self.v.mean(0) => features.mean((0, 2, 3))
-    """,
-)
+""")
 
 
-DELTAS = Answers(
-    [[0.5, 0.4], {0.4}, np.array([0.4, 0.5]), (0.5, 0.4)],
-    [
-        ("sd of the worst", [0.4, 0.5, 0.55, 0.6], "largest sd"),
-        ("with 0.55", [0.4, 0.5, 0.55]),
-        ("one sd", [0.5], "one sd"),
-        ("none", [], "of itself"),
-        ("all", [0.9, 0.8, 0.7, 0.6, 0.55, 0.5, 0.4]),
-        ("the paper's", [0.55]),
-        ("the wrong end", [0.9, 0.8]),
-        ("percent", [50, 40], "not among"),
-        ("a number", 0.4),
-        ("two sd as a share", [0.5, 0.45], "not among"),
-    ],
-)
+accepts("within_two_sd", [0.5, 0.4], {0.4}, np.array([0.4, 0.5]), (0.5, 0.4)).rejects("""
+    sd of the worst :: [0.4, 0.5, 0.55, 0.6] :: largest sd
+    with 0.55 :: [0.4, 0.5, 0.55]
+    one sd :: [0.5] :: one sd
+    none :: [] :: of itself
+    all :: [0.9, 0.8, 0.7, 0.6, 0.55, 0.5, 0.4]
+    the paper's :: [0.55]
+    the wrong end :: [0.9, 0.8]
+    percent :: [50, 40] :: not among
+    a number :: 0.4
+    two sd as a share :: [0.5, 0.45] :: not among
+""")
 
 
 # 04 --------------------------------------------------------------------------------------------------------
@@ -881,13 +810,8 @@ def field_backwards(layers):
 
 
 def field_by_sum(layers):
-    return torch.tensor(
-        1
-        + sum(
-            (k - 1) * d * int(np.prod([s for _, s, _ in layers[:i]], initial=1))
-            for i, (k, _, d) in enumerate(layers)
-        )
-    )
+    jumps = np.cumprod([1, *(s for _, s, _ in layers)])
+    return torch.tensor(1 + sum((k - 1) * d * int(j) for (k, _, d), j in zip(layers, jumps, strict=False)))
 
 
 def field_forwards(layers):
@@ -898,13 +822,9 @@ def field_forwards(layers):
     return r
 
 
-FIELD = Answers(
-    [field_forwards, field_backwards, field_by_sum],
-    [
-        ("all fields", lambda x: [field_forwards(x[:i]) for i in range(len(x))], "one number"),
-        ("empties the list", lambda x: [field_forwards(x), x.clear()][0], "writes into"),
-    ],
-    """
+accepts("receptive_field", field_forwards, field_backwards, field_by_sum).rejects("""
+    all fields :: lambda x: [field_forwards(x[:i]) for i in range(len(x))] :: one number
+    empties the list :: lambda x: [field_forwards(x), x.clear()][0] :: writes into
     no dilation :: * d => :: dilation
     no jump :: * j => :: jump is left out
     jump first :: d * j => d * j * s :: before r
@@ -918,26 +838,24 @@ FIELD = Answers(
     jumps added from 0 :: j *= s => j += s - 1
     without poolings :: in layers => in [layer for layer in layers if layer[0] != 2]
     the jump :: return r => return j
-    """,
-)
+""")
 
 
-VGG = Answers(
-    [[5, 14, 40, 92, 196], (6, 16, 44, 100, 212), torch.tensor([5, 14, 40, 92, 196])],
-    [
-        ("the paper's network", [5, 14, 40, 92, 204], "paper's"),
-        ("jump not doubled", [5, 10, 18, 26, 34], "doubled"),
-        ("poolings left out", [5, 9, 15, 21, 27], "Only convolutions"),
-        ("poolings' kernels left out", [5, 13, 37, 85, 181], "own kernel"),
-        ("one convolution a block", [3, 8, 18, 38, 78], "two or three"),
-        ("sizes of the outputs", [112, 56, 28, 14, 7], "sizes"),
-        ("jumps", [1, 2, 4, 8, 16], "jumps"),
-        ("the last wrong", [6, 16, 44, 100, 213], "block 5"),
-        ("all wrong", [7, 20, 50, 100, 200], "block 1"),
-        ("the last alone", 212, "expected 5"),
-        ("six layers", [5, 14, 40, 92, 204, 252], "6 entries"),
-    ],
-)
+accepts(
+    "vgg16_fields", [5, 14, 40, 92, 196], (6, 16, 44, 100, 212), torch.tensor([5, 14, 40, 92, 196])
+).rejects("""
+    the paper's network :: [5, 14, 40, 92, 204] :: paper's
+    jump not doubled :: [5, 10, 18, 26, 34] :: doubled
+    poolings left out :: [5, 9, 15, 21, 27] :: Only convolutions
+    poolings' kernels left out :: [5, 13, 37, 85, 181] :: own kernel
+    one convolution a block :: [3, 8, 18, 38, 78] :: two or three
+    sizes of the outputs :: [112, 56, 28, 14, 7] :: sizes
+    jumps :: [1, 2, 4, 8, 16] :: jumps
+    the last wrong :: [6, 16, 44, 100, 213] :: block 5
+    all wrong :: [7, 20, 50, 100, 200] :: block 1
+    the last alone :: 212 :: expected 5
+    six layers :: [5, 14, 40, 92, 204, 252] :: 6 entries
+""")
 
 
 def square_by_sums(gradient):
@@ -970,21 +888,13 @@ def square_by_rings(g):
 
 
 def box_of(g, threshold):
-    rows, columns = (g.abs() > threshold * g.abs().max()).nonzero(as_tuple=True)
-    return max(int(rows.max() - rows.min()), int(columns.max() - columns.min())) + 1
+    return max(np.ptp(axis) for axis in np.nonzero(g.abs().numpy() > threshold * g.abs().max().item())) + 1
 
 
-EFFECTIVE = Answers(
-    [square_by_sums, square_by_distance, square_by_rings],
-    [
-        ("above a tenth", lambda g: box_of(g, 0.1), "tenth"),
-        ("all of it", lambda g: box_of(g, 0.0), "theoretical"),
-        (
-            "the count of positions",
-            lambda g: int((g.abs().flatten().sort().values.cumsum(0) > 0.1 * g.abs().sum()).sum()),
-        ),
-    ],
-    """
+accepts("effective_field", square_by_sums, square_by_distance, square_by_rings).rejects("""
+    above a tenth :: lambda g: box_of(g, 0.1) :: tenth
+    all of it :: lambda g: box_of(g, 0.0) :: theoretical
+    the count of positions :: lambda g: (g.abs().ravel().sort().values.cumsum(0) > 0.1 * g.abs().sum()).sum()
     the distance :: return side => return side // 2 :: distance
     twice the distance :: return side => return side - 1 :: middle itself
     with signs :: gradient.abs() => gradient :: signs
@@ -997,32 +907,29 @@ EFFECTIVE = Answers(
     two too many :: return side => return side + 2
     around the maximum :: gradient.abs() => gradient.abs().roll(gradient.shape[0] // 2, 0)
     takes the absolute in place :: abs() => abs_() :: writes into
-    """,
-)
+""")
 
 
 # 05 --------------------------------------------------------------------------------------------------------
 
-REFINEMENT = Answers(
-    [
-        (0.64, 0.32),
-        {"N": 0.64, "N with half of the images taken for another species": 0.32},
-        np.array([0.64, 0.32]),
-    ],
-    [
-        ("the most frequent", (1, 1), "most frequent"),
-        ("the most frequent, halved", (1, 0.5), "most frequent"),
-        ("others taken for 0", (0.6, 0.3), "0.1, not 0"),
-        ("mean of 1 and 0.1", (0.55, 0.275), "equally frequent"),
-        ("not halved", (0.64, 0.64), "absent class"),
-        ("shares exchanged", (0.46, 0.23), "exchanged"),
-        ("0.1 for the absent", (0.64, 0.37), "not 0.1"),
-        ("1 for the absent", (0.64, 0.82), "is 0"),
-        ("percent", (64, 32), "percent"),
-        ("only the first", 0.64, "expected 2"),
-        ("words", ("0.64", "0.32"), "one number"),
-    ],
-)
+accepts(
+    "refinement_mean",
+    (0.64, 0.32),
+    {"N": 0.64, "N with half of the images taken for another species": 0.32},
+    np.array([0.64, 0.32]),
+).rejects("""
+    the most frequent :: (1, 1) :: most frequent
+    the most frequent, halved :: (1, 0.5) :: most frequent
+    others taken for 0 :: (0.6, 0.3) :: 0.1, not 0
+    mean of 1 and 0.1 :: (0.55, 0.275) :: equally frequent
+    not halved :: (0.64, 0.64) :: absent class
+    shares exchanged :: (0.46, 0.23) :: exchanged
+    0.1 for the absent :: (0.64, 0.37) :: not 0.1
+    1 for the absent :: (0.64, 0.82) :: is 0
+    percent :: (64, 32) :: percent
+    only the first :: 0.64 :: expected 2
+    words :: ('0.64', '0.32') :: one number
+""")
 
 
 def changes_by_library(before, after, mask, label):
@@ -1033,14 +940,8 @@ def changes_by_loops(before, after, mask, label):
     counts = dict.fromkeys(CHANGES[1:], 0)
     for b, a, m in zip(before.ravel(), after.ravel(), mask.ravel(), strict=True):
         if m != 255 and (b or a):
-            right = m == label
-            counts[
-                ("recovered, right" if right else "recovered, wrong")
-                if not b
-                else ("removed, wrong" if right else "removed, right")
-                if not a
-                else "kept"
-            ] += 1
+            change = "recovered" if a else "removed"
+            counts["kept" if a and b else f"{change}, {'right' if a == (m == label) else 'wrong'}"] += 1
     return counts
 
 
@@ -1050,13 +951,9 @@ def changes(before, after, mask, label):
     return [int(x.sum()) for x in (kept, new & right, new & ~right, gone & ~right, gone & right)]
 
 
-CUE_CHANGES = Answers(
-    [changes, changes_by_library, changes_by_loops],
-    [
-        ("cues exchanged", lambda b, a, m, k: changes(a, b, m, k), "cues are exchanged"),
-        ("writes the mask", lambda b, a, m, k: [changes(b, a, m, k), m.fill(0)][0], "writes into"),
-    ],
-    """
+accepts("cue_changes", changes, changes_by_library, changes_by_loops).rejects("""
+    cues exchanged :: lambda b, a, m, k: changes(a, b, m, k) :: cues are exchanged
+    writes the mask :: lambda b, a, m, k: [changes(b, a, m, k), m.fill(0)][0] :: writes into
     removed the other way round :: gone & ~right, gone & => gone & right, gone & ~ :: other way round
     right and wrong exchanged :: == label => != label :: exchanged
     recovered the other way round :: new & right, new & ~ => new & ~right, new & :: recovered
@@ -1070,8 +967,7 @@ CUE_CHANGES = Answers(
     shares of the object :: int(x.sum()) => x.sum() / right.sum() :: divided
     neither in front :: (kept, new & right => (kept & False, kept, new & right :: 6 entries
     new counted as all of the new cue :: after & ~before & scored => after & scored
-    """,
-)
+""")
 
 
 def four_lines(network, images, target, labels):
@@ -1090,15 +986,11 @@ def by_selection(network, images, target, labels):
 
 
 def by_library(network, images, target, labels):
-    return refinement_loss(
-        network, Batch(torch.arange(len(images)), images, labels, target), label_mask=True
-    ) + 0 * (images.sum() * 0)
+    batch = Batch(torch.arange(len(images)), images, labels, target)
+    return refinement_loss(network, batch, label_mask=True).to(images.dtype)
 
 
-MSE = Answers(
-    [four_lines, by_selection, lambda *args: by_library(*args).to(args[1].dtype)],
-    [],
-    """
+accepts("mse_of_labels", four_lines, by_selection, by_library).rejects("""
     labels unused :: return loss => return error.mean() :: not used
     divided by all :: / y.sum() => / y.numel() :: all classes
     each image first :: return loss => return ((error * y).sum(1) / y.sum(1)).mean() :: by itself first
@@ -1118,78 +1010,61 @@ MSE = Answers(
     a float :: return loss => return loss.item() :: tensor
     not reduced :: return loss => return error * y :: shape
     the classes of the first image :: y = labels => y = labels[:1].expand_as(labels)
-    """,
-)
+""")
 
 
-def largest_by_one_hot(maps):
-    winner = F.one_hot(maps.argmax(0), len(maps)).permute(2, 0, 1)
-    return maps * winner
-
-
-def largest_by_where(maps):
-    return torch.where(maps == maps.max(dim=0, keepdim=True).values, maps, torch.zeros_like(maps))
-
-
-def largest_in_place(maps):
-    maps[maps < maps.amax(0)] = 0
-    return maps
-
-
-LARGEST = Answers(
-    [keep_largest_class, largest_by_one_hot, largest_by_where],
-    [
-        ("1 for the largest", lambda m: (m == m.amax(0)).to(m.dtype), "becomes 1"),
-        ("one hot", lambda m: F.one_hot(m.argmax(0), len(m)).permute(2, 0, 1).to(m.dtype)),
-        ("each class's peak", lambda m: m * (m == m.amax((1, 2), keepdim=True)), "highest pixel"),
-        ("along the height", lambda m: m * (m == m.amax(1, keepdim=True)), "height"),
-        ("along the width", lambda m: m * (m == m.amax(2, keepdim=True)), "width"),
-        ("the smallest", lambda m: m * (m == m.amin(0)), "smallest"),
-        ("the others", lambda m: m * (m != m.amax(0)), "removed"),
-        ("maximum for all", lambda m: m.amax(0).expand_as(m), "all classes"),
-        ("one class an image", lambda m: m * (m.sum((1, 2), True) == m.sum((1, 2)).max()), "whole image"),
-        ("softmax", lambda m: m.softmax(0), "softmax"),
-        ("divided by the sum", lambda m: m / m.sum(0).clamp(min=1e-9), "sum"),
-        ("nothing", lambda m: m.clone(), "nothing"),
-        ("labels", lambda m: m.argmax(0), "floating point"),
-        ("the maximum", lambda m: m.amax(0), "shape"),
-        ("in place", largest_in_place, "writes into"),
-        ("one value", lambda m: m * (m == m.max()), "highest value of all"),
-    ],
-)
+accepts(
+    "keep_largest",
+    keep_largest_class,
+    lambda m: m * F.one_hot(m.argmax(0), len(m)).permute(2, 0, 1),
+    lambda m: torch.where(m == m.max(dim=0, keepdim=True).values, m, torch.zeros_like(m)),
+).rejects("""
+    1 for the largest :: lambda m: (m == m.amax(0)).to(m.dtype) :: becomes 1
+    one hot :: lambda m: F.one_hot(m.argmax(0), len(m)).permute(2, 0, 1).to(m.dtype)
+    each class's peak :: lambda m: m * (m == m.amax((1, 2), keepdim=True)) :: highest pixel
+    along the height :: lambda m: m * (m == m.amax(1, keepdim=True)) :: height
+    along the width :: lambda m: m * (m == m.amax(2, keepdim=True)) :: width
+    the smallest :: lambda m: m * (m == m.amin(0)) :: smallest
+    the others :: lambda m: m * (m != m.amax(0)) :: removed
+    maximum for all :: lambda m: m.amax(0).expand_as(m) :: all classes
+    one class an image :: lambda m: m * (m.sum((1, 2), True) == m.sum((1, 2)).max()) :: whole image
+    softmax :: lambda m: m.softmax(0) :: softmax
+    divided by the sum :: lambda m: m / m.sum(0).clamp(min=1e-09) :: sum
+    nothing :: lambda m: m.clone() :: nothing
+    labels :: lambda m: m.argmax(0) :: floating point
+    the maximum :: lambda m: m.amax(0) :: shape
+    in place :: lambda m: m.masked_fill_(m < m.amax(0), 0) :: writes into
+    one value :: lambda m: m * (m == m.max()) :: highest value of all
+""")
 
 
 # 06 --------------------------------------------------------------------------------------------------------
 
-PIXEL = Answers(
-    [
-        (2, 2, 2, 0),
-        {"release": 0, "background": 2, "object": 2, "ignore": 2},
-        np.array([2, 2, 2, 0], np.uint8),
-    ],
-    [
-        ("the object always", (2, 2, 2, 2), "'release' is not 2: is 0.10 above 50/255"),
-        ("ignored always", (255, 255, 255, 255), "neither cue"),
-        ("a conflict", (0, 2, 255, 0), "both cues are there"),
-        ("class 5", (5, 5, 5, 0), "largest wins"),
-        ("from 0", (1, 1, 1, 0), "from 1"),
-        ("one too high", (3, 3, 3, 0), "from 1"),
-        ("two maps are none", (2, 255, 2, 0), "no reason to ignore"),
-        ("release ignores", (2, 2, 2, 255), "only salient"),
-        ("release gives class 5", (2, 2, 2, 5), "50/255"),
-        ("background always", (0, 0, 0, 0), "'ignore' is not 0: a pixel is background if"),
-        ("-1 for ignored", (2, 2, -1, 0), "255"),
-        ("three labels", (2, 2, 0), "3 entries"),
-        ("the maps", (0.30, 0.30, 0.25, 0.05), "labels are 0"),
-    ],
-)
+accepts(
+    "conflict_pixel",
+    (2, 2, 2, 0),
+    {"release": 0, "background": 2, "object": 2, "ignore": 2},
+    np.array([2, 2, 2, 0], np.uint8),
+).rejects("""
+    the object always :: (2, 2, 2, 2) :: 'release' is not 2: is 0.10 above 50/255
+    ignored always :: (255, 255, 255, 255) :: neither cue
+    a conflict :: (0, 2, 255, 0) :: both cues are there
+    class 5 :: (5, 5, 5, 0) :: largest wins
+    from 0 :: (1, 1, 1, 0) :: from 1
+    one too high :: (3, 3, 3, 0) :: from 1
+    two maps are none :: (2, 255, 2, 0) :: no reason to ignore
+    release ignores :: (2, 2, 2, 255) :: only salient
+    release gives class 5 :: (2, 2, 2, 5) :: 50/255
+    background always :: (0, 0, 0, 0) :: 'ignore' is not 0: a pixel is background if
+    -1 for ignored :: (2, 2, -1, 0) :: 255
+    three labels :: (2, 2, 0) :: 3 entries
+    the maps :: (0.3, 0.3, 0.25, 0.05) :: labels are 0
+""")
 
 
 def rule_by_where(maps, saliency, alpha, beta, conflict):
     score, best = maps.max(dim=0)
-    both = {"background": torch.zeros_like(best), "object": best + 1, "ignore": torch.full_like(best, 255)}[
-        conflict
-    ]
+    both = {"background": 0 * best, "object": best + 1, "ignore": 0 * best + 255}[conflict]
     calm = saliency < beta
     return torch.where(score > alpha, torch.where(calm, both, best + 1), torch.where(calm, 0, 255))
 
@@ -1199,10 +1074,9 @@ def rule_by_loops(maps, saliency, alpha, beta, conflict):
     for place in np.ndindex(*saliency.shape):
         values = maps[(slice(None), *place)].tolist()
         own = values.index(max(values)) + 1 if max(values) > alpha else None
+        labels[place] = 255 if own is None else own
         if saliency[place] < beta:
-            labels[place] = 0 if own is None else {"background": 0, "object": own, "ignore": 255}[conflict]
-        else:
-            labels[place] = 255 if own is None else own
+            labels[place] = {"background": 0, "object": own, "ignore": 255}[conflict] if own else 0
     return labels
 
 
@@ -1217,15 +1091,14 @@ def rule(maps, saliency, alpha, beta, conflict):
     return labels
 
 
-RULE = Answers(
-    [
-        rule,
-        rule_by_where,
-        rule_by_loops,
-        lambda m, s, a, b, c: pseudo_labels(m[None], s[None], a, b, conflict=c)[0],
-    ],
-    [("one hot", lambda m, *rest: F.one_hot(m.argmax(0)), "shape")],
-    """
+accepts(
+    "pseudo_labels",
+    rule,
+    rule_by_where,
+    rule_by_loops,
+    lambda m, s, a, b, c: pseudo_labels(m[None], s[None], a, b, conflict=c)[0],
+).rejects("""
+    one hot :: lambda m, *rest: F.one_hot(m.argmax(0)) :: shape
     >= alpha :: > alpha => >= alpha :: equal to alpha
     <= beta :: < beta => <= beta :: equal to beta
     salient is background :: < beta => > beta :: salient
@@ -1247,8 +1120,7 @@ RULE = Answers(
     floats :: return labels => return labels.float() :: whole numbers
     -1 for 255 :: return labels => return labels.char()
     maps cut in place :: maps.max(0) => maps.masked_fill_(maps < 0.1, 0).max(0) :: writes into
-    """,
-)
+""")
 
 
 def release_by_scores(maps, saliency, alpha):
@@ -1272,17 +1144,14 @@ def release_by_loops(maps, saliency, alpha):
     return labels
 
 
-RELEASE = Answers(
-    [
-        release_by_scores,
-        release_by_loops,
-        lambda m, s, a: pseudo_labels(m[None], s[None], a, rule="release")[0],
-    ],
-    [
-        ("the paper's rule", lambda m, s, a: rule(m, s, a, 0.06, "background"), "paper's rule"),
-        ("the paper's rule at 50", lambda m, s, a: rule(m, s, a, 50 / 255, "background"), "paper's rule"),
-    ],
-    """
+accepts(
+    "release_rule",
+    release_by_scores,
+    release_by_loops,
+    lambda m, s, a: pseudo_labels(m[None], s[None], a, rule="release")[0],
+).rejects("""
+    the paper's rule :: lambda m, s, a: rule(m, s, a, 0.06, 'background') :: paper's rule
+    the paper's rule at 50 :: lambda m, s, a: rule(m, s, a, 50 / 255, 'background') :: paper's rule
     > alpha :: maps < alpha => maps <= alpha :: equal to alpha
     maps not cut :: maps < alpha => maps < 0 :: keep their score
     < 50/255 :: <= 50 / 255 => < 50 / 255 :: exactly 50/255
@@ -1300,102 +1169,49 @@ RELEASE = Answers(
     nothing ignored :: labels = scores => return scores
     background half as strong :: [calm[None] => [calm[None] / 2
     labels from 0 :: labels.byte() => (labels.byte().int() - 1) % 256
-    """,
-)
+""")
 
 
-SPAN = Answers(
-    [
-        lambda a, b: 1 + 2 * a + 2 * b,
-        lambda a, b: (2 * a + 1) + (2 * b + 1) - 1,
-        lambda a, b: field_forwards([(3, 1, a), (3, 1, b)]),
-    ],
-    [
-        ("middle twice", lambda a, b: 2 + 2 * a + 2 * b, "counted twice"),
-        ("no middle", lambda a, b: 2 * (a + b), "not counted"),
-        ("one side", lambda a, b: 1 + a + b, "one side"),
-        ("the sum", lambda a, b: a + b, "reach to one side"),
-        ("product", lambda a, b: (2 * a + 1) * (2 * b + 1), "multiplied"),
-        ("dilations multiplied", lambda a, b: 1 + 2 * a * b, "multiplied"),
-        ("the wider one", lambda a, b: 2 * max(a, b) + 1, "ASPP"),
-        ("k for k - 1", lambda a, b: 1 + 3 * (a + b), "k - 1"),
-        ("area", lambda a, b: (1 + 2 * a + 2 * b) ** 2, "area"),
-        ("no dilation", lambda a, b: 5, "dilation"),
-        ("weights", lambda a, b: 9, "weights"),
-        ("the first twice", lambda a, b: 1 + 4 * a, "first dilation"),
-        ("one dilation only", lambda a: 1 + 4 * a, "raised TypeError"),
-        ("one off the second", lambda a, b: 2 * a + 2 * b + 1 - (b > 1)),
-    ],
-)
+accepts(
+    "span_of_two",
+    lambda a, b: 1 + 2 * a + 2 * b,
+    lambda a, b: (2 * a + 1) + (2 * b + 1) - 1,
+    lambda a, b: field_forwards([(3, 1, a), (3, 1, b)]),
+).rejects("""
+    middle twice :: lambda a, b: 2 + 2 * a + 2 * b :: counted twice
+    no middle :: lambda a, b: 2 * (a + b) :: not counted
+    one side :: lambda a, b: 1 + a + b :: one side
+    the sum :: lambda a, b: a + b :: reach to one side
+    product :: lambda a, b: (2 * a + 1) * (2 * b + 1) :: multiplied
+    dilations multiplied :: lambda a, b: 1 + 2 * a * b :: multiplied
+    the wider one :: lambda a, b: 2 * max(a, b) + 1 :: ASPP
+    k for k - 1 :: lambda a, b: 1 + 3 * (a + b) :: k - 1
+    area :: lambda a, b: (1 + 2 * a + 2 * b) ** 2 :: area
+    no dilation :: lambda a, b: 5 :: dilation
+    weights :: lambda a, b: 9 :: weights
+    the first twice :: lambda a, b: 1 + 4 * a :: first dilation
+    one dilation only :: lambda a: 1 + 4 * a :: raised TypeError
+    one off the second :: lambda a, b: 2 * a + 2 * b + 1 - (b > 1)
+""")
 
-PAIRS = Answers(
-    [[(1, 1), (1, 2), (1, 3)], {(1, 1), (1, 2), (2, 1), (1, 3), (3, 1)}, np.array([[1, 1], [2, 1], [3, 1]])],
-    [
-        ("(1, 3) missing", [(1, 1), (1, 2)], "missing"),
-        ("with (2, 2)", [(1, 1), (1, 2), (2, 2), (1, 3)], "(2, 2) leaves gaps"),
-        ("with (1, 4)", [(1, 1), (1, 2), (1, 3), (1, 4)], "(1, 4) leaves gaps"),
-        ("with (2, 3)", [(1, 1), (1, 2), (1, 3), (2, 3)], "(2, 3) leaves gaps"),
-        ("equal ones", [(1, 1), (2, 2), (3, 3)], "gaps"),
-        ("none", [], "no pair"),
-        ("without (1, 1)", [(1, 2), (1, 3)], "missing"),
-        ("with 0", [(0, 1), (1, 1), (1, 2), (1, 3)], "at least 1"),
-        ("numbers", [1, 2, 3], "pairs"),
-        ("a word in a pair", [(1, 1), (1, "2")], "a number in the pairs is '2'"),
-        ("words", "1 and 2", "pairs"),
-    ],
-)
-
-UP_DOWN = ("up", "down", "same")
-ANSWERS = {
-    "lazy_network": LAZY,
-    "miou": MIOU,
-    "shared_stages": STAGES,
-    "localization_map": EQUATION_1,
-    "map_of_image_size": OF_IMAGE_SIZE,
-    "peak_region": PEAK,
-    "minmax_map": MINMAX,
-    "minmax_scores": questions({"recall": "up", "precision": "down"}, UP_DOWN),
-    "cue_scores": CUE_SCORES,
-    "global_max_pooling": MAX_POOLING,
-    "max_pooling_map": choices("sparser", ("sparser", "denser", "same"), 0),
-    "broken_inputs": questions(
-        {"not normalised": "silent", "training mode": "handled", "integers": "loud"},
-        ("loud", "handled", "silent"),
-    ),
-    "five_by_five": FIVE_BY_FIVE,
-    "two_maps": TWO_MAPS,
-    "second_map": choices("stronger", ("stronger", "weaker", "not at all"), -1),
-    "erasing": ERASING,
-    "soft_suppressor": SOFT_SUPPRESSOR,
-    "soft_properties": questions({"scaling": "holds", "max pooling": "holds"}, ("holds", "fails")),
-    "weight_decay": DECAY,
-    "suppress": SUPPRESS,
-    "algorithm_1": ALGORITHM,
-    "delta_one": choices("CAM", ("CAM", "learnable", "delta 0.90", "DRS in layer 6")),
-    "delta_near_zero": choices("flat", ("flat", "empty", "sparse", "unchanged")),
-    "within_two_sd": DELTAS,
-    "control_correlation": CORRELATION,
-    "channel_controller": CHANNEL,
-    "fixed_controller": FIXED,
-    "learnable_controller": CONTROLLER,
-    "larger_heads": choices("higher", ("higher", "lower", "the same"), 5),
-    "receptive_field": FIELD,
-    "vgg16_fields": VGG,
-    "effective_field": EFFECTIVE,
-    "refinement_mean": REFINEMENT,
-    "cue_changes": CUE_CHANGES,
-    "mse_of_labels": MSE,
-    "keep_largest": LARGEST,
-    "shuffled_targets": choices("mean map", ("mean map", "own map", "zero", "noise")),
-    "conflict_pixel": PIXEL,
-    "ignored_share": questions({"alpha": "up", "beta": "down"}, UP_DOWN),
-    "span_of_two": SPAN,
-    "dense_pairs": PAIRS,
-    "pseudo_labels": RULE,
-    "release_rule": RELEASE,
-    "all_ones_map": choices("flat", ("flat", "falling", "rising", "peaked")),
-    "without_saliency": questions({"recall": "up", "precision": "down"}, UP_DOWN),
-}
+accepts(
+    "dense_pairs",
+    [(1, 1), (1, 2), (1, 3)],
+    {(1, 1), (1, 2), (2, 1), (1, 3), (3, 1)},
+    np.array([[1, 1], [2, 1], [3, 1]]),
+).rejects("""
+    (1, 3) missing :: [(1, 1), (1, 2)] :: missing
+    with (2, 2) :: [(1, 1), (1, 2), (2, 2), (1, 3)] :: (2, 2) leaves gaps
+    with (1, 4) :: [(1, 1), (1, 2), (1, 3), (1, 4)] :: (1, 4) leaves gaps
+    with (2, 3) :: [(1, 1), (1, 2), (1, 3), (2, 3)] :: (2, 3) leaves gaps
+    equal ones :: [(1, 1), (2, 2), (3, 3)] :: gaps
+    none :: [] :: no pair
+    without (1, 1) :: [(1, 2), (1, 3)] :: missing
+    with 0 :: [(0, 1), (1, 1), (1, 2), (1, 3)] :: at least 1
+    numbers :: [1, 2, 3] :: pairs
+    a word in a pair :: [(1, 1), (1, '2')] :: a number in the pairs is '2'
+    words :: '1 and 2' :: pairs
+""")
 
 
 def verdicts(name):
@@ -1418,14 +1234,9 @@ def main():
     print(f"{'check':22} mutants rejected   right answers accepted")
     for name, rejected, tried, accepted, right in table:
         print(f"{name:22} {rejected:7} of {tried:3} {accepted:18} of {right:2}")
-    rejected, tried, accepted, right = (
-        sum(column) for column in zip(*(row[1:] for row in table), strict=True)
-    )
-    print(
-        f"{len(table)} checks: {rejected} of {tried} mutants rejected ({100 * rejected / tried:.1f} %), ",
-        end="",
-    )
-    print(f"{accepted} of {right} right answers accepted.")
+    rejected, tried, accepted, right = map(sum, list(zip(*table, strict=True))[1:])
+    share = f"{rejected} of {tried} mutants rejected ({100 * rejected / tried:.1f} %)"
+    print(f"{len(table)} checks: {share}, {accepted} of {right} right answers accepted.")
 
 
 if __name__ == "__main__":
