@@ -93,7 +93,7 @@ def _of_size(F, size, before=_same, mode="bilinear", align_corners=True, **parts
     return _equation_1(_enlarged(before(F), size, mode, align_corners), **parts)
 
 
-@check("01", "A", "a function f(F, size), F (N, C, h, w): tensor (N, C, *size)")
+@check("01", "A", "a function f(F, size), F (N, C, h, w): tensor (N, C, H, W)")
 def map_of_image_size(answer):
     """Localization maps as large as their image, enlarged first and divided after that (01, exercise A).
 
