@@ -6,8 +6,8 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from tiny import TinyDataset
 
-from conftest import TinyDataset
 from drs_course.audits import (
     ALPHAS,
     AdversarialErasing,

@@ -11,8 +11,8 @@ import time
 import numpy as np
 import pytest
 import torch
+from tiny import TinyDataset
 
-from conftest import TinyDataset
 from drs_course.checkpoint import Checkpoint
 from drs_course.paper import Configuration
 from drs_course.stages import Pipeline

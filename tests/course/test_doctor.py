@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import write_voc_tree
 
 import drs_doctor as doctor
-from conftest import write_voc_tree
 from drs_course import store
 from drs_course.download import FILES, TREE
 

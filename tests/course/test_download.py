@@ -16,9 +16,9 @@ import pytest
 import torch
 from filelock import FileLock
 from PIL import Image
+from tiny import write_voc_tree
 from torchvision.models import ResNet101_Weights, VGG16_Weights
 
-from conftest import write_voc_tree
 from drs_course import download
 from drs_course.__main__ import main
 from drs_course.download import FILES, TREE, Remote, fetch

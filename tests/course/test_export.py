@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import TinyDataset
 
-from conftest import TinyDataset
 from drs_course.export import _components, export_voc
 from drs_lib.data import VOC2012
 

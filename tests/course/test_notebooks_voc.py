@@ -18,8 +18,8 @@ import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from PIL import Image
+from tiny import write_voc_tree
 
-from conftest import write_voc_tree
 from drs_lib.data import VOC2012
 
 # The longest first, so that the two that run at a time end together.

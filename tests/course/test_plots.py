@@ -10,8 +10,8 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from PIL import Image
+from tiny import TinyDataset
 
-from conftest import TinyDataset
 from drs_course import plots
 from drs_course.paper import Configuration
 from drs_course.plots import colors as plot_colors

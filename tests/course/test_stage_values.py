@@ -10,9 +10,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from tiny import TinyDataset
 from torch import nn
 
-from conftest import TinyDataset
 from drs_course import stages
 from drs_course.paper import Configuration
 from drs_course.stages import STAGE_VERSIONS, Pipeline, Splits

@@ -19,8 +19,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tiny import TinyDataset
 
-from conftest import TinyDataset
 from drs_course import jobs as jobs_module
 from drs_course import stages
 from drs_course import tables as experiments

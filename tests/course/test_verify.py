@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 from released import aspp_state, caffe_state, release_state
+from tiny import write_voc_tree
 
-from conftest import write_voc_tree
 from drs_course import verify as module
 from drs_course.__main__ import main
 from drs_course.download import FILES

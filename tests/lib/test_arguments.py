@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from tiny import TinyDataset
 
-from conftest import TinyDataset
 from drs_course import tables as experiments
 from drs_lib.arguments import whole
 from drs_lib.crf import CRFConfig, iterate_crf

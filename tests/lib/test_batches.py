@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from tiny import TinyDataset
 
-from conftest import TinyDataset
 from drs_lib import batches
 from drs_lib.batches import TargetMaps, make_batches
 from drs_lib.data import MaskAccessError, without_masks

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import TinyDataset, write_voc_tree
 from torch.utils.data import DataLoader
 
-from conftest import TinyDataset, write_voc_tree
 from drs_course.store import StoreError
 from drs_lib.data import VOC2012, Critters, MaskAccessError, Packed, pack, without_masks
 from drs_lib.data.decoded import decoded

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from tiny import TinyDataset
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models import VGG16_Weights
 
-from conftest import TinyDataset
 from drs_course.paper import table_rows
 from drs_course.stages import open_data
 from drs_lib import networks, train, weights

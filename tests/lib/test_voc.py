@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from tiny import TinyDataset, write_voc_tree
 from torch.utils.data import DataLoader
 
-from conftest import TinyDataset, write_voc_tree
 from drs_course.paper import Configuration
 from drs_course.stages import Pipeline, open_data
 from drs_lib.data import (

@@ -13,10 +13,10 @@ import torch
 import torchvision
 from released import THIN_VGG16, aspp_state, caffe_shapes, caffe_state, release_state
 from safetensors.torch import load_file, save_file
+from tiny import TinyDataset
 from torch import nn
 from torch.nn import functional as F
 
-from conftest import TinyDataset
 from drs_course.checkpoint import Checkpoint
 from drs_lib import weights
 from drs_lib.data import IMAGENET_MEAN, normalize
