@@ -12,8 +12,7 @@ unless --precision says otherwise. On a processor its images come out of memory 
 Both run in one process on the same files, which the benchmark makes: JPEGs of 500 x 375 pixels, masks and
 saliency maps. Weights are random. Trainings (classify, refine, largefov, largefov_resnet, aspp) are timed
 over --steps batches after --warmup others, the plain path first; the other stages over all images after a
-first pass over some. "decode" is what the library's trainings do before their first iteration, once for a
-data set.
+first pass over some.
 """
 
 import argparse
@@ -36,7 +35,6 @@ from drs_lib import kernels, networks
 from drs_lib.archives import write_labels, write_targets
 from drs_lib.batches import Batch
 from drs_lib.data import VOC2012, VOC_CLASSES, Critters, normalize, save_indexed_png, without_masks
-from drs_lib.data.decoded import decoded
 from drs_lib.data.transforms import training_transform
 from drs_lib.files import write_text
 from drs_lib.labels import pseudo_labels
@@ -50,7 +48,7 @@ from drs_lib.train import evaluate_segmentation, train_classifier, train_refinem
 HEIGHT, WIDTH, MAP = 375, 500, 320
 SEGMENTS = ("largefov", "largefov_resnet", "aspp")
 TRAININGS = ("classify", "refine", *SEGMENTS)
-STAGES = ("decode", *TRAININGS, "maps", "labels", "evaluate")
+STAGES = (*TRAININGS, "maps", "labels", "evaluate")
 
 
 def make_voc(root, images):
@@ -81,8 +79,7 @@ class Run:
         self.folder, self.workers = folder, options.workers
         gpu = self.device.type == "cuda"
         self.budget = get_budget("paper", "voc").for_all(
-            weights=None, precision=options.precision, workers=options.workers, compile=options.compile,
-            images="device" if gpu else "memory",
+            weights=None, precision=options.precision, workers=options.workers, images="memory",
         )  # fmt: skip
         self.data = make_voc(folder, options.images or (256 if gpu else 10))
         self.weak = without_masks(self.data)
@@ -146,8 +143,7 @@ def train_ours(run, stage):
             times[step] = run.now()
 
     recipe = run.recipe(stage)
-    options = dict(device=run.device, progress=clock, image_cache=run.folder / "decoded")
-    train(recipe, run.weak, *targets, **options)
+    train(recipe, run.weak, *targets, device=run.device, progress=clock)
     return recipe.batch * run.steps, times[run.warmup + run.steps] - times[run.warmup]
 
 
@@ -200,12 +196,6 @@ def timed(run, work, images):
     start = run.now()
     work(range(images))
     return images, run.now() - start
-
-
-def decode(run):
-    start = time.perf_counter()
-    decoded(run.weak, run.folder / "once")
-    return len(run.data), time.perf_counter() - start
 
 
 def present_maps(run, model, indices):
@@ -309,7 +299,6 @@ def evaluate_plain(run):
 
 
 WAYS = {
-    "decode": {"ours": decode},
     **{s: {"plain": partial(train_plain, stage=s), "ours": partial(train_ours, stage=s)} for s in TRAININGS},
     "maps": {"plain": maps_plain, "ours": maps_ours},
     "labels": {"plain": partial(maps_plain, then=plain_labels), "ours": labels_ours},
@@ -348,7 +337,6 @@ def main():
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="reading processes")
     precisions = dict(choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--precision", **precisions, help="of the library's path; default: float32")
-    parser.add_argument("--compile", metavar="MODE", help="torch.compile's mode for the library's path")
     parser.add_argument("--device", help="default: the best there is")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, row by row")
     options = parser.parse_args()
@@ -360,7 +348,7 @@ def main():
         report = {
             "device": name, "torch": torch.__version__, "cores": os.cpu_count(),
             "threads": torch.get_num_threads(), "workers": options.workers, "steps": options.steps,
-            "precision": run.budget.classify.precision, "compile": options.compile, "rows": [],
+            "precision": run.budget.classify.precision, "rows": [],
         }  # fmt: skip
         print(", ".join(f"{key} {value}" for key, value in report.items() if key != "rows"))
         print(f"{'stage':18s}{'path':8s}{'images/s':>10s}{'speed-up':>10s}")

@@ -19,7 +19,7 @@ from drs_course.tables import TABLES, RowsFailed, format_table, reference_path, 
 from drs_course.verify import verify
 from drs_lib.files import atomic_path, write_text
 from drs_lib.networks import deeplab
-from drs_lib.recipes import BUDGETS, COMPILE, PRECISIONS, get_budget
+from drs_lib.recipes import BUDGETS, PRECISIONS, get_budget
 from drs_lib.weights import SHIPPED
 
 LAB_DELTA = 0.4  # of Table 1: the strongest suppression there
@@ -74,7 +74,6 @@ def _parser():
 
 def _add_rows(add):
     add("--precision", choices=PRECISIONS, help="default: float32; bfloat16 is faster on a GPU")
-    add("--compile", choices=COMPILE[1:], metavar="MODE", help="torch.compile's mode for the trainings")
     weights = "pretrained (ImageNet), coco, or a file, such as deeplabv1_resnet101-coco.pth"
     add("--aspp-weights", metavar="W", help=f"initial weights of Table 4's ASPP: {weights}")
     add("--tables", type=int, nargs="+", choices=TABLES, default=list(TABLES), metavar="N")
@@ -98,9 +97,8 @@ def _seed(text):
 
 def _budget(options):
     budget = get_budget(options.budget, options.data)
-    for name in ("precision", "compile"):
-        if getattr(options, name):
-            budget = budget.for_all(**{name: getattr(options, name)})
+    if options.precision:
+        budget = budget.for_all(precision=options.precision)
     if (weights := options.aspp_weights) is None:
         return budget
     if weights in ("pretrained", "coco"):

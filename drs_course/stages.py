@@ -200,7 +200,6 @@ class Pipeline:
         options = {"iterate": iterate_maps, "indices": indices}
         if dataset is None:
             dataset = self.weak_train
-            options["cache_dir"] = self.image_cache
         return present_maps_of(self.map_network(configuration), dataset, self.budget, **options)
 
     def labels(self, configuration):
@@ -271,11 +270,6 @@ class Pipeline:
         return Checkpoint(self.store.root / "checkpoints" / f"{stage.name}-{stage.key}.pt", self.run)
 
     @property
-    def image_cache(self):
-        """The folder of decoded images."""
-        return self.store.root / "decoded"
-
-    @property
     def orphaned(self):
         """Whether this is a worker process whose run was killed. (Windows doesn't tell.)"""
         return self._parent is not None and os.getppid() != self._parent
@@ -326,7 +320,7 @@ def _train(pipeline, stage, writer, train, recipe, *data):
         pipeline.report(f"{stage.title}, epoch {last['epoch']}, loss {last['loss']:.3f}")
 
     options = {"seed": pipeline.seed, "device": pipeline.device, "progress": pipeline.progress}
-    options |= {"checkpoint": pipeline.checkpoint(stage), "image_cache": pipeline.image_cache}
+    options["checkpoint"] = pipeline.checkpoint(stage)
     model, history = train(recipe, pipeline.weak_train, *data, on_epoch=on_epoch, **options)
     writer.weights("model.safetensors", model)
     writer.json("history.json", history)
@@ -383,9 +377,9 @@ def plan_target(pipeline, configuration):
 
 
 def make_target(pipeline, stage, writer):
-    model, cache = pipeline.classifier(stage.configuration), pipeline.image_cache
+    model = pipeline.classifier(stage.configuration)
     with writer.open("maps.zip") as file:
-        classes = localization_maps_of(model, pipeline.weak_train, pipeline.budget, file, cache)
+        classes = localization_maps_of(model, pipeline.weak_train, pipeline.budget, file)
     writer.json("classes.json", classes)
 
 
@@ -407,9 +401,9 @@ def plan_labels(pipeline, configuration):
 
 
 def make_labels(pipeline, stage, writer):
-    model, cache = pipeline.map_network(stage.configuration), pipeline.image_cache
+    model = pipeline.map_network(stage.configuration)
     with writer.open("labels.zip") as file:
-        pseudo_labels_of(model, pipeline.weak_train, pipeline.budget, file, cache)
+        pseudo_labels_of(model, pipeline.weak_train, pipeline.budget, file)
 
 
 def plan_label_score(pipeline, configuration):

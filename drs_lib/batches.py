@@ -4,7 +4,7 @@ Two ways lead from a data set to batches. Both show the same images in the same 
 jittered by the same random numbers:
 
     files     processes read, decode and augment images one by one, batch after batch, on the CPU
-    memory    images are decoded once and kept as bytes, in memory or on the device; a batch is cut out of
+    memory    images are decoded once and kept as bytes, on the device if it has room; a batch is cut out of
               them and augmented on the device, all at once
 
 A GPU that takes a step in milliseconds would wait for the first way.
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from drs_lib.data import IGNORED, decoded, pack, training_transform
+from drs_lib.data import IGNORED, resize_square, training_transform
 from drs_lib.data.transforms import as_tensor
 from drs_lib.losses import resize_maps
 from drs_lib.runtime import move, seeded
@@ -53,35 +53,26 @@ class Order(Sampler):
         return math.ceil(min(self.images, self.used) / self.batch)
 
 
-def make_batches(dataset, recipe, extra, seed, device, cache_dir=None):
+def make_batches(dataset, recipe, extra, seed, device):
     """The batches of a recipe, one pass over which is an epoch, and the random streams they draw from.
 
-    extra: `TargetMaps`, `LabelMaps` or None. cache_dir: a folder for decoded images, see
-    `drs_lib.data.decoded`; None: they are kept in memory. Returns (iterable of `Batch`, generators).
+    extra: `TargetMaps`, `LabelMaps` or None. Returns (iterable of `Batch`, generators).
     """
     transform = training_transform(recipe.crop, recipe.resize, recipe.scale, recipe.flip, recipe.jitter)
     order = Order(len(dataset), recipe, seed)
     # The loader draws a number of its own each epoch; it must not come out of the network's stream. The other
     # way has the stream too: a checkpoint of one way serves the other.
     generator = torch.Generator().manual_seed(seed)
-    place = place_of_images(recipe, device)
-    if place == "files":
+    if recipe.images == "memory" or (recipe.images == "auto" and device.type == "cuda"):
+        # A target is resized together with its image, so that both have one size before.
+        resize = recipe.resize if extra is None else None
+        batches = _FromMemory(dataset, transform, extra, order, device, resize)
+    else:
         files = _FromFiles(dataset, transform, extra)
         reading = dict(num_workers=recipe.workers, persistent_workers=recipe.workers > 0)
         pinned = device.type == "cuda"
         batches = DataLoader(files, None, sampler=order, pin_memory=pinned, generator=generator, **reading)
-    else:
-        # A target is resized together with its image, so that both have one size before.
-        dataset = decoded(dataset, cache_dir, recipe.resize if extra is None else None)
-        batches = _FromMemory(dataset, transform, extra, order, device, place)
     return batches, (generator, order.generator)
-
-
-def place_of_images(recipe, device):
-    """Where a recipe's images are read from on a device: "files", "memory" or "device"."""
-    if recipe.images != "auto":
-        return recipe.images
-    return "device" if device.type == "cuda" else "files"
 
 
 def _augmented(transform, seed, images, *targets):
@@ -110,11 +101,18 @@ class _FromFiles(Dataset):
 class _FromMemory:
     """Batches cut out of decoded images, augmented on the device."""
 
-    def __init__(self, dataset, transform, extra, order, device, place):
+    def __init__(self, dataset, transform, extra, order, device, resize):
         self.transform, self.extra, self.order, self.device = transform, extra, order, device
-        self.labels = torch.stack([dataset[i][1] for i in range(len(dataset))]).to(device)
-        self.images = _placed(dataset.packed, place, device)
-        self.targets = None if extra is None else _placed(extra.packed(dataset), place, device)
+
+        def read(i):
+            image, labels = dataset[i]
+            target = None if extra is None else extra.as_bytes(i, image)
+            return resize_square(image, resize), labels, target
+
+        with ThreadPoolExecutor() as pool:
+            images, labels, targets = zip(*pool.map(read, range(len(dataset))), strict=True)
+        self.labels, self.images = torch.stack(labels).to(device), _placed(images, device)
+        self.targets = None if extra is None else _placed(targets, device)
 
     def __len__(self):
         return len(self.order)
@@ -130,23 +128,20 @@ class _FromMemory:
             yield Batch(indices, images, self.labels[move(indices, self.device)], extra)
 
 
-def _placed(packed, place, device):
-    if device.type != "cuda":
-        return packed
-    # What earlier trainings gave back is free too, though torch keeps it.
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if place == "device" and packed.nbytes < (torch.cuda.mem_get_info(device)[0] + kept) / 3:
-        return packed.to(device)
-    try:
-        return packed.pin_memory()
-    except RuntimeError:  # more than the system lets a process pin
-        return packed
+def _placed(arrays, device):
+    """uint8 tensors on a GPU that has room for three times as many bytes, else as they are."""
+    if device.type == "cuda":
+        # What earlier trainings gave back is free too, though torch keeps it.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        if sum(map(torch.numel, arrays)) < (torch.cuda.mem_get_info(device)[0] + kept) / 3:
+            return [array.to(device) for array in arrays]
+    return arrays
 
 
 class _Targets:
     """One target for each image, by index: ``targets(i, image)`` checks it and gives it as a tensor.
 
-    ``packed`` keeps all in 8 bits, ``unpack`` brings one back, ``stack`` makes a batch of them.
+    ``as_bytes`` makes it uint8, to be kept; ``unpack`` brings that back; ``stack`` makes a batch of them.
     """
 
     what = None
@@ -157,15 +152,11 @@ class _Targets:
         self.values, self.names, self.classes = values, dataset.names, dataset.num_classes
         self.present = [None] * len(dataset)
 
-    def packed(self, dataset):
-        with ThreadPoolExecutor() as pool:
-            return pack(pool.map(self.as_bytes, range(len(dataset)), dataset.packed), len(dataset))
-
 
 class TargetMaps(_Targets):
     """Target localization maps by index, checked, as float32 (C, H, W) at the image's size.
 
-    Packed, they are the maps of every image's classes, as the pipeline stores them; ``present`` names these.
+    As bytes, they are the maps of the image's classes, as the pipeline stores them; ``present`` names these.
     """
 
     what = "targets"
@@ -191,7 +182,7 @@ class TargetMaps(_Targets):
         if hasattr(self.values, "stack"):
             self.present[i], stack = self.values.stack(i)
             if stack.shape[-2:] == tuple(image.shape[-2:]):
-                return stack
+                return torch.from_numpy(stack)
         maps = self(i, image)
         # An image without any class is one map of zeros.
         self.present[i] = maps.amax((1, 2)).nonzero().flatten().tolist() or [0]

@@ -8,8 +8,6 @@ Six calls, of which each can be made alone. `python -m drs_lib` makes them for a
 from pathlib import Path
 
 from drs_lib.archives import LabelArchive, MapArchive, write_labels, write_targets
-from drs_lib.batches import place_of_images
-from drs_lib.data.decoded import decoded
 from drs_lib.data.weak import without_masks
 from drs_lib.maps import iterate_present_maps
 from drs_lib.networks import RefinementNetwork
@@ -47,25 +45,25 @@ def weakly_supervised(train, val, budget, folder, segmenter="largefov", seed=0, 
     return network, None if val is None else evaluate_segmentation(network, val)["miou"]
 
 
-def localization_maps_of(classifier, train, budget, file, cache_dir=None):
+def localization_maps_of(classifier, train, budget, file):
     """Equation 1 for every training image: what the refinement network learns.
 
     file: where they are kept, a path or a binary file; a `MapArchive` of it is returned for a path, and for a
-    file the classes of each image. cache_dir: see `present_maps_of`.
+    file the classes of each image.
     """
-    found = present_maps_of(classifier, train, budget, cache_dir)
+    found = present_maps_of(classifier, train, budget)
     classes = write_targets(file, found, train.names, largest=budget.target == "largest")
     return MapArchive(file, classes, train.num_classes) if isinstance(file, (str, Path)) else classes
 
 
-def pseudo_labels_of(network, train, budget, file, cache_dir=None):
+def pseudo_labels_of(network, train, budget, file):
     """The object cue of the maps and the background cue of saliency, for every training image.
 
     network: the refinement network, or the classifier where there is none. file: as above; for a path a
     `LabelArchive` is returned.
     """
     rule = label_rule(budget, isinstance(network, RefinementNetwork))
-    write_labels(file, present_maps_of(network, train, budget, cache_dir), train, **rule)
+    write_labels(file, present_maps_of(network, train, budget), train, **rule)
     return LabelArchive(file) if isinstance(file, (str, Path)) else None
 
 
@@ -81,16 +79,13 @@ def map_options(budget, refined):
     return options | ({"renormalize": budget.renormalize} if refined else {})
 
 
-def present_maps_of(network, dataset, budget, cache_dir=None, iterate=iterate_present_maps, indices=None):
+def present_maps_of(network, dataset, budget, iterate=iterate_present_maps, indices=None):
     """What `drs_lib.maps.iterate_present_maps` yields for a trained network, as the budget makes maps.
 
-    cache_dir: a folder for decoded images, where the recipe has them in memory. iterate: `iterate_maps` for
-    the maps of all classes.
+    iterate: `iterate_maps` for the maps of all classes.
     """
     refined = isinstance(network, RefinementNetwork)
     recipe = budget.refine if refined else budget.classify
-    if cache_dir is not None and place_of_images(recipe, next(network.parameters()).device) != "files":
-        dataset = decoded(dataset, cache_dir)
     with threads(recipe.threads):
         yield from iterate(
             network,

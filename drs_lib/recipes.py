@@ -18,7 +18,6 @@ from drs_lib.arguments import whole
 from drs_lib.crf import CRFConfig
 
 PRECISIONS = ("float32", "bfloat16")
-COMPILE = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 BUDGETS = ("ci", "laptop", "paper", "release")
 SEGMENTERS = ("largefov", "largefov_resnet", "aspp")  # Table 4's networks, as fields of a `Budget`
 PARAMETER_GROUPS = ("pretrained weights", "pretrained biases", "new weights", "new biases")
@@ -30,11 +29,10 @@ def _one_of(*choices):
 
 # {field: (what holds, in words)}, beyond what the fields' types say.
 CHECKS = {
-    "optimizer": _one_of("sgd", "adam", "adamw"),
+    "optimizer": _one_of("sgd", "adam"),
     "schedule": _one_of("constant", "step", "poly", "onecycle"),
     "precision": _one_of(*PRECISIONS),
-    "images": _one_of("auto", "files", "memory", "device"),
-    "compile": _one_of(*COMPILE),
+    "images": _one_of("auto", "files", "memory"),
     "lr": (lambda lr: lr > 0, "above 0"),
     "momentum": (lambda momentum: 0 <= momentum < 1, "from 0 up to but not 1"),
     "weight_decay": (lambda decay: decay >= 0, "0 or more"),
@@ -122,13 +120,11 @@ class Recipe:
     threads: int | None = None  # None: as many as torch has; see drs_lib.runtime.threads
     # How it is computed. These change no result but for rounding, and so are no part of equality and of
     # to_dict(), as the device is none.
-    # Where images are read from, see drs_lib.batches: "files", decoded once and kept in "memory" or on the
-    # "device", or "auto": the device if it is a GPU, else files.
+    # Where images are read from, see drs_lib.batches: "files", "memory", or "auto": memory for a CUDA GPU,
+    # else files.
     images: str = field(default="auto", compare=False)
     # Processes that read and augment images from files, or make localization maps' inputs.
     workers: int = field(default=4, compare=False, metadata={"least": 0})
-    # torch.compile's mode ("default", "reduce-overhead", ...) for the training step, or None.
-    compile: str | None = field(default=None, compare=False)
 
     def __post_init__(self):
         me = type(self).__name__

@@ -14,9 +14,7 @@ processes read the images. A GPU repeats itself as far as its kernels do, see
 import functools
 import math
 import time
-import traceback
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +25,6 @@ from drs_lib import networks, runtime
 from drs_lib.batches import Batch, LabelMaps, TargetMaps, make_batches
 from drs_lib.crf import iterate_crf
 from drs_lib.data import normalize, resize_square, without_masks
-from drs_lib.drs import LearnableController
 from drs_lib.losses import classification_loss, refinement_loss, resize_logits, segmentation_loss
 from drs_lib.metrics import SegmentationScore, exact_match_accuracy, known_labels
 from drs_lib.recipes import PARAMETER_GROUPS, ClassifyRecipe, RefineRecipe, SegmentRecipe
@@ -73,7 +70,7 @@ def fit(model, batches, loss, optimizer, scheduler, *, on_epoch=None, checkpoint
         run.history, run.step, run.seen = found["history"], found["step"], found["seen"]
     hidden = callable(run.progress) or not run.progress
     options = dict(initial=run.step, total=run.steps, disable=hidden, dynamic_ncols=True)
-    with tqdm(desc=run.title, unit="step", **options) as run.bar, closing(run):
+    with tqdm(desc=run.title, unit="step", **options) as run.bar:
         while run.step < run.steps:
             run.epoch(batches)
             if run.step == run.steps:
@@ -97,7 +94,6 @@ class Training:
     steps: int  # iterations of the optimiser
     accumulate: int = 1  # batches per iteration
     precision: str = "float32"
-    compile: str | None = None  # a mode of torch.compile for the loss
     names: Sequence | None = None  # the images' ids, for messages
     title: str = "training"
     # True for a bar, False for none, or a function (title, step, steps, epoch, loss) that is called after
@@ -107,15 +103,9 @@ class Training:
 
     def __post_init__(self):
         self.device = next(self.model.parameters()).device
-        self.objective = self.loss if self.compile is None else _compiled(self.loss, self.compile)
         self.history, self.step, self.seen = [], 0, 0
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        # CUDA graphs overwrite the gradients that they returned: they are summed up outside.
-        self.summing = self.compile is not None and self.accumulate > 1
-        for parameter in self.model.parameters():
-            if self.summing and parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.zero_grad()
 
     def epoch(self, batches):
         start, seen, losses = time.perf_counter(), self.seen, _Losses(self)
@@ -128,7 +118,7 @@ class Training:
                 continue
             rate = self.optimizer.param_groups[0]["lr"]
             self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=not self.summing)
+            self.optimizer.zero_grad()
             self.scheduler.step()
             self.step += 1
             self.report(losses)
@@ -148,46 +138,18 @@ class Training:
     def gradients(self, batch):
         """Adds the batch's gradients to the parameters' and returns its loss."""
         try:
-            return self.backward(self.objective, batch)
+            with runtime.autocast(self.device, self.precision):
+                loss = self.loss(self.model, batch)
+            (loss / self.accumulate).backward()
         except torch.OutOfMemoryError as error:
-            traceback.clear_frames(error.__traceback__)  # or they would keep what did not fit
-            raise OutOfMemory(self.memory_advice(batch)) from error
-
-    def backward(self, loss, batch):
-        with runtime.autocast(self.device, self.precision):
-            value = loss(self.model, batch)
-        (value / self.accumulate).backward()
-        return value.detach()
-
-    def memory_advice(self, batch):
-        """Names the batch, the images' size, and, having tried, what fits."""
-        self.model.zero_grad(set_to_none=True)
-        count, _, height, width = batch.images.shape
-        fits = count // 2
-        while fits and not self.fits(batch, fits):
-            fits //= 2
-        advice = (
-            f"A batch of {fits} fits: recipe.replace(batch={fits}, accumulate=...) with accumulate "
-            f"{math.ceil(count / fits)} times as large takes the same steps"
-            if fits
-            else "Not even one such image fits: choose a smaller crop (or resize)"
-        )
-        return (
-            f"{self.title}: a batch of {count} images of {height}x{width} does not fit into the memory of "
-            f"{self.device}. {advice}. precision='bfloat16' takes about half the memory, and whatever else "
-            "uses the device takes its share."
-        )
-
-    def fits(self, batch, count):
-        try:
-            self.backward(self.loss, Batch(*(None if part is None else part[:count] for part in batch)))
-            return True
-        except torch.OutOfMemoryError:
-            return False
-        finally:
-            self.model.zero_grad(set_to_none=True)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            count, _, height, width = batch.images.shape
+            raise OutOfMemory(
+                f"{self.title}: a batch of {count} images of {height}x{width} does not fit into the memory "
+                f"of {self.device}. recipe.replace(batch=..., accumulate=...) with half the batch and twice "
+                "the accumulate takes the same steps; precision='bfloat16' takes about half the memory, and "
+                "whatever else uses the device takes its share."
+            ) from error
+        return loss.detach()
 
     def report(self, losses):
         loss = losses.known[-1] if losses.known else math.nan
@@ -196,20 +158,6 @@ class Training:
         self.bar.update()
         known = {} if math.isnan(loss) else {"loss": f"{loss:.4f}"}
         self.bar.set_postfix(epoch=losses.epoch, **known, refresh=False)
-
-    def close(self):
-        if self.summing:
-            self.optimizer.zero_grad(set_to_none=True)
-        if self.compile is not None:
-            # The next network needs other code, of which torch keeps few versions, and CUDA graphs keep
-            # their memory.
-            torch.compiler.reset()
-
-
-def _compiled(loss, mode):
-    compiled = torch.compile(lambda model, batch: loss(model, batch), mode=mode)
-    # A copy, made outside: with CUDA graphs the next step overwrites what this one returns.
-    return lambda model, batch: compiled(model, batch).clone()
 
 
 class _Losses:
@@ -263,10 +211,9 @@ def parameter_groups(model, recipe):
     are left out.
 
     Raises:
-        ValueError: new_modules() is wrong; weights of either kind are missing altogether, or a group whose
-            learning rate the recipe multiplies.
+        ValueError: weights of either kind are missing altogether, or a group whose learning rate the recipe
+            multiplies.
     """
-    _check_new_modules(model)
     fresh = {id(p) for listed in model.new_modules() for p in listed.parameters()}
     members, groups = {name: [] for name in PARAMETER_GROUPS}, []
     for parameter in filter(lambda p: p.requires_grad, model.parameters()):
@@ -280,27 +227,9 @@ def parameter_groups(model, recipe):
         elif weights or multiplier != 1:
             raise ValueError(
                 f"{_kind(model)} has no trainable {name}, for which the recipe has the learning rate "
-                f"{recipe.lr:g} x {multiplier:g}: its new_modules() is wrong, or the recipe is for another "
-                "network (then set that multiplier to 1)"
+                f"{recipe.lr:g} x {multiplier:g}: the recipe is for another network; set that multiplier to 1"
             )
     return groups
-
-
-def _check_new_modules(model):
-    new = [module for listed in model.new_modules() for module in listed.modules()]
-    modules = list(model.modules())
-    always = [m for m in modules if isinstance(m, LearnableController) or m is getattr(model, "head", None)]
-    twice = [module for module in new if new.count(module) > 1]
-    left_out = [module for module in always if module not in new]
-    if twice:
-        problem = f"lists a {_kind(twice[0])} twice: list it once"
-    elif not set(modules) >= set(new):
-        problem = "lists a module that is not part of the model"
-    elif left_out:
-        problem = f"leaves out its {_kind(left_out[0])}, which is new"
-    else:
-        return
-    raise ValueError(f"new_modules() of {_kind(model)} {problem}")
 
 
 def _kind(module):
@@ -312,7 +241,7 @@ def make_optimizer(model, recipe):
     groups = parameter_groups(model, recipe)
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov)
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer](groups, lr=recipe.lr)
+    return torch.optim.Adam(groups, lr=recipe.lr)
 
 
 def train_classifier(recipe, dataset, seed=0, **options):
@@ -373,16 +302,13 @@ def _train(kind, recipe, dataset, build, loss, **options):
     return train_network(recipe, dataset, build, loss, title=title, **options)
 
 
-def train_network(
-    recipe, dataset, build, loss, *, labels=None, extra=None, seed=0, device=None, image_cache=None, **options
-):
+def train_network(recipe, dataset, build, loss, *, labels=None, extra=None, seed=0, device=None, **options):
     """Train the network that ``build(dataset)`` returns: what the three stages and pretraining share.
 
     Args:
         loss: ``loss(model, batch)``, a scalar.
         labels: what becomes ``batch.extra``, a sequence with one uint8 array (H, W) for each image.
         device: None for the best there is.
-        image_cache: a folder for decoded images, where the recipe keeps them in memory (``recipe.images``).
         options: title, progress, on_epoch and checkpoint, see `fit` and `Training`.
     """
     dataset = without_masks(dataset)
@@ -394,7 +320,7 @@ def train_network(
         model = build(dataset).to(device=device, memory_format=runtime.memory_format(device))
         optimizer = make_optimizer(model, recipe)
         factor = functools.partial(recipe.lr_factor, per_epoch=per_epoch, total=steps)
-        batches, streams = make_batches(dataset, recipe, extra, seed, device, image_cache)
+        batches, streams = make_batches(dataset, recipe, extra, seed, device)
         history = fit(
             model,
             batches,
@@ -406,7 +332,6 @@ def train_network(
             precision=recipe.precision,
             names=dataset.names,
             streams=streams,
-            compile=recipe.compile,
             **options,
         )
     return model.eval(), history

@@ -7,11 +7,10 @@ Every data set is map-style and answers to the same names::
     ds.mask(i)       uint8 array (H, W), 0 background, 1..C classes, 255 ignored: for scoring only
     ds.names, ds.classes, ds.num_classes, ds.fingerprint, len(ds)
 
-`decoded` keeps the images in memory, as ``ds.packed``; `without_masks` and `decoded` take the masks away.
+`without_masks` takes the masks away.
 """
 
 from drs_lib.data.critters import Critters
-from drs_lib.data.decoded import Packed, decoded, pack
 from drs_lib.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize, resize_square, training_transform
 from drs_lib.data.voc import IGNORED, VOC2012, VOC_CLASSES, save_indexed_png, voc_palette
 from drs_lib.data.weak import MaskAccessError, without_masks
@@ -24,10 +23,7 @@ __all__ = [
     "VOC_CLASSES",
     "Critters",
     "MaskAccessError",
-    "Packed",
-    "decoded",
     "normalize",
-    "pack",
     "resize_square",
     "save_indexed_png",
     "training_transform",

@@ -1,10 +1,8 @@
 """A data set as a weakly supervised stage may see it: without its masks."""
 
-from functools import partial
-
 import torch
 
-FACTS = ("names", "classes", "num_classes", "fingerprint", "split", "packed")
+FACTS = ("names", "classes", "num_classes", "fingerprint", "split")
 METHODS = ("saliency", "mask", "__class__", "__doc__", "__module__", "__reduce__", "__reduce_ex__")
 
 
@@ -17,25 +15,23 @@ def _inside(weak):
 
 
 class WithoutMasks:
-    """What `without_masks` and `decoded` return. It answers to a fixed list of names, so that the wrapped
-    data set, and through it a mask, is not one attribute away.
+    """What `without_masks` returns. It answers to a fixed list of names, so that the wrapped data set, and
+    through it a mask, is not one attribute away.
 
-    labels: float32 (N, C), or None for the data set's own. facts: ``packed`` images that take the place of
-    the data set's, and what else shall be other than its own.
+    labels: float32 (N, C), or None for the data set's own.
     """
 
-    __slots__ = ("_dataset", "_labels", "_facts")
+    __slots__ = ("_dataset", "_labels")
 
-    def __init__(self, dataset, labels, **facts):
-        own = {name: getattr(dataset, name) for name in FACTS if hasattr(dataset, name)}
-        inside = dataset, labels, {"split": None} | own | facts
-        for name, value in zip(WithoutMasks.__slots__, inside, strict=True):
+    def __init__(self, dataset, labels):
+        for name, value in zip(WithoutMasks.__slots__, (dataset, labels), strict=True):
             object.__setattr__(self, name, value)
 
     def __getattribute__(self, name):
-        *_, facts = _inside(self)
-        if name in facts:
-            return facts[name]
+        if name == "split":
+            return getattr(_inside(self)[0], name, None)
+        if name in FACTS:
+            return getattr(_inside(self)[0], name)
         if name in METHODS:
             return object.__getattribute__(self, name)
         raise AttributeError(f"a data set without masks has no attribute {name!r}; it answers to {dir(self)}")
@@ -44,17 +40,16 @@ class WithoutMasks:
         raise AttributeError("a data set without masks can't be changed")
 
     def __dir__(self):
-        return sorted([*_inside(self)[2], "saliency", "mask"])
+        return sorted([*FACTS, "saliency", "mask"])
 
     def __len__(self):
         return len(_inside(self)[0])
 
     def __getitem__(self, index):
-        dataset, labels, facts = _inside(self)
+        dataset, labels = _inside(self)
         if labels is None:
             return dataset[index]
-        image = facts["packed"][index] if "packed" in facts else dataset.image(index)
-        return image, torch.from_numpy(labels[index].copy())
+        return dataset.image(index), torch.from_numpy(labels[index].copy())
 
     def saliency(self, index):
         return _inside(self)[0].saliency(index)
@@ -69,8 +64,7 @@ class WithoutMasks:
         return f"without_masks({_inside(self)[0]!r})"
 
     def __reduce__(self):
-        dataset, labels, facts = _inside(self)
-        return partial(WithoutMasks, **facts), (dataset, labels)
+        return WithoutMasks, tuple(_inside(self))
 
 
 def without_masks(dataset):

@@ -10,7 +10,6 @@ from tiny import TinyDataset
 from drs_course import tables as experiments
 from drs_lib.arguments import whole
 from drs_lib.crf import CRFConfig, iterate_crf
-from drs_lib.data.decoded import decoded
 from drs_lib.data.transforms import training_transform
 from drs_lib.maps import iterate_maps, localization_maps
 from drs_lib.networks import classifier
@@ -61,7 +60,6 @@ DATA = TinyDataset(3, 32)
         (lambda n: training_transform(crop=n, flip=False)(DATA[0][0][:, :8, :8])[0], 8),
         (lambda n: training_transform(resize=n, flip=False)(DATA[0][0])[0], 8),
         (lambda n: training_transform(scale=n, flip=False)(DATA[0][0])[0], (2, 2)),
-        (lambda n: decoded(DATA, resize=n).packed.flat, 8),
         (drawn, 3),
         (in_threads, 2),
     ],

@@ -7,7 +7,7 @@ from tiny import TinyDataset
 
 from drs_lib import batches
 from drs_lib.batches import TargetMaps, make_batches
-from drs_lib.data import MaskAccessError, without_masks
+from drs_lib.data import without_masks
 from drs_lib.recipes import ClassifyRecipe, RefineRecipe, SegmentRecipe
 from drs_lib.train import train_classifier, train_refinement, train_segmentation
 
@@ -42,22 +42,18 @@ STAGES = {
 
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS, ids=lambda a: f"crop-{a['crop']}-{a['resize']}")
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_training_from_memory_is_the_training_from_files(stage, augmentation, tmp_path):
+def test_a_training_from_memory_is_the_training_from_files(stage, augmentation):
     def run(**changes):
-        model, history = STAGES[stage](
-            augmentation | changes, device="cpu", progress=False, image_cache=tmp_path
-        )
+        model, history = STAGES[stage](augmentation | changes, device="cpu", progress=False)
         return model.state_dict(), [epoch["loss"] for epoch in history]
 
     expected, losses = run(images="files")
-    for place in ("memory", "device"):
-        found, same_losses = run(images=place)
-        assert same_losses == losses
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert not augmentation["resize"] or stage != "classify" or list(tmp_path.glob("*.safetensors"))
+    found, same_losses = run(images="memory")
+    assert same_losses == losses
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_images_stay_in_files_without_a_gpu(monkeypatch):
+def test_images_stay_in_files_without_a_gpu():
     recipe = ClassifyRecipe.laptop()
     made, _ = make_batches(without_masks(DATA), recipe, None, 0, CPU)
     assert isinstance(made, torch.utils.data.DataLoader) and recipe.images == "auto"
@@ -68,9 +64,9 @@ def test_images_stay_in_files_without_a_gpu(monkeypatch):
 def test_only_the_maps_of_an_images_classes_are_kept():
     data = without_masks(DATA)
     extra = TargetMaps(MAPS, data)
-    packed = extra.packed(batches.decoded(data))
-    assert [len(stack) for stack in packed] == [1, 2, 1, 2, 1, 2, 1, 2, 1]
-    stacks = [extra.unpack(stack) for stack in packed]
+    kept = [extra.as_bytes(i, data[i][0]) for i in range(9)]
+    assert [len(stack) for stack in kept] == [1, 2, 1, 2, 1, 2, 1, 2, 1]
+    stacks = [extra.unpack(stack) for stack in kept]
     assert np.array_equal(extra.stack(stacks, range(9)).numpy(), np.stack(MAPS))
     assert not stacks[4].any()  # an image without a class has a map of zeros
 
@@ -79,11 +75,17 @@ def test_maps_that_are_no_255ths_are_rounded_to_them_and_small_ones_brought_to_t
     data = without_masks(DATA)
     maps = [np.random.default_rng(i).random((3, 32, 32), np.float32) for i in range(9)]
     extra = TargetMaps(maps, data)
-    packed = extra.packed(batches.decoded(data))
-    found = extra.stack([extra.unpack(stack) for stack in packed], range(9))
+    found = extra.stack([extra.unpack(extra.as_bytes(i, data[i][0])) for i in range(9)], range(9))
     assert np.abs(found.numpy() - np.stack(maps)).max() <= 0.5 / 255 + 1e-6
     small = TargetMaps([np.full((3, 4, 4), 0.2, np.float16) for _ in range(9)], data)
-    assert small.packed(batches.decoded(data)).shapes == [(3, 32, 32)] * 9
+    assert small.as_bytes(0, data[0][0]).shape == (3, 32, 32)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_gpu_holds_the_images():
+    made, _ = make_batches(without_masks(DATA), ClassifyRecipe.laptop(), None, 0, torch.device("cuda"))
+    assert all(image.is_cuda for image in made.images)
+    assert next(iter(made)).images.is_cuda
 
 
 @pytest.mark.parametrize("images", ["files", "memory"])
@@ -95,17 +97,6 @@ def test_bad_labels_and_targets_are_named_whichever_way_they_are_read(images):
     maps = [*MAPS[:5], MAPS[5] + 1, *MAPS[6:]]
     with pytest.raises(ValueError, match="maps of .*5 go from .*: expected .0, 1."):
         train_refinement(RefineRecipe.laptop().replace(**SHORT | changes), DATA, maps, device="cpu")
-
-
-def test_no_mask_can_be_reached_from_memory(monkeypatch):
-    reached = []
-    decode = batches.decoded
-    monkeypatch.setattr(
-        batches, "decoded", lambda *args, **kw: reached.append(decode(*args, **kw)) or reached[-1]
-    )
-    STAGES["classify"](dict(images="memory"), device="cpu", progress=False)
-    with pytest.raises(MaskAccessError):
-        reached[0].mask(0)
 
 
 def test_a_checkpoint_of_one_way_serves_the_other(tmp_path):
@@ -132,7 +123,6 @@ def test_a_checkpoint_of_one_way_serves_the_other(tmp_path):
 
 
 def test_a_pipeline_on_voc_from_memory_makes_what_it_makes_from_files(tmp_path):
-    """Decoded once, into the store's folder, where trainings and maps find it."""
     from drs_course.export import export_voc
     from drs_course.paper import Configuration
     from drs_course.stages import Pipeline, Splits
@@ -155,5 +145,3 @@ def test_a_pipeline_on_voc_from_memory_makes_what_it_makes_from_files(tmp_path):
             if name not in ("meta.json", "history.json")
         }
     assert found["files"] == found["memory"] and len(found["files"]) >= 8
-    assert len(list((tmp_path / "memory" / "decoded").glob("*.safetensors"))) == 1
-    assert not (tmp_path / "files" / "decoded").exists()
