@@ -68,7 +68,7 @@ def make_voc(root, images):
         save_indexed_png(voc / "SegmentationClassAug" / f"{name}.png", source.mask(i)[:HEIGHT, :WIDTH])
     (voc / "ImageSets/Segmentation/train.txt").write_text("\n".join(source.names) + "\n")
     (voc / "classes.txt").write_text("\n".join(VOC_CLASSES) + "\n")
-    return VOC2012(voc, "train", check_lists=False)
+    return VOC2012(voc, "train")
 
 
 class Run:

@@ -71,7 +71,7 @@ class Splits:
 
 
 @lru_cache(maxsize=4)
-def open_data(data, budget, voc_root=None, cache_dir=None):
+def open_data(data, budget, voc_root=None):
     """The data sets that `data` names; kept, so that a process with several rows draws its images once."""
     if data == "critters":
         lengths = {"train": budget.train_images, "val": budget.val_images}
@@ -83,9 +83,7 @@ def open_data(data, budget, voc_root=None, cache_dir=None):
                 "DATA=voc VOC_ROOT=DIR). 'python -m drs_course download --root DIR' puts it there."
             )
         # The accuracy is measured on VOC's own 1,464 training images, as in the release.
-        train, val, accuracy = (
-            VOC2012(voc_root, name, cache_dir=cache_dir) for name in ("trainaug", "val", "train")
-        )
+        train, val, accuracy = (VOC2012(voc_root, name) for name in ("trainaug", "val", "train"))
         train.require_saliency()  # now, and not after the classifiers' trainings
         return Splits(data, train, val, accuracy)
     raise ValueError(f"unknown data {data!r}; expected 'critters', 'voc' or a Splits.")
@@ -137,7 +135,7 @@ class Pipeline:
         self.store = store if isinstance(store, RunStore) else RunStore(store)
         if isinstance(data, str):
             root = None if voc_root is None else str(voc_root)
-            self.data = open_data(data, self.budget, root, self.store.root / "voc-labels")
+            self.data = open_data(data, self.budget, root)
         else:
             self.data = data
         self.seed, self.crf_jobs, self.run, self.progress = seed, crf_jobs, run, progress

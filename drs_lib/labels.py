@@ -8,10 +8,10 @@ follows another rule, kept here as ``rule="release"``.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from drs_lib.data import IGNORED
+from drs_lib.data.transforms import as_tensor
 from drs_lib.runtime import move
 
 BACKGROUND = 0
@@ -95,11 +95,6 @@ def _release_rule(maps, score, label, saliency, alpha):
     # The released code counts after it has set maps below alpha to 0, and background is one of the scores.
     confident = ((maps > RELEASE_CONFIDENT) & (maps >= alpha)).sum(dim=1) + (~salient)
     return labels.masked_fill_(confident > 2, IGNORED)
-
-
-def as_tensor(values):
-    """A tensor as it is; of an array a copy, since tensors can't share read-only or reversed ones."""
-    return values if isinstance(values, torch.Tensor) else torch.from_numpy(np.array(values, order="C"))
 
 
 def check_unit(values, name, hint):

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from drs_lib.data import IGNORED
-from drs_lib.labels import MAPS_HINT, as_tensor, check_unit
+from drs_lib.data.transforms import as_tensor
+from drs_lib.labels import MAPS_HINT, check_unit
 
 
 def iou_per_class(confusion):

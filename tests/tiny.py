@@ -65,8 +65,8 @@ def write_voc_tree(root, train=6, val=3, own_classes=True):
     ``own_classes`` the tree has a classes.txt (VOC's twenty), so that its short lists are its own affair.
     """
     tree = root / "VOC2012"
-    for folder in ("JPEGImages", "Annotations", "ImageSets/Segmentation", "SegmentationClass",
-                   "SegmentationClassAug", "saliency_map"):  # fmt: skip
+    folders = ("SegmentationClass", "SegmentationClassAug")
+    for folder in ("JPEGImages", "ImageSets/Segmentation", *folders, "saliency_map"):
         (tree / folder).mkdir(parents=True)
     rng = np.random.default_rng(7)
     names = [f"2007_{i:06d}" for i in range(1, train + val + 1)]
@@ -74,27 +74,17 @@ def write_voc_tree(root, train=6, val=3, own_classes=True):
         height, width = 48 + 7 * (i % 3), 64 - 5 * (i % 4)
         mask = np.zeros((height, width), np.uint8)
         boxes = [(i % 20 + 1, 6, 4, 34, 30)] + ([((i + 7) % 20 + 1, 28, 36, 42, 46)] if i % 2 else [])
-        objects = ""
         for value, top, left, bottom, right in boxes:
             mask[top - 2 : bottom + 2, left - 2 : right + 2] = 255
             mask[top:bottom, left:right] = value
-            objects += (
-                f"<object><name>{VOC_CLASSES[value - 1]}</name><difficult>{int(value > 8)}</difficult>"
-                "<part><name>head</name></part>"
-                f"<bndbox><xmin>{left + 1}</xmin><ymin>{top + 1}</ymin><xmax>{right}</xmax>"
-                f"<ymax>{bottom}</ymax></bndbox></object>"
-            )
         pixels = rng.integers(0, 255, (height, width, 3), dtype=np.uint8)
         pixels[mask > 0] = (pixels[mask > 0] // 4 + 120).astype(np.uint8)
         image = Image.fromarray(pixels)
         (image.convert("L") if i == 1 else image).save(tree / "JPEGImages" / f"{name}.jpg", quality=95)
-        for folder in ("SegmentationClass", "SegmentationClassAug"):
+        for folder in folders:
             save_indexed_png(tree / folder / f"{name}.png", mask)
         saliency = np.where(mask > 0, 220, 12).astype(np.uint8)
         Image.fromarray(saliency).save(tree / "saliency_map" / f"{name}.png")
-        (tree / "Annotations" / f"{name}.xml").write_text(
-            f"<annotation>{objects}</annotation>", encoding="utf-8"
-        )
     lists = {"train": names[:train], "val": names[train:], "trainaug": names[:train], "trainval": names}
     for split, group in lists.items():
         path = tree / "ImageSets" / "Segmentation" / f"{split}.txt"

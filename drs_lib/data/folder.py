@@ -10,11 +10,10 @@ import hashlib
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from drs_lib.data.voc import IGNORED, first_few, opened, text_lines
+from drs_lib.data.voc import IGNORED, first_few, read_mask, read_rgb, read_saliency, text_lines
 
 
 class LabelledFolder(Dataset):
@@ -68,14 +67,12 @@ class LabelledFolder(Dataset):
         return len(self.names)
 
     def __getitem__(self, index):
-        with opened(self._image(index)) as image:
-            pixels = np.array(image.convert("RGB"))
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), self._labels[index].clone()
+        return read_rgb(self._image(index)), self._labels[index].clone()
 
     def saliency(self, index):
         """Saliency ``index``, uint8 (H, W). Raises ValueError: not 8-bit greyscale, or not of its image's
         size."""
-        return self._aligned(index, self._saliency(index), "L", "8-bit greyscale, 0 to 255 for not to very")
+        return read_saliency(self._saliency(index), self._image(index))
 
     @property
     def has_masks(self):
@@ -85,25 +82,7 @@ class LabelledFolder(Dataset):
     def mask(self, index):
         """Mask ``index``, uint8 (H, W): 0 background, 1..C classes, 255 ignored. For scoring only. Raises
         FileNotFoundError, ValueError."""
-        path = self._mask(index)
-        mask = self._aligned(index, path, "LP", "class numbers, in greyscale or as an indexed PNG")
-        strange = sorted({*np.unique(mask).tolist()} - {*range(self.num_classes + 1), IGNORED})
-        if strange:
-            raise ValueError(
-                f"{path} has value {strange[0]}, expected 0 (background), 1..{self.num_classes} "
-                f"({', '.join(self.classes)}) or 255 (ignored)"
-            )
-        return mask
-
-    def _aligned(self, index, path, modes, expected):
-        with opened(self._image(index)) as image, opened(path) as png:
-            sizes, mode, values = (png.size, image.size), png.mode, np.array(png)
-        if mode not in modes:
-            raise ValueError(f"{path} has mode {mode}: expected {expected}")
-        if sizes[0] != sizes[1]:
-            found = " and its image ".join(f"{width} x {height}" for width, height in sizes)
-            raise ValueError(f"{path} is {found} pixels: expected the same size")
-        return values
+        return read_mask(self._mask(index), self._image(index), self.classes)[0]
 
     @cached_property
     def fingerprint(self):

@@ -29,13 +29,12 @@ def normalize(images):
     Raises:
         ValueError: the images are not uint8 (floats may already be normalised), or not three channels.
     """
-    if images.dtype != torch.uint8:
+    if images.dtype != torch.uint8 or images.ndim < 3 or images.shape[-3] != 3:
         raise ValueError(
-            f"normalize() takes uint8 images with values 0..255, got {images.dtype}; "
-            "an image that is already float has probably been normalised before"
+            "normalize() takes uint8 images of shape (..., 3, H, W) with values 0..255, got "
+            f"{images.dtype} of shape {tuple(images.shape)}; an image that is already float has probably "
+            "been normalised before"
         )
-    if images.ndim < 3 or images.shape[-3] != 3:
-        raise ValueError(f"normalize() takes images of shape (..., 3, H, W), got {tuple(images.shape)}")
     mean, std, _ = _colours(images.device)
     return images.to(torch.float32).sub_(mean).div_(std)
 
@@ -47,8 +46,8 @@ def resize_square(images, side):
 
 
 def as_tensor(values):
-    """A tensor as it is, an array copied: it may be read-only, and torch has no read-only tensors."""
-    return values if isinstance(values, torch.Tensor) else torch.from_numpy(np.array(values))
+    """A tensor as it is; of an array a copy, since tensors can't share read-only or reversed ones."""
+    return values if isinstance(values, torch.Tensor) else torch.from_numpy(np.array(values, order="C"))
 
 
 class _TrainingTransform:
@@ -93,14 +92,8 @@ class _TrainingTransform:
             The images in one tensor, uint8 (N, 3, h, w), and a list for each of ``targets``.
 
         Raises:
-            ValueError: what a single image raises; no images, another number of targets, or images that are
-                of different sizes in the end.
+            ValueError: what a single image raises, or images that are of different sizes in the end.
         """
-        if not len(images) or any(len(values) != len(images) for values in targets):
-            raise ValueError(
-                f"a batch is one or more images and as many of each target, got {len(images)} images and "
-                f"targets for {', '.join(str(len(target)) for target in targets) or 'none'}"
-            )
         draws = [None] * len(images) if draws is None else draws
         samples = [self(*items, draw=draw) for *items, draw in zip(images, *targets, draws, strict=True)]
         images, *targets = (list(items) for items in zip(*samples, strict=True))
@@ -121,15 +114,11 @@ def _checked(image, targets):
         )
     items = [image, *map(as_tensor, targets)]
     for target in items[1:]:
-        if not (target.ndim == 2 or (target.ndim == 3 and target.is_floating_point())):
+        maps = target.ndim == 3 and target.is_floating_point()
+        if not (target.ndim == 2 or maps) or target.shape[-2:] != image.shape[-2:]:
             raise ValueError(
-                "a target is a label map (H, W) or float maps (C, H, W), "
-                f"got {target.dtype} of shape {tuple(target.shape)}"
-            )
-        if target.shape[-2:] != image.shape[-2:]:
-            raise ValueError(
-                f"the image is {image.shape[-1]} x {image.shape[-2]} pixels and a target "
-                f"{target.shape[-1]} x {target.shape[-2]}: they must be the same size before augmentation"
+                "a target is a label map (H, W) or float maps (C, H, W), the same size as the image, "
+                f"{tuple(image.shape[1:])}, before augmentation; got {target.dtype} {tuple(target.shape)}"
             )
     return items
 
@@ -173,19 +162,14 @@ def training_transform(crop=None, resize=None, scale=None, flip=True, jitter=Non
         ValueError: for arguments, images or targets that are none of these, or targets of another size.
     """
     crop, resize = (
-        value if value is None else whole(name, value) for name, value in (("crop", crop), ("resize", resize))
+        None if side is None else whole(name, side) for name, side in (("crop", crop), ("resize", resize))
     )
     if scale is not None:
         scale = tuple(float(factor) for factor in scale)
         if len(scale) < 2 or min(scale) <= 0 or (len(scale) == 2 and scale[0] > scale[1]):
-            raise ValueError(
-                "scale is a range (low, high) with 0 < low <= high, or a list of three or more factors "
-                f"to choose from; got {scale}"
-            )
+            raise ValueError(f"scale is a range, 0 < low <= high, or three or more factors; got {scale}")
     if jitter is not None:
         if len(jitter) != 4:
-            raise ValueError(
-                f"jitter is (brightness, contrast, saturation, hue), four numbers; got {jitter!r}"
-            )
+            raise ValueError(f"jitter is (brightness, contrast, saturation, hue); got {jitter!r}")
         jitter = ColorJitter(*jitter)
     return _TrainingTransform(crop, resize, scale, flip, jitter)

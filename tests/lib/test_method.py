@@ -104,7 +104,7 @@ def test_the_command_makes_a_network_and_masks_of_a_folder(photos, tmp_path, cap
         (lambda d: append(d, "here.jpg dog"), "no image for what .*labels.txt lists: .*here.jpg"),
         (lambda d: (d / "saliency" / "2007_000004.png").unlink(), "no saliency map for .*2007_000004.png"),
         (lambda d: save(d, "saliency", "RGB"), "2007_000001.png has mode RGB: expected 8-bit greyscale"),
-        (lambda d: save(d, "saliency", "L"), r"2007_000001.png is 5 x 4 and its image 64 x 48 pixels"),
+        (lambda d: save(d, "saliency", "L"), r"2007_000001.png is 5 x 4 pixels, its image 64 x 48"),
         (lambda d: (d / "images" / "2007_000001.jpg").write_bytes(b"GIF?"), "2007_000001.jpg can't be read"),
     ],
 )

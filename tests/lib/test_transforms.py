@@ -192,10 +192,6 @@ def test_bad_batches_are_refused():
     images, masks, _ = samples([(8, 8), (8, 9)])
     with pytest.raises(ValueError, match=r"different sizes \(8x8, 8x9\).*crop or resize"):
         transform.batch(images, masks)
-    with pytest.raises(ValueError, match="2 images and targets for 1"):
-        transform.batch(images, masks[:1])
-    with pytest.raises(ValueError, match="0 images"):
-        transform.batch([])
     with pytest.raises(ValueError, match="same size"):
         transform.batch(images, masks[::-1])
 
