@@ -168,9 +168,7 @@ def verify(voc_root="data", *, limit=None, jobs=None, store=None):
         FileNotFoundError, ValueError: there is no VOC 2012, or a file is not what it should be.
     """
     store = store if isinstance(store, RunStore) else RunStore(store)
-    data = {
-        split: VOC2012(voc_root, split, cache_dir=store.root / "voc-labels") for split in ("train", "val")
-    }
+    data = {split: VOC2012(voc_root, split) for split in ("train", "val")}
     if data["train"].classes != VOC_CLASSES:
         raise ValueError(f"{data['train'].root} has classes of its own; the released networks know VOC's")
     ranges = {split: range(min(limit or len(found), len(found))) for split, found in data.items()}
