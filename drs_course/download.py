@@ -9,23 +9,15 @@ weights to torch hub's folder of checkpoints, where torchvision looks for its ow
 mirror, or a local file of the same name, takes the place of any of them. A tree is only changed by complete
 archives.
 
-What has a published checksum is held to it, and goes on where it stopped when an interrupted command is run
-again. Of the rest the SHA-256 is written beside the first download, as ``<name>.sha256``, and later downloads
-are held to that.
+What has a published checksum is held to it. An interrupted command is run again: it fetches what is lacking.
 """
 
-import http.client
 import os
 import shutil
-import ssl
 import tarfile
 import tempfile
-import time
-import urllib.error
-import urllib.request
 import zipfile
 import zlib
-from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -34,7 +26,7 @@ import pooch
 import torch
 from filelock import FileLock, Timeout
 from PIL import Image, UnidentifiedImageError
-from tqdm.auto import tqdm
+from requests import RequestException
 
 from drs_lib.data.voc import VOC2012, VOC_LIST_SIZES, first_few, read_list
 from drs_lib.files import atomic_path, write_text
@@ -78,16 +70,8 @@ _PNGS = {
 TREE = ("voc", *_PNGS)  # what goes there; the others are weights
 COMMAND = "python -m drs_course download"
 
-# Images and annotations in the archive. Only decides whether there is anything to do; the checksum and the
-# lists decide what is right.
-VOC_IMAGES = 17125
-
-ATTEMPTS = 3
-PAUSE = 2  # seconds before the second attempt, twice that before the third
-TIMEOUT = 60  # seconds without a byte
-_NETWORK_ERRORS = (
-    urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError,
-)  # fmt: skip
+VOC_IMAGES = 17125  # in the archive; only decides whether there is anything to do
+RETRIES = 2  # after an error of the network
 
 
 def weights_folder():
@@ -104,127 +88,53 @@ def weights_file(kind):
 
 
 def _is_url(source):
-    return urlsplit(os.fspath(source)).scheme in ("http", "https")
-
-
-def _require_space(folder, needed, what):
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise OSError(
-            f"{what} needs {needed / 1e9:.2f} GB in {folder}, {free / 1e9:.2f} GB are free: make room or "
-            "choose another --root"
-        )
+    return str(source).startswith(("http://", "https://"))
 
 
 def _difference(path, known):
     """What is wrong with a file's checksum, or None."""
+    if known is None:
+        return None
     kind, digits = known.split(":")
     found = pooch.file_hash(str(path), alg=kind)
     return None if found.startswith(digits) else f"{kind.upper()} {found}, expected {digits}"
 
 
-def _record(path):
-    return path.with_name(path.name + ".sha256")
-
-
-def _remove(path):
-    """A download that is not what it should be, and the checksum that was recorded of it."""
-    path.unlink()
-    _record(path).unlink(missing_ok=True)
-
-
-def fetch(source, folder, *, known=None, progress=True):
-    """The file behind ``source``, a path or an http(s) URL, as a path.
-
-    A local file is used where it is, and never removed. A download goes to ``folder`` by way of
-    ``<name>.part``, which the next call continues if there is a checksum to tell that it is the same file.
-
-    known: the checksum, see `Remote`. None: of a download, the one recorded at the first.
+def fetch(source, folder, *, progress=True):
+    """The file behind ``source``, a path or an http(s) URL, as a path. A local file stays where it is, a
+    download appears complete in ``folder``, or is there already.
 
     Raises:
         FileNotFoundError: no such local file.
         ConnectionError: the host can't be reached, refuses the file, or breaks off repeatedly.
-        ValueError: another checksum. A downloaded file is removed then, a local one isn't.
-        OSError: not enough disk space.
     """
     if not _is_url(source):
         path = Path(source).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"no file {path}")
-        if known and (wrong := _difference(path, known)):
-            raise ValueError(f"{path} has {wrong}: cut off, damaged, or another version")
         return path
-    target = Path(folder) / (PurePosixPath(urlsplit(source).path).name or "download")
-    record, recorded = _record(target), ""
-    if known is None and record.is_file():
-        known = f"sha256:{record.read_text(encoding='utf-8').split()[0]}"
-        recorded = f" (in {record}, written at the first download)"
-    if target.is_file() and known:
-        if not _difference(target, known):
-            return target
-        print(f"{target} has the wrong checksum; downloading it again")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _arrive(source, target, resume=known is not None, progress=progress)
-    if known is None:
-        write_text(record, f"{pooch.file_hash(str(target))}  {target.name}\n")
-    elif wrong := _difference(target, known):
-        target.unlink()
-        raise ValueError(
-            f"{source} has {wrong}{recorded}. The download was removed; run the command again, or use "
-            "another mirror."
-        )
-    return target
-
-
-def _arrive(url, target, resume, progress):
-    """Download, in several attempts, going on where the last one broke off, which pooch can't."""
-    part = target.with_name(target.name + ".part")
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            _transfer(url, part, resume, progress)
-            return os.replace(part, target)
-        except _NETWORK_ERRORS as error:
-            code = getattr(error, "code", 0)
-            refused = 400 <= code < 500 and code not in (416, 429)
-            if not refused and attempt < ATTEMPTS:
-                time.sleep(PAUSE * attempt)
-                continue
-            how_often = "the host refuses it" if refused else f"tried {attempt} times"
-            kept = " What has arrived is kept; the same command goes on from there."
-            raise ConnectionError(
-                f"{url}: {error} ({how_often}). Check the connection, try a mirror, or pass a copy of "
-                f"{target.name} from elsewhere (--local).{kept if resume and part.is_file() else ''}"
-            ) from error
-
-
-def _transfer(url, part, resume, progress):
-    """Bring ``part`` to its full length."""
-    have = part.stat().st_size if resume and part.is_file() else 0
-    headers = {"User-Agent": "drs-course"} | ({"Range": f"bytes={have}-"} if have else {})
+    name = PurePosixPath(urlsplit(source).path).name or "download"
+    place = pooch.create(folder, "", registry={name: None}, urls={name: source}, retry_if_failed=RETRIES)
     try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
-    except urllib.error.HTTPError as error:
-        if error.code == 416:  # what we have is all of it, or of another file: the next attempt starts anew
-            part.unlink()
-        raise
-    with response:
-        have = have if response.status == 206 else 0
-        total = have + int(response.headers.get("Content-Length", 0))
-        _require_space(part.parent, total - have, part.name)
-        bar = tqdm(total=total, initial=have, desc=part.stem, unit="B", unit_scale=True, disable=not progress)
-        with open(part, "ab" if have else "wb") as file, bar:
-            while chunk := response.read(1 << 18):
-                file.write(chunk)
-                bar.update(len(chunk))
-    if part.stat().st_size < total:
-        raise ConnectionError(f"the connection closed after {part.stat().st_size} of {total} bytes")
+        return Path(
+            place.fetch(name, downloader=pooch.HTTPDownloader(progress, chunk_size=1 << 18, timeout=60))
+        )
+    except RequestException as error:
+        raise ConnectionError(
+            f"{source}: {error} (tried {RETRIES + 1} times). Check the connection, try a mirror, or pass a "
+            f"copy of {name} from elsewhere (--local)."
+        ) from error
 
 
-def _unpack(path, folder, downloaded):
-    """Unpack a zip or tar archive into a new folder, of which no name in it leads out. One that is damaged is
-    removed if it was downloaded."""
+def _unpack(path, folder):
+    """Unpack a zip or tar archive into a new folder, of which no name in it leads out."""
     folder.mkdir()
-    _require_space(folder, path.stat().st_size, f"extracting {path.name}")
+    needed, free = path.stat().st_size, shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            f"extracting {path.name} needs {needed / 1e9:.2f} GB in {folder}, {free / 1e9:.2f} GB are free: "
+            "make room or choose another --root"
+        )
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:  # which drops roots and dots, and makes no links
@@ -235,23 +145,10 @@ def _unpack(path, folder, downloaded):
                 archive.extraction_filter = getattr(tarfile, "data_filter", None)
                 archive.extractall(folder)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as error:
-        ending = "It was removed; run the command again." if downloaded else "Get it again."
-        if downloaded:
-            _remove(path)
         raise ValueError(
-            f"{path} is no archive, or cut off or damaged ({error}). {ending} A link that opens a page in "
-            "the browser (a cloud drive's, say) can't be given here: download the file in the browser and "
-            "pass its path."
+            f"{path} is no archive, or cut off or damaged ({error}). A link that opens a page in the browser "
+            "(a cloud drive's, say) can't be given here: download the file in the browser and pass its path."
         ) from error
-
-
-def _move(source, target):
-    """Move a tree over another: a folder that isn't there yet by one rename, else file by file."""
-    if source.is_dir() and target.is_dir():
-        for child in source.iterdir():
-            _move(child, target / child.name)
-    else:
-        os.replace(source, target)
 
 
 def _voc_folder(root):
@@ -262,84 +159,97 @@ def _voc_folder(root):
     return devkit if devkit.is_dir() else root / "VOC2012"
 
 
-def _ids(tree, split):
-    path = tree / "ImageSets" / "Segmentation" / f"{split}.txt"
-    return read_list(path) if path.is_file() else []
+def _lists(tree):
+    """The ids of train, val and trainaug, as far as they are there."""
+    paths = [tree / "ImageSets" / "Segmentation" / f"{name}.txt" for name in ("train", "val", "trainaug")]
+    return [read_list(path) if path.is_file() else [] for path in paths]
 
 
 def _voc_problem(tree):
     """What is wrong with the devkit's own part of a tree, or None."""
     try:
-        for split, labels in product(("train", "val"), ("xml", "mask")):
-            VOC2012(tree, split, labels=labels, masks="SegmentationClass")
+        for split in ("train", "val"):
+            VOC2012(tree, split, masks="SegmentationClass")
     except (FileNotFoundError, ValueError) as error:
         return str(error)
 
 
-def _weights(kind, get):
-    place = weights_folder() / FILES[kind].name
-    path, downloaded = get(FILES[kind], place.parent)
+def _is_weights(path):
+    """Whether it looks like what torch.save writes, a whole zip archive, or a pickle before torch 1.6."""
     with open(path, "rb") as file:
-        is_weights = file.read(2) in (b"PK", b"\x80\x02")  # what torch.save writes, now and before 1.6
-    if not is_weights:
-        if downloaded:
-            _remove(path)
-        raise ValueError(f"{path} holds no weights{'; it was removed' if downloaded else ''}")
-    if not place.is_file() or not place.samefile(path):
-        with atomic_path(place) as temporary:
-            shutil.copyfile(path, temporary)
-    return f"{place}"
+        return file.read(2) == b"\x80\x02" or zipfile.is_zipfile(file)
 
 
-def _voc(tree, get, work):
-    if _voc_problem(tree) is None and all(
-        len(os.listdir(tree / folder)) >= VOC_IMAGES for folder in ("JPEGImages", "Annotations")
-    ):
-        return f"{tree}: VOC 2012 is complete"
-    path, downloaded = get(FILES["voc"], tree.parent / "downloads")
-    _unpack(path, work / "archive", downloaded)
-    found = next((images.parent for images in work.rglob("JPEGImages")), work)
-    if problem := _voc_problem(found):
-        raise ValueError(f"{path} is not VOC 2012's train/val archive: {problem}")
-    _move(found, tree)
-    return f"{tree}: VOC 2012 extracted"
-
-
-def _pngs(kind, tree, get, work):
-    """A folder with a PNG for each image; of the augmented masks, also the list trainaug."""
-    folder, modes, what = _PNGS[kind]
-    train, val, trainaug = (_ids(tree, split) for split in ("train", "val", "trainaug"))
+def _there(kind, tree):
+    """Whether nothing lacks. Raises ValueError if VOC lacks, into which it has to go."""
+    if kind not in TREE:
+        place = weights_folder() / FILES[kind].name
+        return place.is_file() and _is_weights(place) and not _difference(place, FILES[kind].known)
+    if kind == "voc":
+        return _voc_problem(tree) is None and len(os.listdir(tree / "JPEGImages")) >= VOC_IMAGES
+    folder, _, what = _PNGS[kind]
+    train, val, trainaug = _lists(tree)
     wanted = trainaug or train
     problem = None if wanted else "no train list found"
     if kind == "aug":
         wanted = trainaug + val if len(trainaug) == VOC_LIST_SIZES["trainaug"] else []
         problem = _voc_problem(tree)
     if wanted and {file.stem for file in (tree / folder).glob("*.png")}.issuperset(wanted):
-        return f"{tree}: the {what} are complete"
+        return True
     if problem:
         raise ValueError(f"{tree}: VOC 2012 has to be there before the {what}; {problem}")
-    path, downloaded = get(FILES[kind], tree.parent / "downloads")
-    _unpack(path, work / "archive", downloaded)
+    return False
+
+
+def _install(kind, path, tree, work):
+    """Check what was fetched and put it into place; returns what is there now. work: a folder to unpack in.
+    Raises ValueError for what is damaged, or not what it should be."""
+    if kind in TREE:
+        _unpack(path, work / "archive")
+        if kind in _PNGS:
+            return _install_pngs(kind, path, tree, work)
+        found = next((images.parent for images in work.rglob("JPEGImages")), work)
+        if problem := _voc_problem(found):
+            raise ValueError(f"{path} is not VOC 2012's train/val archive: {problem}")
+        _move(found, tree)
+        return f"{tree}: VOC 2012 extracted"
+    place = weights_folder() / FILES[kind].name
+    if not _is_weights(path):
+        raise ValueError(f"{path} holds no weights.")
+    if not place.is_file() or not place.samefile(path):
+        with atomic_path(place) as temporary:
+            shutil.copyfile(path, temporary)
+    return str(place)
+
+
+def _install_pngs(kind, path, tree, work):
+    """A folder with a PNG for each image; of the augmented masks, also the list trainaug."""
+    folder, modes, what = _PNGS[kind]
+    train, val, trainaug = _lists(tree)
     (work / folder).mkdir()
     for file in sorted((work / "archive").rglob("*.png")):
         if not file.name.startswith(".") and "__MACOSX" not in file.parts:
             _check_png(path, file, modes)
-            if (work / folder / file.name).exists():
-                raise ValueError(f"{path} holds two files {file.name}")
             os.replace(file, work / folder / file.name)
     found = {file.stem for file in (work / folder).iterdir()}
+    wanted = train if kind == "aug" else trainaug or train
+    if missing := [f"{name}.png" for name in wanted if name not in found]:
+        raise ValueError(f"{path} lacks {what} for images of the training list: {first_few(missing)}")
+    outside, size = sorted(found - set(val)), VOC_LIST_SIZES["trainaug"]
+    if kind == "aug" and len(outside) != size:
+        raise ValueError(f"{path} has masks for {len(outside)} images out of val; trainaug is {size} images")
     if kind == "aug":
-        _check_masks(path, found, train, val)
         for name in set(val) - found:
             shutil.copyfile(tree / "SegmentationClass" / f"{name}.png", work / folder / f"{name}.png")
-    elif missing := [f"{name}.png" for name in wanted if name not in found]:
-        raise ValueError(f"{path} lacks {what} for images of the training list: {first_few(missing)}")
     _move(work / folder, tree / folder)
-    if kind != "aug":
-        return f"{tree}: {len(found)} {what}"
-    trainaug = sorted(found - set(val))
-    write_text(tree / "ImageSets" / "Segmentation" / "trainaug.txt", "\n".join(trainaug) + "\n")
-    return f"{tree}: {len(trainaug)} trainaug masks and the list trainaug.txt"
+    if kind == "aug":
+        write_text(tree / "ImageSets" / "Segmentation" / "trainaug.txt", "\n".join(outside) + "\n")
+    return f"{tree}: {len(found)} {what}"
+
+
+def _move(source, target):
+    """Move the files of a tree to another, over those that are there."""
+    shutil.copytree(source, target, copy_function=os.replace, dirs_exist_ok=True)
 
 
 def _check_png(path, file, modes):
@@ -349,23 +259,12 @@ def _check_png(path, file, modes):
     except UnidentifiedImageError as error:
         raise ValueError(f"{path}: {file.name} is not an image") from error
     if mode not in modes:
-        expected = " or ".join(modes)
-        raise ValueError(
-            f"{path}: {file.name} has mode {mode}, expected {expected} (L = 8-bit greyscale, P = indexed)"
-        )
+        expected = "8-bit greyscale" if modes == ("L",) else "8-bit greyscale or indexed"
+        raise ValueError(f"{path}: {file.name} has mode {mode}, expected {expected}")
 
 
-def _check_masks(path, found, train, val):
-    outside, needed = len(found - set(val)), VOC_LIST_SIZES["trainaug"]
-    if outside != needed or not set(train) <= found:
-        raise ValueError(
-            f"{path} has masks for {outside} images outside of VOC's val list and {len(set(train) & found)} "
-            f"of VOC's {len(train)} train images; trainaug is {needed} images with all of train"
-        )
-
-
-def _sources(mirror, local):
-    """The function from a `Remote` to the path or URL to fetch it from."""
+def _copies(local):
+    """Local copies by their names."""
     known = {remote.name for remote in FILES.values()}
     paths = [Path(path).expanduser() for path in local]
     copies = {file.name: file for path in paths for file in (path.iterdir() if path.is_dir() else [path])}
@@ -374,16 +273,31 @@ def _sources(mirror, local):
             f"--local {' '.join(map(str, paths))}: no file there has the name of one that is wanted; the "
             f"names are {', '.join(sorted(known))}"
         )
+    return copies
 
-    def source(remote):
-        last = mirror and PurePosixPath(urlsplit(mirror).path).name
-        if remote.name in copies:
-            return copies[remote.name]
-        if mirror is None or (last in known and last != remote.name):
-            return remote.url
-        return mirror if last == remote.name else f"{mirror.rstrip('/')}/{remote.name}"
 
-    return source
+def _mirrored(remote, mirror):
+    """The URL of a file. mirror: of it, of another file, of a folder that has all; or None."""
+    last = mirror and PurePosixPath(urlsplit(mirror).path).name
+    if mirror is None or (last != remote.name and last in {other.name for other in FILES.values()}):
+        return remote.url
+    return mirror if last == remote.name else f"{mirror.rstrip('/')}/{remote.name}"
+
+
+def _bring(kind, tree, folder, source, progress):
+    """Fetch one of `FILES` and put it into place. A download that isn't what it should be is removed."""
+    path = fetch(source, folder / "downloads" if kind in TREE else folder, progress=progress)
+    try:
+        if wrong := _difference(path, FILES[kind].known):
+            raise ValueError(f"{path} has {wrong}: cut off, damaged, or another version.")
+        with tempfile.TemporaryDirectory(prefix=".extracting-", dir=folder) as work:
+            print(_install(kind, path, tree, Path(work)))
+    except ValueError as error:
+        if not _is_url(source):
+            raise
+        path.unlink()
+        how = "The download was removed; run the command again, or use another mirror."
+        raise ValueError(f"{error} {how}") from error
 
 
 def download(root="data", *, only=None, mirror=None, local=(), progress=True):
@@ -397,17 +311,13 @@ def download(root="data", *, only=None, mirror=None, local=(), progress=True):
 
     Raises:
         ValueError: another checksum, or a file that is damaged, unsafe or not what it should be.
-        ConnectionError, FileNotFoundError, OSError: as `fetch`.
+        ConnectionError, FileNotFoundError: as `fetch`.
+        OSError: not enough disk space.
         RuntimeError: another download is at work there.
     """
     if unknown := sorted(set(only or ()) - set(FILES)):
         raise ValueError(f"nothing to download is called {unknown[0]!r}; there are {', '.join(FILES)}")
-    tree, source_of = _voc_folder(root), _sources(mirror, local)
-
-    def get(remote, folder):
-        """The file's path, and whether it was downloaded."""
-        source = source_of(remote)
-        return fetch(source, folder, known=remote.known, progress=progress), _is_url(source)
+    tree, copies = _voc_folder(root), _copies(local)
 
     for kind in FILES if only is None else [kind for kind in FILES if kind in only]:
         folder = tree.parent if kind in TREE else weights_folder()
@@ -416,13 +326,11 @@ def download(root="data", *, only=None, mirror=None, local=(), progress=True):
             with FileLock(folder / ".download.lock", timeout=0):
                 for leftover in folder.glob(".extracting-*"):
                     shutil.rmtree(leftover, ignore_errors=True)
-                with tempfile.TemporaryDirectory(prefix=".extracting-", dir=folder) as work:
-                    if kind == "voc":
-                        print(_voc(tree, get, Path(work)))
-                    elif kind in _PNGS:
-                        print(_pngs(kind, tree, get, Path(work)))
-                    else:
-                        print(_weights(kind, get))
+                if _there(kind, tree):
+                    print(f"{kind} is complete")
+                else:
+                    source = copies.get(FILES[kind].name) or _mirrored(FILES[kind], mirror)
+                    _bring(kind, tree, folder, source, progress)
         except Timeout as error:
             raise RuntimeError(f"another download is working on {folder}; wait for it") from error
     return tree
