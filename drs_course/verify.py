@@ -120,14 +120,13 @@ def _segmented(model, dataset, chunk, jobs):
 
 
 class Measure(NamedTuple):
-    """One pass over a split. rows: what comes of it, and what was published. needs: keys of `FILES`. seconds:
-    of an image, on two cores and on one GPU beside 16. count: gives the sums that the rows are computed from,
-    of some images. network: what reads the weights that it needs."""
+    """One pass over a split. rows: what comes of it, and what was published. needs: keys of `FILES`. count:
+    gives the sums that the rows are computed from, of some images. network: what reads the weights that it
+    needs."""
 
     rows: dict[str, str]
     split: str
     needs: tuple[str, ...]
-    seconds: tuple[float, float]
     count: Callable
     network: Callable | None = None
 
@@ -139,21 +138,18 @@ NOT = "not published"
 _ACCURACY = {"DRS_learnable.pth, accuracy": "72.6 (paper, which does not define it)"}
 _DRS, _REFINE = {"DRS_learnable.pth, pseudo labels": NOT}, {"Refine_DRS_learnable.pth, pseudo labels": NOT}
 _CRF = {"DeepLab-v2": "69.4 (README)", "DeepLab-v2 with CRF": "70.4 (README; paper, Table 4)"}
-# Measured: maps on two cores (docs/voc.md), the CRF at its slowest on one core (benchmarks/crf.py).
-# The rest is estimated by operations.
-CRF, MAPS, READ = 4.3, (2.1, 0.01), (0.02, 0.02)
 MEASURES = {
-    "labels": Measure({"released pseudo labels": NOT}, "train", ("labels",), READ, _RELEASED),
-    "no map": Measure({"control: no map": NOT}, "train", ("saliency",), READ, _CONTROL),
-    "accuracy": Measure(_ACCURACY, "train", ("drs",), (MAPS[0] / 3, 0.005), _right, _CLASSIFIER),
-    "drs": Measure(_DRS, "train", ("drs", "saliency"), MAPS, _LABELS, _CLASSIFIER),
-    "refine": Measure(_REFINE, "train", ("refine", "saliency"), MAPS, _LABELS, _REFINEMENT),
-    "deeplab": Measure(_CRF, "val", ("deeplab",), (2.6 + CRF / 2, 0.03 + CRF / 16), _segmented, _DEEPLAB),
+    "labels": Measure({"released pseudo labels": NOT}, "train", ("labels",), _RELEASED),
+    "no map": Measure({"control: no map": NOT}, "train", ("saliency",), _CONTROL),
+    "accuracy": Measure(_ACCURACY, "train", ("drs",), _right, _CLASSIFIER),
+    "drs": Measure(_DRS, "train", ("drs", "saliency"), _LABELS, _CLASSIFIER),
+    "refine": Measure(_REFINE, "train", ("refine", "saliency"), _LABELS, _REFINEMENT),
+    "deeplab": Measure(_CRF, "val", ("deeplab",), _segmented, _DEEPLAB),
 }
 
 
 def verify(voc_root="data", *, limit=None, jobs=None, store=None):
-    """Measure what has been downloaded; prints hours beforehand, scores as they come, and a table.
+    """Measure what has been downloaded; prints scores as they come, and a table.
 
     Args:
         voc_root: the folder VOC 2012 is in.
@@ -172,12 +168,6 @@ def verify(voc_root="data", *, limit=None, jobs=None, store=None):
     if data["train"].classes != VOC_CLASSES:
         raise ValueError(f"{data['train'].root} has classes of its own; the released networks know VOC's")
     ranges = {split: range(min(limit or len(found), len(found))) for split, found in data.items()}
-    ready = [m for m in MEASURES.values() if not _lacking(m, data[m.split], ranges[m.split])]
-    hours = [sum(len(ranges[m.split]) * m.seconds[place] for m in ready) / 3600 for place in (0, 1)]
-    print(
-        f"All anew, this takes about {hours[0]:.2f} hours on two cores (maps and CRF measured, the rest "
-        f"estimated), {hours[1]:.2f} on one GPU beside 16 (estimated). Every {CHUNK} images are kept."
-    )
     scores, lines = {}, []
     for name, measure in MEASURES.items():
         dataset, images = data[measure.split], ranges[measure.split]
