@@ -411,7 +411,7 @@ def plan_label_score(pipeline, configuration):
 
 def make_label_score(pipeline, stage, writer):
     train = pipeline.data.train
-    score = SegmentationScore(train.num_classes + 1)
+    score = SegmentationScore(train.num_classes + 1, ignored_prediction="background")
     for index, prediction in enumerate(pipeline.labels(stage.configuration)):
         score.update(prediction, train.mask(index))
     # Over the pixels that were given a label; there may be none.

@@ -40,16 +40,21 @@ def mean_iou(confusion):
 class SegmentationScore:
     """Mean IoU over a set of images, from one confusion matrix of all their pixels, as VOC scores it.
 
-    Pixels whose mask is 255 are left out. A prediction may hold 255 too, when it is a pseudo label: such
-    pixels count as background, so that a label map can't look better by leaving out what is hard;
-    ``claimed`` leaves them out.
+    Pixels whose mask is 255 are left out. A prediction may hold 255 too, when it is a pseudo label:
+    ``ignored_prediction="background"`` (default) counts such pixels as background, so that a label map can't
+    look better by leaving out what is hard; ``"exclude"`` leaves them out and scores what is claimed only.
 
     Args:
         num_classes: number of labels, background included: a data set's ``num_classes`` + 1, 21 for VOC.
     """
 
-    def __init__(self, num_classes):
+    def __init__(self, num_classes, ignored_prediction="background"):
+        if ignored_prediction not in ("background", "exclude"):
+            raise ValueError(
+                f"ignored_prediction must be 'background' or 'exclude'; got {ignored_prediction!r}."
+            )
         self.num_classes = num_classes
+        self.ignored_prediction = ignored_prediction
         # With a column for pixels without a prediction.
         self._counts = np.zeros((num_classes, num_classes + 1), np.int64)
 
@@ -79,9 +84,10 @@ class SegmentationScore:
     @property
     def confusion(self):
         """(K, K) integer array, rows truth, columns prediction, that is scored."""
-        counts = self.claimed
-        counts[:, 0] += self._counts[:, -1]
-        return counts
+        counts = self._counts.copy()
+        if self.ignored_prediction == "background":
+            counts[:, 0] += counts[:, -1]
+        return counts[:, :-1]
 
     def compute(self):
         """``miou``, the mean over labels that occur in truth or prediction, and ``iou`` per label (K,)."""

@@ -64,19 +64,21 @@ def test_a_label_absent_everywhere_is_left_out_of_the_mean():
     assert result["miou"] == pytest.approx(0.5)
 
 
-def test_ignored_pixels_of_a_pseudo_label():
+@pytest.mark.parametrize("rule", ["background", "exclude"])
+def test_ignored_pixels_of_a_pseudo_label(rule):
     pred, mask = random_labels(4, ignored=0.3), random_labels(5)
-    score = SegmentationScore(5).update(pred, mask)
-    as_background = direct_confusion(np.where(pred == 255, 0, pred), mask, 5)
-    np.testing.assert_array_equal(score.confusion, as_background)
-    without = direct_confusion(pred, np.where(pred == 255, 255, mask), 5)
-    np.testing.assert_array_equal(score.claimed, without)
+    score = SegmentationScore(5, ignored_prediction=rule).update(pred, mask)
+    if rule == "background":
+        expected = direct_confusion(np.where(pred == 255, 0, pred), mask, 5)
+    else:
+        expected = direct_confusion(pred, np.where(pred == 255, 255, mask), 5)
+    np.testing.assert_array_equal(score.confusion, expected)
 
 
 def test_inputs_are_left_alone():
     pred, mask = torch.as_tensor(random_labels(6)), torch.as_tensor(random_labels(7))
     kept = pred.clone(), mask.clone()
-    SegmentationScore(5).update(pred, mask)
+    SegmentationScore(5, ignored_prediction="exclude").update(pred, mask)
     assert torch.equal(pred, kept[0]) and torch.equal(mask, kept[1])
 
 
@@ -107,6 +109,8 @@ def test_mean_iou_of_a_confusion_matrix():
     for bad in (np.nan, -1):
         with pytest.raises(ValueError, match="counts pixels"):
             mean_iou([[2, bad], [1, 0]])
+    with pytest.raises(ValueError, match="ignored_prediction must be"):
+        SegmentationScore(3, ignored_prediction="object")
 
 
 def test_exact_match():
