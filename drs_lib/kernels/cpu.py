@@ -7,19 +7,14 @@ it lies there, (N, H W, K): loops ..._last. In NCHW memory, (N K, H W), a plane 
 neighbours, and the lanes are reduced at the end: loops ..._planes. Maps, maxima, control values and bounds
 are float32, positions int32; sums are float32 within a block of positions and float64 across blocks.
 
-The loops release the GIL and are spread over the batch by torch's own OpenMP threads: after their work these
-go on spinning for a while, and threads of ours would have to share their cores. A thread that comes late
-finds its part done by another. Where torch has no OpenMP (Windows), and after a fork, a pool of threads does
-it: of numba's own threading layers the portable one aborts when two threads call at once.
+The loops release the GIL, and a pool of as many threads as torch uses spreads them over the batch. It isn't
+numba's own: of numba's threading layers, the portable one aborts when two threads call at once.
 """
 
-import ctypes
 import os
 import sys
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
-from pathlib import Path
 
 import numba
 import numpy as np
@@ -29,8 +24,7 @@ from drs_lib.kernels import autograd
 
 LANES = 32
 BLOCK = 64
-SMALLEST_PART = 1 << 16  # elements: below this, fetching a part costs more than it saves
-PROCESS = os.getpid()  # the one in which torch's threads can be used; a fork has another number
+SMALLEST_PART = 1 << 16  # elements: below this, handing a part to a thread costs more than it saves
 
 
 def _compiled(function):
@@ -204,65 +198,20 @@ def spread_planes(y, share, gx):
             gx[i, p] += np.float32(0) if _dead(y[i, p]) else s
 
 
-_BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-
-@cache
-def _openmp():
-    """The function by which compiled code starts torch's own threads; None where torch has others."""
-    for library in (*Path(torch.__file__).parent.glob("lib/lib*omp*"), "libgomp.so.1"):
-        try:
-            start = ctypes.CDLL(str(library)).GOMP_parallel
-        except (OSError, AttributeError):
-            continue
-        start.argtypes, start.restype = [_BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
-        return start
-    return None
-
-
 @cache
 def _pool(process):
-    """Threads of a process, by its number: they do not survive a fork."""
+    """The threads of a process, by its number: a fork has none of its parent's."""
     return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="drs_lib")
-
-
-def _in_threads(work, threads):
-    """Calls ``work`` in as many threads at the same time, the present one among them; some may come late."""
-    process = os.getpid()
-    start = _openmp() if process == PROCESS else None
-    if start is not None:
-        start(_BODY(lambda _: work()), None, threads, 0)
-        return
-    helpers = [_pool(process).submit(work) for _ in range(threads - 1)]
-    work()
-    for helper in helpers:
-        if not helper.cancel():
-            helper.result()
 
 
 def _run(loop, *arrays):
     """``loop`` over the first axis of ``arrays``, split between threads where that pays."""
-    rows, threads = len(arrays[0]), torch.get_num_threads()
-    parts = min(threads, rows, arrays[0].size // SMALLEST_PART)
-    if threads == 1 or parts < 2:
+    parts = min(torch.get_num_threads(), len(arrays[0]), arrays[0].size // SMALLEST_PART)
+    if parts < 2:
         loop(*arrays)
         return
-    cuts = [rows * i // parts for i in range(parts + 1)]
-    waiting = deque([a[start:stop] for a in arrays] for start, stop in zip(cuts[:-1], cuts[1:], strict=True))
-    errors = []
-
-    def work():
-        try:
-            while waiting:
-                loop(*waiting.popleft())
-        except IndexError:  # another thread took the last part
-            pass
-        except BaseException as error:  # OpenMP's threads have nobody to raise it to
-            errors.append(error)
-
-    _in_threads(work, threads)  # all of them: OpenMP ends those that a smaller team leaves out
-    if errors:
-        raise errors[0]
+    cut = [np.array_split(array, parts) for array in arrays]
+    list(_pool(os.getpid()).map(loop, *cut))  # the list waits for all, and raises what a part raised
 
 
 def _call(loops, like, *tensors):

@@ -6,13 +6,14 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import wraps
+from threading import Barrier, current_thread, main_thread
 
 import numpy as np
 import pytest
 import torch
 from joblib import Parallel, delayed
 
-from drs_lib import kernels
+from drs_lib import kernels, runtime
 from drs_lib.drs import DRS, LearnableController, suppress, suppress_plain
 
 pytest.importorskip("numba")
@@ -33,15 +34,11 @@ SHAPES = [
 DELTA = 0.5371
 
 
-@pytest.fixture(params=["one_thread", "two_threads", "pool"])
+@pytest.fixture(params=[1, 2], ids=["one_thread", "two_threads"])
 def threads(request, monkeypatch):
     monkeypatch.setattr("drs_lib.kernels.cpu.SMALLEST_PART", 64)
-    if request.param == "pool":  # as after a fork
-        monkeypatch.setattr("drs_lib.kernels.cpu.PROCESS", -1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if request.param == "one_thread" else 2)
-    yield
-    torch.set_num_threads(before)
+    with runtime.threads(request.param):
+        yield request.param
 
 
 def maps(shape, memory_format, seed=0):
@@ -293,21 +290,23 @@ def job():
     return torch.randn(4, 16, 48, 48).contiguous(memory_format=torch.channels_last), 0.1 * torch.randn(16, 16)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch may have no OpenMP")
-def test_torch_s_own_threads_do_the_work():
-    code = """if True:
-        import psutil, torch
-        from drs_lib.drs import suppress
-        from drs_lib.kernels import cpu
-        cpu.SMALLEST_PART = 64
-        torch.set_num_threads(2)
-        x = torch.rand(4, 8, 300, 300)
-        suppress(x[:1, :1, :2, :2].contiguous(), 0.5), x.relu()
-        before = psutil.Process().num_threads()
-        suppress(x, 0.5)
-        print(psutil.Process().num_threads() - before, cpu._pool.cache_info().currsize)
-    """
-    assert python(code).stdout.split() == ["0", "0"]
+def test_threads_share_the_work_where_it_pays(threads):
+    from drs_lib.kernels import cpu
+
+    together = Barrier(threads, timeout=30)  # a thread that did two parts would wait here for ever
+    parts = []
+
+    def loop(rows):
+        together.wait()
+        parts.append((current_thread(), len(rows)))
+
+    cpu._run(loop, np.zeros((7, 64)))
+    assert sum(rows for _, rows in parts) == 7 and len({thread for thread, _ in parts}) == threads
+    assert (main_thread() in dict(parts)) == (threads == 1)
+    parts.clear()
+    together = Barrier(1)
+    cpu._run(loop, np.zeros((7, 9)))  # fewer than 64 elements: too few to split
+    assert parts == [(main_thread(), 7)]
 
 
 def test_what_a_loop_raises_in_a_thread_is_raised(threads):
@@ -331,9 +330,7 @@ def test_python_threads_may_call_at_once(job, threads):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_forked_child_has_its_own_threads(monkeypatch):
     monkeypatch.setattr("drs_lib.kernels.cpu.SMALLEST_PART", 64)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
+    with runtime.threads(2):
         x = torch.randn(4, 16, 12, 12)
         expected = suppress(x, 0.5)
         child = os.fork()
@@ -345,8 +342,6 @@ def test_a_forked_child_has_its_own_threads(monkeypatch):
             finally:
                 os._exit(code)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_joblib_workers(job):
