@@ -43,8 +43,9 @@ def launches(shape, dtype, layout):
     found = []
 
     class Recorded(cuda._Cut):
-        def run(self, kernel, *values, grid=None, **options):
-            found.append((kernel, values, options))
+        def run(self, kernel, *tensors, **options):
+            values = *tensors, self.channels, self.positions
+            found.append((kernel, values, self.options | options))
 
     x, g = (torch.empty(shape, dtype=dtype, device="meta").to(memory_format=layout) for _ in range(2))
     control = torch.empty(shape[:2], dtype=torch.float32, device="meta")
@@ -115,7 +116,7 @@ def register_table(architectures, batch, types=tuple(TYPES)):
     rows = []
     for (task, arch), found in zip(jobs, usages, strict=True):
         name, _, constants, _, warps = task
-        tile = [value for key, value in constants if key in ("P", "B", "E")]
+        tile = [value for key, value in constants if key in ("P", "B")]
         rows.append({"kernel": name, **tasks[task], "tile": tile, "warps": warps, "sm": arch, **found})
     return rows
 

@@ -45,7 +45,7 @@ def variants(channels, device, dtype, compile_plain):
             return form.suppress(x, control[key])
 
         found["constant, compiled"] = constant
-        found["learnable, compiled"] = lambda x: form.suppress_by(x, controller)
+        found["learnable, compiled"] = lambda x: form.suppress_learnable(x, controller.f.weight)
 
     def plain(x):
         return suppress_plain(x, DELTA)

@@ -1,7 +1,8 @@
 """Discriminative region suppression: Algorithm 1 of the paper, its two controllers, and the module DRS.
 
-``suppress`` is Algorithm 1 on relu(x); ``DRS`` takes the place of a ReLU in a network. `drs_lib.plug` puts it
-into a network that somebody else wrote.
+Equation 1, the upper bound tau, stands in ``_suppressor``, equation 2 in ``_control_values``. ``suppress``
+runs the same compiled, where it can (`drs_lib.kernels`). ``DRS`` takes the place of a ReLU in a network;
+`drs_lib.plug` puts it into a network that somebody else wrote.
 """
 
 import numbers
@@ -16,9 +17,7 @@ from drs_lib import kernels
 __all__ = ["DRS", "ConstantController", "LearnableController", "suppress", "suppress_plain"]
 
 
-# torch.fx traces a network with stand-ins for tensors, of which nothing can be asked: what is wrapped stays a
-# call.
-@torch.fx.wrap
+@torch.fx.wrap  # torch.fx traces a network with tensors that have no shape; it does not look inside here
 def suppress(x: torch.Tensor, control) -> torch.Tensor:
     """Algorithm 1 on X = relu(x): min(X, tau) with tau = X_max * G, X_max the maximum of each map.
 
@@ -34,8 +33,8 @@ def suppress(x: torch.Tensor, control) -> torch.Tensor:
     at the first), and ``control`` if it is a tensor. The number 1 makes it a ReLU. NaN in a map spreads
     to all its positive elements, since its maximum is unknown.
 
-    Where it applies (see :mod:`drs_lib.kernels`), a compiled form runs, on a processor and on a GPU. It can't
-    be differentiated twice nor transformed by ``torch.func``; :func:`suppress_plain` can.
+    Where a compiled form runs (see :mod:`drs_lib.kernels`), the result can't be differentiated twice; that of
+    :func:`suppress_plain` can.
 
     Raises:
         ValueError: ``x`` isn't four-dimensional or floating point; the number isn't in (0, 1]; the tensor has
@@ -56,7 +55,7 @@ def suppress_plain(x: torch.Tensor, control) -> torch.Tensor:
 
 
 def _suppressor(features, control):
-    """Algorithm 1 for features X >= 0 (N, K, H, W): extractor, upper bound tau, element-wise minimum."""
+    """Algorithm 1 for features X >= 0 (N, K, H, W): extractor (maximum), tau, suppressor (minimum)."""
     if _is_one(control) or features.numel() == 0:
         return features
     peak = features.flatten(2).max(dim=2).values
@@ -131,7 +130,7 @@ class DRS(nn.Module):
             return suppress(x, self.controller(x))
         weight = _weight_of(self.controller)
         if weight is not None:
-            return _suppress_by(x, weight)
+            return _suppress_learnable(x, weight)
         features = F.relu(x)
         return suppress(features, self.controller(features))
 
@@ -140,20 +139,18 @@ class DRS(nn.Module):
 
 
 @torch.fx.wrap
-def _suppress_by(x, weight):
+def _suppress_learnable(x, weight):
     """Algorithm 1 with the control values of equation 2, f being ``weight`` (K, K)."""
     kernel = kernels.for_input(x)
     if kernel is not None and type(weight) in (torch.Tensor, nn.Parameter):
-        return kernel.suppress_by(x, weight)
+        return kernel.suppress_learnable(x, weight)
     features = F.relu(x)
     return _suppressor(features, _control_values(features, lambda a: F.linear(a, weight.to(a.dtype))))
 
 
 def _weight_of(controller):
-    """The weight of a `LearnableController` that is equation 2 and nothing else, for the compiled form.
-
-    None where somebody listens to the controller or has put something else in the place of a part of it.
-    """
+    """The weight of a `LearnableController` that is equation 2 and nothing else; None for any other
+    controller, and where a hook or another part was added to it."""
     if type(controller) is not LearnableController or type(controller.f) is not nn.Linear:
         return None
     if controller.f.bias is not None or any(map(_is_watched, (controller, controller.f))):
@@ -162,7 +159,7 @@ def _weight_of(controller):
 
 
 def _is_watched(module):
-    # There is no public question; these are what a module's own call looks at.
+    # torch has no public way to ask; this is what a module's own call looks at.
     forward = module._forward_hooks or module._forward_pre_hooks
     backward = module._backward_hooks or module._backward_pre_hooks
     return forward or backward or "forward" in vars(module) or nn.modules.module._has_any_global_hook()

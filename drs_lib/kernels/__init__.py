@@ -1,8 +1,8 @@
-"""The suppressor, compiled, and the one place that decides when the compiled form is used.
+"""Algorithm 1 compiled, and the decision when the compiled form is used.
 
 On a processor numba compiles it (`cpu`), on a GPU Triton (`cuda`); `autograd` holds what both share. Nothing
 is compiled, and neither is imported, before the first call that can use it. Results and gradients are those
-of :func:`drs_lib.drs.suppress_plain` up to rounding.
+of :func:`drs_lib.drs.suppress_plain` up to rounding, and :func:`check` makes sure of it before the first use.
 """
 
 import logging
@@ -31,11 +31,10 @@ _disabled = ContextVar("drs_lib.kernels.disabled", default=os.environ.get("DRS_L
 
 @contextmanager
 def disabled():
-    """Use the plain composition of library calls inside the ``with`` block, in this thread.
+    """Use the plain form inside the ``with`` block, in this thread.
 
-    Setting the environment variable ``DRS_LIB_KERNELS=0`` before the import does the same for a whole
-    process. What counts is the forward pass: the backward pass takes the form in which the forward pass
-    ran.
+    The environment variable ``DRS_LIB_KERNELS=0``, set before the import, does it for a whole process. The
+    backward pass runs in the form in which the forward pass ran.
     """
     token = _disabled.set(True)
     try:
@@ -45,7 +44,7 @@ def disabled():
 
 
 def for_input(x: torch.Tensor) -> ModuleType | None:
-    """The module whose ``suppress`` and ``suppress_by`` take ``x``, or None where the plain form is needed.
+    """The module, `cpu` or `cuda`, whose compiled functions take ``x``; None where the plain form is needed.
 
     The compiled forms cover dense NCHW or channels-last memory, one element or more: float32 on a processor,
     float32, float16 or bfloat16 on a GPU. Anything else, and whatever torch is tracing, compiling or
@@ -66,7 +65,7 @@ def for_input(x: torch.Tensor) -> ModuleType | None:
 
 
 class Form(NamedTuple):
-    """A compiled form: a module with ``suppress`` and ``suppress_by``, and the device its tensors lie on."""
+    """A compiled form: its compiler, the device its tensors lie on, and its module."""
 
     name: str
     device: str
@@ -75,10 +74,10 @@ class Form(NamedTuple):
 
 def forms() -> list[Form]:
     """Every compiled form that can run on this machine, for whoever checks or times them all."""
-    devices = {"numba": torch.device("cpu")}
+    found = [Form("numba", "cpu", _form_for(torch.device("cpu"), torch.float32))]
     if torch.cuda.is_available():
-        devices["triton"] = torch.device("cuda", torch.cuda.current_device())
-    found = [Form(name, d.type, _form_for(d, torch.float32)) for name, d in devices.items()]
+        gpu = torch.device("cuda", torch.cuda.current_device())
+        found.append(Form("triton", "cuda", _form_for(gpu, torch.float32)))
     return [form for form in found if form.module is not None]
 
 
@@ -88,13 +87,12 @@ def available() -> bool:
 
 
 def _form_for(device, dtype):
-    """The module for a device and a type, once it was found equal to the plain form; None if it isn't.
+    """The module for a device and a type, or None where it can't be imported or fails `check`.
 
-    What passes, such as a GPU that was full at that moment, is not remembered.
+    The answer is remembered, except where memory ran out: the next call may find some.
     """
     if (device, dtype) in _checked:
         return _checked[device, dtype]
-    module, passing = None, False
     try:
         if device.type == "cpu":
             from drs_lib.kernels import cpu as form
@@ -103,38 +101,38 @@ def _form_for(device, dtype):
         # In a thread of its own none of the caller's modes holds: inference, autocast, checkpoints, devices.
         with ThreadPoolExecutor(1) as thread:
             thread.submit(check, form, device, dtype).result()
-        module = form
     except Exception as error:
         # numba or Triton may be missing, meet a processor, a GPU or a driver that it does not know, or find
         # damaged what it stored of an earlier compilation, and then fails in many ways.
-        passing = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        remedy = "the next call tries again" if passing else REMEDIES[device.type]
+        form = None
         message = "DRS runs uncompiled on %s in %s, and slower: %s: %s. What to do: %s."
-        what = device, dtype, type(error).__name__, error, remedy
-        logging.getLogger(__name__).warning(message, *what)
-    if not passing:
-        _checked[device, dtype] = module
-    return module
+        full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        remedy = "the next call tries again" if full else REMEDIES[device.type]
+        logging.getLogger(__name__).warning(message, device, dtype, type(error).__name__, error, remedy)
+        if full:
+            return None
+    _checked[device, dtype] = form
+    return form
 
 
 def check(form, device, dtype):
-    """Compares a compiled form with the plain one: both of its functions with their gradients, both memory
-    formats, a small map and one that a GPU cuts into parts.
+    """Compares a compiled form with the plain one: both functions and their gradients, both memory formats,
+    a small map and one that a GPU cuts into parts.
 
     Draws no random numbers. Raises RuntimeError where they differ, and whatever the compiler raises.
     """
     exact = dtype == torch.float32
     close = dict(rtol=1e-4, atol=1e-5) if exact else dict(rtol=3e-2, atol=3e-2)
-    pairs = ("suppress", form.suppress, _plain), ("suppress_by", form.suppress_by, _plain_by)
-    sizes = product(((2, 3, 9, 7), (1, 2, 130, 131)), (torch.contiguous_format, torch.channels_last), pairs)
-    for (n, k, h, w), layout, (name, compiled, plain) in sizes:
+    plain = {"suppress": _plain, "suppress_learnable": _plain_learnable}
+    sizes = product(((2, 3, 9, 7), (1, 2, 130, 131)), (torch.contiguous_format, torch.channels_last), plain)
+    for (n, k, h, w), layout, name in sizes:
         x = torch.sin(torch.arange(n * k * h * w, dtype=torch.float32, device=device) ** 1.1)
         x = x.reshape(n, k, h, w).to(dtype=dtype, memory_format=layout)
         other = torch.linspace(0.3, 0.9, n * k, dtype=torch.float32, device=device).reshape(n, k)
-        if name == "suppress_by":
+        if name == "suppress_learnable":
             other = torch.linspace(-3, 3, k * k, dtype=torch.float32, device=device).reshape(k, k)
         results = []
-        for function in (compiled, plain):
+        for function in (getattr(form, name), plain[name]):
             inputs = [x.clone().requires_grad_(), other.clone().requires_grad_()]
             y = function(*inputs)
             gx, g_other = torch.autograd.grad((y * y.detach().cos()).sum(), inputs)
@@ -151,6 +149,6 @@ def _plain(x, control):
     return torch.where(features < tau, features, tau)
 
 
-def _plain_by(x, weight):
+def _plain_learnable(x, weight):
     """The same with equation 2, for the weight (K, K) of f."""
     return _plain(x, torch.sigmoid(x.relu().mean((2, 3), dtype=torch.float32) @ weight.T))

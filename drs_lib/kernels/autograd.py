@@ -18,9 +18,12 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 
-class _Suppress(torch.autograd.Function):
+class Suppress(torch.autograd.Function):
+    """`drs_lib.drs.suppress` for an ``x`` (N, K, H, W) that `drs_lib.kernels.for_input` accepts and control
+    values (N, K) of float32."""
+
     @staticmethod
-    def forward(ctx, x, control, loops):
+    def forward(ctx, loops, x, control):
         y, tau, peak, argmax = loops.suppressed(x, control)
         ctx.loops = loops
         ctx.save_for_backward(y, tau, control, peak, argmax)
@@ -31,14 +34,15 @@ class _Suppress(torch.autograd.Function):
     def backward(ctx, g):
         y, tau, control, peak, argmax = ctx.saved_tensors
         gx, g_tau = ctx.loops.gradients(g, y, tau, control, argmax)
-        return gx, (g_tau * peak).to(control.dtype), None
+        return None, gx, (g_tau * peak).to(control.dtype)
 
 
-class _SuppressBy(torch.autograd.Function):
-    """Equation 2 runs inside, on the averages, so that x gets one gradient instead of a sum of two."""
+class SuppressLearnable(torch.autograd.Function):
+    """The same with the control values of equation 2, f being ``weight`` (K, K). Equation 2 runs inside, on
+    the averages, so that x gets one gradient instead of a sum of two."""
 
     @staticmethod
-    def forward(ctx, x, weight, loops):
+    def forward(ctx, loops, x, weight):
         peak, argmax, total = loops.extracted(x)
         average = (total / (x.shape[2] * x.shape[3])).float()
         with torch.autocast(x.device.type, enabled=False):
@@ -55,17 +59,6 @@ class _SuppressBy(torch.autograd.Function):
         gx, g_tau = ctx.loops.gradients(g, y, tau, control, argmax)
         g_f = g_tau * peak * (1 - control) * control
         with torch.autocast(y.device.type, enabled=False):
-            if ctx.needs_input_grad[0]:
+            if ctx.needs_input_grad[1]:
                 ctx.loops.average_gradient(y, g_f @ weight.float() / (y.shape[2] * y.shape[3]), gx)
-            return gx, (average.T @ g_f).T.to(weight.dtype) if ctx.needs_input_grad[1] else None, None
-
-
-def suppress(loops, x, control):
-    """`drs_lib.drs.suppress` for an ``x`` (N, K, H, W) that `drs_lib.kernels.for_input` accepts and control
-    values (N, K) of float32."""
-    return _Suppress.apply(x, control, loops)
-
-
-def suppress_by(loops, x, weight):
-    """The same with the control values of equation 2, f being ``weight`` (K, K)."""
-    return _SuppressBy.apply(x, weight, loops)
+            return None, gx, (average.T @ g_f).T.to(weight.dtype) if ctx.needs_input_grad[2] else None

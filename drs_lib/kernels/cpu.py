@@ -271,5 +271,5 @@ def average_gradient(y, share, gx):
     _call((spread_planes, spread_last), y, share, gx)
 
 
-suppress = partial(autograd.suppress, sys.modules[__name__])
-suppress_by = partial(autograd.suppress_by, sys.modules[__name__])
+suppress = partial(autograd.Suppress.apply, sys.modules[__name__])
+suppress_learnable = partial(autograd.SuppressLearnable.apply, sys.modules[__name__])

@@ -2,10 +2,10 @@
 
 A tile is a block of positions of a block of channels. Where all positions of a few channels fit into one
 tile, one program reads them once, finds their maxima, and writes the result: X is read once and written
-once, and the backward pass is one pass too. Larger maps are cut into parts along their positions: one
-kernel leaves the maxima of each part, one puts the parts together, one clamps; no atomics, so the same input
-gives the same bits. Arithmetic is float32 within a tile; tau is rounded to the maps' own type before it is
-compared, so that the backward pass, which looks at the result alone, sees exactly who was suppressed.
+once, and the backward pass is one pass too. Larger maps are cut into parts along their positions: a kernel
+finds the maxima of each part, torch puts the parts together, another kernel clamps. There are no atomics, so
+the same input gives the same bits. Arithmetic is float32 within a tile. tau is rounded to the maps' own type
+before it is compared, so that the backward pass can tell from the result alone what was suppressed.
 
 With ``TRITON_INTERPRET=1`` set before the import, everything here runs on the CPU, slowly: for tests.
 """
@@ -106,27 +106,6 @@ def _extract_part(
 
 
 @triton.jit
-def _combine(peaks, argmaxes, totals, peak, argmax, total, parts, entries, E: tl.constexpr):
-    """What `_extract_part` found, (parts, N, K), put together: (N, K)."""
-    e = tl.program_id(0) * E + tl.arange(0, E)
-    real = e < entries
-    highest, first = tl.zeros((E,), tl.float32), tl.full((E,), 0, tl.int32)
-    broken, sums = tl.zeros((E,), tl.int32), tl.zeros((E,), tl.float32)
-    for part in range(parts):
-        at = part * entries + e
-        one = tl.load(peaks + at, mask=real, other=0.0)
-        # The first part of all decides where nothing is positive; later ones only if they are higher.
-        larger = (one > highest) | (part == 0)
-        first = tl.where(larger, tl.load(argmaxes + at, mask=real, other=0), first)
-        highest = tl.where(larger, one, highest)
-        broken = broken | tl.where(one != one, 1, 0)
-        sums += tl.load(totals + at, mask=real, other=0.0)
-    tl.store(peak + e, tl.where(broken > 0, float("nan"), highest), mask=real)
-    tl.store(argmax + e, first, mask=real)
-    tl.store(total + e, sums, mask=real)
-
-
-@triton.jit
 def _clamp_part(
     x, peak, control, y, tau,
     channels, positions, P: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr,
@@ -164,30 +143,6 @@ def _gradient_part(
 
 
 @triton.jit
-def _finish(
-    totals, control, argmax, gx, total,
-    parts, channels, positions, entries, E: tl.constexpr, LAST: tl.constexpr,
-):  # fmt: skip
-    """Sums over the parts, (parts, N, K) to (N, K), and an add for each map: what reaches x through its
-    maximum."""
-    e = tl.program_id(0) * E + tl.arange(0, E)
-    real = e < entries
-    sums = tl.zeros((E,), tl.float32)
-    for part in range(parts):
-        sums += tl.load(totals + part * entries + e, mask=real, other=0.0)
-    tl.store(total + e, sums, mask=real)
-    n, k = (e // channels).to(tl.int64), e % channels
-    first = tl.load(argmax + e, mask=real, other=0)
-    if LAST:
-        at = n * channels * positions + first * channels + k
-    else:
-        at = n * channels * positions + k * positions + first
-    share = tl.load(control + e, mask=real, other=0.0) * sums
-    before = tl.load(gx + at, mask=real, other=0.0).to(tl.float32)
-    tl.store(gx + at, (before + share).to(gx.dtype.element_ty), mask=real)
-
-
-@triton.jit
 def _spread_part(y, share, gx, channels, positions, P: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr):
     """Adds share, float32 (N, K), to gx, x's type (N, K, H, W), wherever x was positive."""
     p, inside, entry, real, image, at = _tile(channels, positions, P, B, LAST)
@@ -221,20 +176,11 @@ class _Cut:
         warps = max(4, self.rows * block // 1024)
         self.options = {"P": self.rows, "B": block, "LAST": self.last, "num_warps": warps}
 
-    def run(self, kernel, *arguments, grid, **options):
-        """Triton launches on the current device, which need not be the one that the tensors lie on."""
+    def run(self, kernel, *tensors, **options):
+        """A program for each tile. ``tensors`` may be followed by the number of images."""
+        # Triton launches on the current device, which need not be the one that the tensors lie on.
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            kernel[grid](*arguments, **options)
-
-    def run_tiles(self, kernel, *arguments, **options):
-        """A program for each tile."""
-        arguments = *arguments, self.channels, self.positions
-        self.run(kernel, *arguments, grid=self.grid, **self.options, **options)
-
-    def run_entries(self, kernel, *arguments, **options):
-        """A program for some entries of an array (N, K)."""
-        entries = self.images * self.channels
-        self.run(kernel, *arguments, entries, grid=(triton.cdiv(entries, 128),), E=128, **options)
+            kernel[self.grid](*tensors, self.channels, self.positions, **self.options, **options)
 
     def lay(self, x):
         layout = torch.channels_last if self.last else torch.contiguous_format
@@ -250,12 +196,11 @@ def extracted(x):
     cut = _Cut(x)
     peaks, totals = cut.empty(cut.parts), cut.empty(cut.parts)
     argmaxes = cut.empty(cut.parts, dtype=torch.int32)
-    cut.run_tiles(_extract_part, cut.lay(x), peaks, argmaxes, totals, cut.images)
+    cut.run(_extract_part, cut.lay(x), peaks, argmaxes, totals, cut.images)
     if cut.parts == 1:
         return peaks[0], argmaxes[0], totals[0]
-    peak, total, argmax = cut.empty(), cut.empty(), cut.empty(dtype=torch.int32)
-    cut.run_entries(_combine, peaks, argmaxes, totals, peak, argmax, total, cut.parts)
-    return peak, argmax, total
+    peak, part = peaks.max(dim=0)  # of equal maxima the first part's, since max gives the first
+    return peak, argmaxes.gather(0, part[None])[0], totals.sum(0)
 
 
 def clamped(x, peak, control):
@@ -263,7 +208,7 @@ def clamped(x, peak, control):
     cut = _Cut(x)
     x, control = cut.lay(x), control.detach().contiguous()
     y, tau = torch.empty_like(x), cut.empty()
-    cut.run_tiles(_clamp_part, x, peak, control, y, tau)
+    cut.run(_clamp_part, x, peak, control, y, tau)
     return y, tau
 
 
@@ -275,7 +220,7 @@ def suppressed(x, control):
         return *clamped(x, peak, control), peak, argmax
     x, control = cut.lay(x), control.detach().contiguous()
     y, tau, peak, argmax = torch.empty_like(x), cut.empty(), cut.empty(), cut.empty(dtype=torch.int32)
-    cut.run_tiles(_suppress_tile, x, control, y, tau, peak, argmax)
+    cut.run(_suppress_tile, x, control, y, tau, peak, argmax)
     return y, tau, peak, argmax
 
 
@@ -284,19 +229,20 @@ def gradients(g, y, tau, control, argmax):
     cut = _Cut(y)
     g, control = cut.lay(g), control.detach().contiguous()
     gx, totals = torch.empty_like(y), cut.empty(cut.parts)
-    cut.run_tiles(_gradient_part, g, y, tau, control, argmax, gx, totals, cut.images, WHOLE=cut.whole)
+    cut.run(_gradient_part, g, y, tau, control, argmax, gx, totals, cut.images, WHOLE=cut.whole)
     if cut.whole:
         return gx, totals[0]
-    total = cut.empty()
-    arguments = totals, control, argmax, gx, total, cut.parts, cut.channels, cut.positions
-    cut.run_entries(_finish, *arguments, LAST=cut.last)
+    total = totals.sum(0)
+    flat, first = gx.view(*control.shape, -1), argmax[:, :, None].long()
+    through_maximum = (control * total)[:, :, None]
+    flat.scatter_(2, first, (flat.gather(2, first) + through_maximum).to(gx.dtype))
     return gx, total
 
 
 def average_gradient(y, share, gx):
     """Adds ``share`` (N, K) to gx wherever x was positive."""
-    _Cut(y).run_tiles(_spread_part, y, share.contiguous(), gx)
+    _Cut(y).run(_spread_part, y, share.contiguous(), gx)
 
 
-suppress = partial(autograd.suppress, sys.modules[__name__])
-suppress_by = partial(autograd.suppress_by, sys.modules[__name__])
+suppress = partial(autograd.Suppress.apply, sys.modules[__name__])
+suppress_learnable = partial(autograd.SuppressLearnable.apply, sys.modules[__name__])
