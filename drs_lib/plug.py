@@ -46,7 +46,7 @@ def plug_drs(model: nn.Module, layers=None, delta: float | None = None, example:
         RuntimeError: the dry run failed; pass an ``example`` the model accepts.
     """
     if delta is not None:
-        ConstantController(delta)  # refuses an impossible one
+        ConstantController(delta)  # refuses an impossible one before anything changes
     recorder = _dry_run(model, example)
     calls = _places(model, recorder.calls)
     report = _report(model, calls, recorder.functional)
@@ -105,9 +105,8 @@ class PlugReport:
         lines = [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
         if self.functional:
             lines.append(f"{self.functional} call(s) of a ReLU function, which is no nn.ReLU module")
-        return lines + [
-            f"{count} {kind}: not a ReLU" for kind, count in sorted(self.other_activations.items())
-        ]
+        others = sorted(self.other_activations.items())
+        return lines + [f"{count} {kind}: not a ReLU" for kind, count in others]
 
     def __str__(self):
         return "\n".join([*map(str, self.calls), *(f"left alone: {line}" for line in self.left_alone())])
@@ -146,7 +145,7 @@ _FUNCTIONS = {F.relu, F.relu_, torch.relu, torch.relu_, torch.Tensor.relu, torch
 
 
 class _Recorder(TorchFunctionMode):
-    """A dry run's witness: which block calls which ReLU, in which order and on what shape."""
+    """What a dry run shows: which block calls which ReLU, in which order and on what shape."""
 
     def __init__(self):
         super().__init__()
@@ -184,7 +183,7 @@ def _tensors(model):
 
 
 def _dry_run(model, example):
-    """The witness of a run of the model on the meta device. Raises as `plug_drs` does."""
+    """The `_Recorder` of a run of the model on the meta device. Raises as `plug_drs` does."""
     if lazy := [name for name, tensor in _tensors(model) if nn.parameter.is_lazy(tensor)]:
         raise ValueError(
             f"{lazy[0]} of {type(model).__name__} is lazy, without a shape as yet: run the model on a batch, "
@@ -285,10 +284,8 @@ def _replace_relus(model, calls, delta):
     for (caller, relu), own in blocks.items():
         if not any(call.plugged for call in own):
             continue
-        modules = [
-            DRS(call.shape[1], delta).to(like) if call.plugged else nn.ReLU(relu.inplace) for call in own
-        ]
-        new = modules[0] if len(modules) == 1 else DRSCalls(modules)
+        new = [DRS(call.shape[1], delta).to(like) if call.plugged else nn.ReLU(relu.inplace) for call in own]
+        new = DRSCalls(new) if len(new) > 1 else new[0]
         if isinstance(new, DRSCalls):
             caller.register_forward_pre_hook(new.restart)
         for name in _names_in(caller, relu):

@@ -7,8 +7,8 @@ it lies there, (N, H W, K): loops ..._last. In NCHW memory, (N K, H W), a plane 
 neighbours, and the lanes are reduced at the end: loops ..._planes. Maps, maxima, control values and bounds
 are float32, positions int32; sums are float32 within a block of positions and float64 across blocks.
 
-The loops release the GIL, and a pool of as many threads as torch uses spreads them over the batch. It isn't
-numba's own: of numba's threading layers, the portable one aborts when two threads call at once.
+The loops release the GIL and run over parts of the batch in a pool of threads, in at most as many at a time
+as torch uses. numba's own threads won't do: its portable layer aborts when two threads call at once.
 """
 
 import os

@@ -1,12 +1,9 @@
 """The two packages: what each may import, and how the library does with nothing but what it needs."""
 
-import ast
 import os
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[2]
 NEEDED = {"torch", "torchvision", "numpy", "PIL", "safetensors", "tqdm"}
@@ -51,11 +48,3 @@ def test_the_course_s_figures_need_no_display(tmp_path):
     command = [sys.executable, "-c", program, str(tmp_path / "map.png")]
     subprocess.run(command, env=environment, cwd=ROOT, check=True)
     assert (tmp_path / "map.png").stat().st_size > 1000
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "drs_lib").rglob("*.py")), ids=lambda path: path.name)
-def test_the_library_knows_nothing_of_the_course(path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        assert not [name for name in names if name.partition(".")[0] == "drs_course"]
