@@ -198,7 +198,6 @@ def learnable_controller(answer):
         "the sigmoid comes before f": {"pool": lambda X: _gap(X).sigmoid(), "act": _same},
         "f is left out": {"f": lambda pooled, theta: pooled},
         "tanh takes the place of the sigmoid": {"act": torch.tanh},
-        "a ReLU takes the place of the sigmoid": {"act": torch.relu},
         "only the diagonal of theta is used": {"f": lambda pooled, theta: pooled * theta.diagonal()},
         "the mean is taken over the batch too: each image has its own G": {
             "pool": lambda X: X.mean((0, 2, 3)).expand(len(X), -1)
@@ -385,7 +384,6 @@ def _try_values(module, theta, n, k):
         "softmax in place of the sigmoid: the values of a layer would have to share 1": theta.softmax(0),
         "clamp in place of the sigmoid: outside of 0 to 1 it has no gradient": theta.clamp(0, 1),
         "tanh in place of the sigmoid": theta.tanh(),
-        "exp in place of the sigmoid": theta.exp(),
     }
     why = "".join(f" That is {said}." for said, row in slips.items() if _all_are(rows, row))
     if isinstance(other, torch.Tensor) and other.shape == G.shape and not torch.allclose(other, G):

@@ -155,6 +155,7 @@ accepts(
     Dice :: both / either => 2 * both / (said.sum() + true.sum()) :: Dice
     the union counts the overlap twice :: both / either => both / (either + both) :: counted twice
     percent :: return sum => return 100 * sum :: percent
+    labels added up :: lambda p, m, k: (n := (p == m)[m < 255].sum()) / (2 * (m < 255).sum() - n) :: added up
     only labels with a hit :: if either => if both :: without a hit
 """)
 
@@ -205,6 +206,7 @@ def equation_1_flat(maps):
 
 accepts("localization_map", equation_1, equation_1_by_loops, equation_1_flat).rejects("""
     sigmoid :: torch.sigmoid :: sigmoid
+    from minimum to maximum :: lambda m: rescaled(m) :: rescaled from
     8-bit maps :: lambda m: (255 * equation_1(m)).byte() :: floating point
     the batch's maximum :: (2, 3) => (0, 2, 3) :: batch
     the image's maximum :: (2, 3) => (1, 2, 3) :: all classes of an image
@@ -287,6 +289,7 @@ accepts("minmax_map", minmax, rescaled, rescaled_in_two_steps).rejects("""
     divided by the maximum :: high - low + 1e-6 => high + 1e-5 :: denominator
     not divided :: / (high - low + 1e-6) => :: division
     not shifted :: (maps - low) => maps :: not subtracted
+    upside down :: return => return 1 - :: upside down
     to -1..1 :: return => return -1 + 2 * :: -1 to 1
 """)
 
@@ -377,6 +380,7 @@ accepts("cue_scores", scores, scores_by_regions, scores_by_loops).rejects("""
     of all pixels :: .sum(), hit / cue.sum() => .size, hit / cue.size :: all pixels
     counts :: hit / truth.sum(), hit / cue.sum() => hit, hit :: not divided
     false share :: hit / cue.sum() => (cue.sum() - hit) / cue.sum() :: wrong
+    precision by the union :: hit / cue.sum() => hit / (cue | truth).sum() :: divided by the union
     one number :: , hit / cue.sum() => :: expected 2
     accuracy for precision :: hit / cue.sum() => (cue == truth).mean()
 """)
@@ -489,6 +493,7 @@ accepts(
     soft_where,
     lambda x, d: (d * peak_of(x) * torch.tanh(x.relu() / (d * peak_of(x)))).nan_to_num(),
 ).rejects(f"""{OF_A_MODULE}
+    tau is the maximum :: delta * => :: maximum itself
     tau in front missing :: return tau * => return :: in front
     tau inside missing :: X / tau.clamp(min=1e-9) => X :: inside
     0 / 0 :: .clamp(min=1e-9) => :: 0 / 0
@@ -1039,6 +1044,7 @@ def rule(maps, saliency, alpha, beta, conflict):
     return labels
 
 
+OTHER_WINNER = {"background": "object", "object": "background", "ignore": "ignore"}
 accepts(
     "pseudo_labels",
     rule,
@@ -1055,6 +1061,7 @@ accepts(
     neither is background :: shape, 255 => shape, 0 :: neither cue
     background always wins :: conflict != "object" => (conflict := "background") :: background always
     object always wins :: conflict != "object" => False :: object always
+    winners exchanged :: lambda m, s, a, b, c: rule(m, s, a, b, OTHER_WINNER[c]) :: winners of a conflict
     conflict always ignored :: conflict != "object" => (conflict := "ignore") :: always ignored
     maps added up :: maps.max(0) => maps.sum(0), maps.argmax(0) :: added
     the smallest map :: maps.max(0) => (1 - maps).max(0) :: smallest
@@ -1112,6 +1119,8 @@ accepts(
     crowds allowed :: > 2 => > 99 :: not ignored
     two are a crowd :: > 2 => > 1 :: more than two
     background not counted :: (scores > => (scores[1:] > :: not counted
+    no tie :: [calm[None] => [0.999 * calm[None] :: tie
+    nothing ignored :: labels = scores => return scores :: nothing is ignored
     no seam :: (labels == 0)] = 255 => (labels == 0)] = 0 :: without a class
     labels from 0 :: labels.byte() => (labels.byte().int() - 1) % 256
 """)

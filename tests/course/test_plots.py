@@ -213,6 +213,8 @@ def test_layer_mean_is_figure_5s_scaling():
         (lambda: plots.cue_changes(heat() > 0.5, heat(), label_map(), 1), "cues are bool"),
         (lambda: plots.cue_changes(heat() > 0.5, heat() > 0.5, label_map(4, 4), 1), "4, 4"),
         (lambda: plots.threshold_curves((0.1, 0.2), {"M": [50.0]}), "2 scores"),
+        (lambda: plots.loss_curve([]), "no epoch"),
+        (lambda: plots.show_samples(None, []), "no index was given"),
         (lambda: plots.table1_curve(pd.DataFrame({"configuration": []})), "not Table 1"),
     ],
 )
