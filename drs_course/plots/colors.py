@@ -79,11 +79,9 @@ def cue_changes(before, after, mask, label):
     if not (same and mask.ndim == 2 and before.dtype == after.dtype == bool):
         got = ", ".join(f"{one.dtype} {one.shape}" for one in (before, after, mask))
         raise ValueError(f"cues are bool (H, W), the mask is (H, W): got {got}")
-    on_object = mask == label
-    changes = np.where(before & after, 1, 0)
-    changes = np.where(after & ~before, np.where(on_object, 2, 3), changes)
-    changes = np.where(before & ~after, np.where(on_object, 5, 4), changes)
-    return np.where(mask == IGNORED, 0, changes).astype(np.uint8)
+    on_object, new, gone = mask == label, after & ~before, before & ~after
+    kinds = [mask == IGNORED, before & after, new & on_object, new, gone & ~on_object, gone]
+    return np.select(kinds, range(6)).astype(np.uint8)
 
 
 def overlay_changes(image, changes, on_object=None, strength=0.75):

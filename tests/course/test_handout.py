@@ -2,18 +2,17 @@
 
 import ast
 import copy
-import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import nbformat
 import pytest
+import scripts
 from IPython.core.inputtransformer2 import TransformerManager
 
 ROOT = Path(__file__).parents[2]
@@ -58,18 +57,9 @@ drs_course.checks = types.SimpleNamespace(square=lambda f: "correct" if f(3) == 
 print("opened")"""
 
 
-def loaded(name):
-    spec = importlib.util.spec_from_file_location(f"{name}_tool", ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses looks a class's module up
-    spec.loader.exec_module(module)
-    del sys.modules[spec.name]
-    return module
-
-
 @pytest.fixture(scope="module")
 def tool():
-    return loaded("handout")
+    return scripts.load("tools/handout.py")
 
 
 def code(source, tags=(), text=None):
@@ -285,7 +275,7 @@ def test_marks_for_the_tests_are_not_the_student_s(tool):
 
 
 def test_solutions_are_folded_and_blanks_are_not(tool):
-    made = loaded("notebooks").clean(small())
+    made = scripts.load("tools/notebooks.py").clean(small())
     folded = [k for k, cell in enumerate(made.cells) if cell.metadata.get("jupyter", {}).get("source_hidden")]
     assert folded == [3, 6, 7]
     handed = convert(tool, made)
