@@ -3,9 +3,8 @@
 import pytest
 
 from browser.pages import MAIN, eventually
-from drs_course.labs import CueLab, DeltaLab, FeatureMapLab, ImageLab, LayerLab
+from drs_course.labs import CueLab, DeltaLab, FeatureMapLab, LayerLab
 from drs_course.labs.networks import PRESETS
-from drs_course.labs.scenes import scene
 from drs_lib.crf import available
 
 FOCUSABLE = 'select, input, button, [tabindex="0"], [contenteditable="true"]'
@@ -140,19 +139,6 @@ def test_delta_lab_switches_between_trained_classifiers(subject):
     assert lab.state()["learnable"]
 
 
-def test_choosing_an_image_offers_its_classes(subject, pipeline):
-    lab, val = subject(DeltaLab), pipeline.data.val
-    index = next(i for i in range(len(val)) if len(scene(val, i).classes) == 2)
-    (first, _), (second, label) = scene(val, index).classes
-    lab.press("image", "ArrowRight", index)
-    options = lab.on_page.control("dropdown", lab.label("label")).locator("option")
-    eventually(lambda: [text.strip() for text in options.all_inner_texts()] == [first, second], "its classes")
-    lab.reaches_kernel("image")
-    with lab.redrawn():
-        lab.on_page.choose(lab.label("label"), second)
-    assert lab.state()["label"] == label
-
-
 def test_feature_map_lab_goes_to_another_layer(subject):
     lab = subject(FeatureMapLab)
     with lab.redrawn():
@@ -203,14 +189,6 @@ def test_cue_lab_crf(subject):
         return
     with lab.redrawn():
         lab.tick("crf")
-
-
-def test_image_lab_switches_networks(subject):
-    lab = subject(ImageLab)
-    _, other = lab.library.controls["network"].options
-    with lab.redrawn():
-        lab.choose("network", other)
-    assert lab.state()["network"] == other
 
 
 def test_tab_reaches_every_control_in_the_pages_order(moved):
