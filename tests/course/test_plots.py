@@ -86,19 +86,19 @@ def test_colors_of_labels_and_of_maps():
 def test_overlay_blends_by_the_formula():
     picture, values = image(3, 5), heat(3, 5) * 1.4 - 0.2
     colors = matplotlib.colormaps["inferno"](values.clip(0, 1).astype(np.float64), bytes=False)[..., :3]
-    expected = 0.3 * picture + 0.7 * 255 * colors
+    expected = 0.4 * picture + 0.6 * 255 * colors
     # Both tables have 256 entries; a value between two may go to either.
-    assert np.abs(plots.overlay(picture, values, 0.7) - expected).max() < 4
-    np.testing.assert_array_equal(plots.overlay(picture, values, 0), picture)
+    assert np.abs(plots.overlay(picture, values) - expected).max() < 4
     of_tensors = plots.overlay(torch.from_numpy(picture).permute(2, 0, 1), torch.from_numpy(values))
     np.testing.assert_array_equal(of_tensors, plots.overlay(picture, values))
 
 
 def test_overlay_labels_leaves_the_background_alone():
     picture, labels = image(), label_map()
-    result = plots.overlay_labels(picture, labels, 3, strength=1)
+    result = plots.overlay_labels(picture, labels, 3)
     np.testing.assert_array_equal(result[labels == 0], picture[labels == 0])
-    np.testing.assert_array_equal(result[labels > 0], plots.label_colors(3)[labels[labels > 0]])
+    expected = 0.35 * picture + 0.65 * plots.label_colors(3)[labels]
+    np.testing.assert_allclose(result[labels > 0], expected[labels > 0], atol=0.6)
 
 
 def test_cue_changes_pixel_by_pixel():
@@ -128,8 +128,9 @@ def test_overlay_changes_outlines_the_object():
     on_object[1:5, 2:6] = True
     changes = np.zeros((6, 7), np.uint8)
     changes[0, 0] = 2
-    result = plots.overlay_changes(picture, changes, on_object, strength=1)
-    np.testing.assert_array_equal(result[0, 0], (0x00, 0x72, 0xB2))
+    result = plots.overlay_changes(picture, changes, on_object)
+    blue = np.array([0x00, 0x72, 0xB2])
+    np.testing.assert_allclose(result[0, 0], 0.25 * picture[0, 0] + 0.75 * blue, atol=0.6)
     rim = plots.outline(on_object)
     assert rim.sum() == 12 and (result[rim] == 0).all()
     untouched = ~rim & (changes == 0)
@@ -197,7 +198,6 @@ def test_layer_mean_is_figure_5s_scaling():
         (lambda: plots.overlay(image(4, 4), np.full((4, 4), np.nan)), "diverged"),
         (lambda: plots.overlay(image(4, 4) / 255, heat(4, 4)), "uint8"),
         (lambda: plots.overlay(image(4, 4), heat(4, 4)[None]), "one class of one image"),
-        (lambda: plots.overlay(image(4, 4), heat(4, 4), 1.5), "between 0"),
         (lambda: plots.overlay_labels(image(4, 4), np.full((4, 4), 9, np.uint8), 3), "1..3"),
         (lambda: plots.overlay_labels(image(4, 4), np.zeros((4, 4)), 3), "uint8"),
         (lambda: plots.layer_mean(np.zeros((3, 3))), "channels"),
