@@ -38,7 +38,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from browser import serving  # noqa: E402
 from browser.pages import MAIN, LabOnPage, Notebook, write_notebook  # noqa: E402
 
-CRF = ("gaussian_sxy", "gaussian_weight", "bilateral_sxy", "bilateral_srgb", "bilateral_weight")
 BASELINE = "bare label"
 BASELINE_CELL = f"""import ipywidgets
 from IPython.display import display
@@ -132,20 +131,20 @@ def kernel_rows(pipeline, moves):
     for kind, main in MAIN.items():
         lab = kind(pipeline)
         for control in dict.fromkeys((main, "image")):
-            times = asyncio.run(kernel_times(lab, [control], moves))
+            times = asyncio.run(kernel_times(lab, control, moves))
             rows.append(summary(kind.title, control, times))
         if kind is CueLab and available():
             lab.set(crf=True)
-            rows.append(summary(kind.title, "CRF", asyncio.run(kernel_times(lab, CRF, moves))))
+            rows.append(summary(kind.title, "CRF", asyncio.run(kernel_times(lab, main, moves))))
         lab.close()
     return rows
 
 
-async def kernel_times(lab, controls, moves):
-    """Milliseconds of each move of the controls, in turn, to a random other value."""
+async def kernel_times(lab, control, moves):
+    """Milliseconds of each move of a control to a random other value."""
+    control = lab.controls[control]
     rng, times = np.random.default_rng(0), []
     for number in range(-5, moves):  # the first ones load and compile
-        control = lab.controls[controls[number % len(controls)]]
         count = round((control.max - control.min) / control.step) + 1
         values = [control.min + control.step * k for k in range(count)]
         value = rng.choice([v for v in values if abs(v - control.value) > control.step / 2]).item()

@@ -96,7 +96,6 @@ def effective_field(answer):
         "95 % are held instead of 90 %": {"share": 0.95},
         "99 % are held instead of 90 %": {"share": 0.99},
         f"the box around values above {tenth} is measured": _box(lambda g, peak: g >= 0.1 * peak),
-        "the box around values above 90 % of the maximum is measured": _box(lambda g, peak: g >= 0.9 * peak),
         "all positions with a gradient are held: that is the theoretical field": _box(lambda g, peak: g > 0),
         "the square's area is given, not its side": {"side": lambda half: (2 * half + 1) ** 2},
     }

@@ -143,6 +143,8 @@ def call(function, *args):
         except NotImplementedError as error:
             text = f"nothing was computed: the function is still to be written. {error}"
             raise Wrong(text.rstrip()) from None
+        except Wrong:
+            raise
         except (Exception, SystemExit) as error:
             raise Wrong(f"the function raised {type(error).__name__}: {_short(error)}") from None
     if result is None:

@@ -1,13 +1,12 @@
 """The cue lab: from a localization map and a saliency map to a pseudo segmentation label."""
 
-from dataclasses import replace
 from functools import lru_cache
 
 import ipywidgets
 import numpy as np
 
 from drs_course.labs import networks, pictures
-from drs_course.labs.lab import Lab, View, picker, show, slider, switch
+from drs_course.labs.lab import Lab, View, picker, slider, switch
 from drs_course.paper import Configuration
 from drs_course.plots import overlay, overlay_labels
 from drs_course.plots.colors import painted, rgb
@@ -24,13 +23,6 @@ from drs_lib.runtime import threads
 CONFIDENCE = 0.7
 CUE_COLORS = {"neither": "#C8C8C8", "object": "#E69F00", "background": "#404040", "both": "#CC79A7"}
 BOTH = dict(zip(CONFLICTS, ("become background", "become object", "are ignored"), strict=True))
-CRF_SLIDERS = {
-    "gaussian_sxy": ("smoothness: width (px)", 0.5, 10.0, 0.5),
-    "gaussian_weight": ("smoothness: weight", 0.0, 10.0, 0.5),
-    "bilateral_sxy": ("appearance: width (px)", 1.0, 160.0, 1.0),
-    "bilateral_srgb": ("appearance: colours", 1.0, 40.0, 0.5),
-    "bilateral_weight": ("appearance: weight", 0.0, 10.0, 0.5),
-}
 
 
 class CueLab(Lab):
@@ -77,14 +69,9 @@ class CueLab(Lab):
             "rule": picker("rule", rules, value=budget.rule),
             "conflict": picker("both cues", [(BOTH[c], c) for c in CONFLICTS], value=budget.conflict),
             "crf": switch("dense CRF", disabled=not available()),
-            **{
-                name: slider(text, getattr(self._crf, name), *limits)
-                for name, (text, *limits) in CRF_SLIDERS.items()
-            },
         }
         hint = [] if available() else [[ipywidgets.HTML(INSTALL_HINT)]]
-        rows = ["maps", "image"], ["alpha", "beta", "rule", "conflict", "crf"], CRF_SLIDERS
-        self._build(*rows, *hint)
+        self._build(["maps", "image"], ["alpha", "beta", "rule", "conflict", "crf"], *hint)
 
     def _is_refined(self, name):
         return isinstance(self._networks[name], RefinementNetwork)
@@ -103,14 +90,12 @@ class CueLab(Lab):
         if name == "maps":
             at["alpha"].value = label_rule(self.pipeline.budget, self._is_refined(at["maps"].value))["alpha"]
         at["beta"].disabled = at["conflict"].disabled = at["rule"].value == "release"
-        for control in CRF_SLIDERS:
-            show(at[control], at["crf"].value)
 
     def describe(self, state):
         rule = "the release's rule"
         if state["rule"] == "paper":
             rule = f"β = {state['beta']:.2f}, both cues {BOTH[state['conflict']]}"
-        crf = ", CRF " + " ".join(f"{state[name]:g}" for name in CRF_SLIDERS) if state["crf"] else ""
+        crf = ", CRF" if state["crf"] else ""
         return f"training image {state['image']}, {state['maps']}, α = {state['alpha']:.2f}, {rule}{crf}"
 
     def view(self, state):
@@ -123,7 +108,7 @@ class CueLab(Lab):
         label = pseudo_labels(maps[None], saliency[None], state["alpha"], **rule)[0].numpy()
         title = "pseudo label"
         if state["crf"]:
-            label, title = self._after_crf(label, what, state), "pseudo label after CRF"
+            label, title = self._after_crf(label, what), "pseudo label after CRF"
         largest = maps.max(0).values.numpy()
         grey = np.round(255 * saliency).astype(np.uint8)[..., None].repeat(3, 2)
         picture = pictures.sheet(
@@ -140,15 +125,14 @@ class CueLab(Lab):
         )
         return View(picture, _numbers(label, what), _note(state, label))
 
-    def _after_crf(self, label, what, state):
-        config = replace(self._crf, **{name: state[name] for name in CRF_SLIDERS})
+    def _after_crf(self, label, what):
         found = np.array([BACKGROUND, *(index + 1 for _, index in what.classes)], np.uint8)
         if len(found) == 1:
             return label
         own = label == found[:, None, None]
         start = np.where(own, CONFIDENCE, (1 - CONFIDENCE) / (len(found) - 1))
         start[:, ~own.any(0)] = 1 / len(found)  # all labels alike where it is ignored
-        return found[dense_crf(start.astype(np.float32), what.picture, config).argmax(0)]
+        return found[dense_crf(start.astype(np.float32), what.picture, self._crf).argmax(0)]
 
 
 def _numbers(label, what):

@@ -10,14 +10,13 @@ from typing import NamedTuple
 import ipywidgets
 import numpy as np
 import torch
-from torch.nn.functional import interpolate
 
 from drs_course.download import COMMAND, weights_file
 from drs_course.labs import networks, pictures
 from drs_course.labs.lab import Lab, View, picker, show, slider, switch
 from drs_course.labs.upload import FORMATS, MOST_BYTES, ImageRefused, read_image
 from drs_course.paper import ALL_LAYERS
-from drs_course.plots import layer_mean, overlay
+from drs_course.plots import overlay
 from drs_course.stages import STAGE_VERSIONS
 from drs_lib.data.voc import VOC_CLASSES
 from drs_lib.networks import classifier
@@ -25,7 +24,7 @@ from drs_lib.runtime import threads
 
 DRAWN, OWN = "drawn", "own"
 PLAIN, DRS = "CAM (plain classifier)", "DRS (learnable)"
-AUTHORS, START = "DRS (learnable), the authors' network", "VGG-16 from ImageNet, not trained on VOC"
+AUTHORS = "DRS (learnable), the authors' network"
 LONGEST = 500  # pixels: the longer side of VOC's images, to which a photograph is reduced
 MAPS = 2  # shown at most
 VOC_SIDE = 320  # the release's size of the images from which maps are made
@@ -37,9 +36,8 @@ class ImageLab(Lab):
 
     A photograph is given to a VOC classifier: the run's own where it runs on VOC, one that was trained from
     ImageNet weights and lies in the run store, or the authors', if DRS_learnable.pth was downloaded (by
-    ``python -m drs_course download --only drs``, to torch hub's folder of checkpoints). Of an ImageNet VGG-16
-    in that folder the features are shown. Without any of them the photograph goes to the Critters classifier,
-    and the lab says what that is worth.
+    ``python -m drs_course download --only drs``, to torch hub's folder of checkpoints). Without any of them
+    the photograph goes to the Critters classifier, and the lab says what that is worth.
 
     Args:
         pipeline: the `Pipeline`; its plain classifier is trained if it is not in the store (on VOC not if
@@ -127,10 +125,6 @@ class ImageLab(Lab):
         image = torch.from_numpy(picture.transpose(2, 0, 1).copy())
         with threads(model.threads):
             network = model.dial.set([delta] * 6)
-            if not model.classes:
-                mean = torch.from_numpy(layer_mean(networks.layer_features(network, image, model.resize)[4]))
-                mean = interpolate(mean[None, None], picture.shape[:2], mode="bilinear")[0, 0]
-                return Seen(None, None, {"mean of layer 5": mean.float().numpy()})
             probabilities = networks.class_probabilities(network, image, model.resize)
             if classes is None:
                 order = probabilities.argsort()[::-1]
@@ -154,21 +148,17 @@ class ImageLab(Lab):
             {title: picture} | {caption: overlay(picture, values) for caption, values in one.maps.items()}
             for title, one in seen.items()
         ]
-        numbers, probabilities = [], seen["image"].probabilities
-        classes = self._models[state["source"]][name].classes
-        if classes:
-            numbers = [["class", "probability, %", *(f"with {title}" for title in [*seen][1:])]]
-            for c in probabilities.argsort()[::-1][:6]:
-                numbers.append([classes[c], *(float(one.probabilities[c]) for one in seen.values())])
-        note = self._note(own, name, state["cap"], not classes or probabilities.max() >= 0.5)
+        probabilities, classes = seen["image"].probabilities, self._models[state["source"]][name].classes
+        numbers = [["class", "probability, %", *(f"with {title}" for title in [*seen][1:])]]
+        for c in probabilities.argsort()[::-1][:6]:
+            numbers.append([classes[c], *(float(one.probabilities[c]) for one in seen.values())])
+        note = self._note(own, name, state["cap"], probabilities.max() >= 0.5)
         return View(pictures.sheet(*rows, columns=MAPS + 1), numbers, note, self._refused)
 
     def _note(self, own, name, cap, found):
         texts = [] if found else ["No class reaches 50 %; the map is that of the likeliest."]
         if name == AUTHORS:
             texts.append("The network that the paper's authors trained on PASCAL VOC and published.")
-        elif name == START:
-            texts.append("It knows none of VOC's classes: the map is the mean of its features in layer 5.")
         elif own and not self._photo:
             classes = ", ".join(self._models[OWN][name].classes)
             texts.append(
@@ -191,18 +181,18 @@ class ImageLab(Lab):
 
 
 class Seen(NamedTuple):
-    """What a classifier sees in an image: probabilities (C,) and the classes whose maps are shown (both None
-    where its features are), maps (H, W) by their captions."""
+    """What a classifier sees in an image: probabilities (C,), the classes whose maps are shown, and the maps
+    (H, W) by their captions."""
 
-    probabilities: np.ndarray | None
-    classes: tuple | None
+    probabilities: np.ndarray
+    classes: tuple
     maps: dict
 
 
 @dataclass
 class Model:
-    """A classifier: a function that loads it, its classes (none: its features are shown), the size of its
-    input, and on how many threads it runs."""
+    """A classifier: a function that loads it, its classes, the size of its input, and on how many threads
+    it runs."""
 
     load: Callable
     classes: tuple
@@ -215,13 +205,11 @@ class Model:
 
 
 def _downloaded():
-    """The authors' classifier and ImageNet's VGG-16, if they are in the folder of downloaded weights."""
-    found = {}
-    for name, kind, layers, classes in ((AUTHORS, "drs", ALL_LAYERS, VOC_CLASSES), (START, "vgg16", (), ())):
-        with suppress(FileNotFoundError):
-            load = partial(classifier, "vgg16", len(VOC_CLASSES), layers, weights=weights_file(kind))
-            found[name] = Model(load, classes, VOC_SIDE)
-    return found
+    """The authors' classifier, if it is in the folder of downloaded weights."""
+    with suppress(FileNotFoundError):
+        load = partial(classifier, "vgg16", len(VOC_CLASSES), weights=weights_file("drs"))
+        return {AUTHORS: Model(load, VOC_CLASSES, VOC_SIDE)}
+    return {}
 
 
 def _of_pipeline(pipeline):

@@ -7,7 +7,7 @@ import warnings
 from contextlib import suppress
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image, ImageOps
 
 MOST_PIXELS = 40_000_000
 MOST_BYTES = 10_000_000  # a Jupyter server takes no larger message
@@ -23,12 +23,6 @@ OTHERS = {
     rb"\Z": "empty", rb"%PDF": "a PDF", rb"%!PS": "PostScript", rb"II\*\0|MM\0\*": "a TIFF",
     rb"\0\0\x01\0": "an icon", rb"<svg": "an SVG", rb"<\?xml": "XML (an SVG?)", rb"PK": "a ZIP archive",
     rb"....ftyp": "a HEIC or AVIF image or a film", rb"": "damaged or of another kind",
-}  # fmt: skip
-# Of EXIF's orientation: what brings the picture upright.
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
 
 
@@ -105,12 +99,11 @@ def _small(image, longest):
     deep = image.mode.startswith("I") or image.mode == "F"
     image.load()  # a PNG may carry its transparency and orientation behind its pixels
     clear = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
-    turn = None
-    with suppress(Exception), warnings.catch_warnings():  # an image is none the worse for damaged EXIF
-        warnings.simplefilter("ignore")
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     image = image.convert("F" if deep else "RGBA" if clear else "RGB")
     image.thumbnail((longest, longest), Image.Resampling.BICUBIC)
+    with suppress(Exception), warnings.catch_warnings():  # an image is none the worse for damaged EXIF
+        warnings.simplefilter("ignore")
+        image = ImageOps.exif_transpose(image)
     if deep:
         values = np.asarray(image) - image.getextrema()[0]
         grey = values * (255 / (values.max() or 1))
@@ -118,4 +111,4 @@ def _small(image, longest):
     elif clear:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image).convert("RGB")
-    return image if turn is None else image.transpose(turn)
+    return image

@@ -46,25 +46,25 @@ def rgb(*colors):
     return np.round(255 * matplotlib.colors.to_rgba_array(colors)[:, :3]).astype(np.uint8)
 
 
-def overlay(image, values, strength=0.6):
+def overlay(image, values):
     """A localization map laid over its image.
 
-    image: uint8 (3, H, W) or (H, W, 3); values: (H, W), clipped to [0, 1]; strength: the map's share.
-    Returns uint8 (H, W, 3). Raises ValueError for sizes that differ and for NaN.
+    image: uint8 (3, H, W) or (H, W, 3); values: (H, W), clipped to [0, 1]. Returns uint8 (H, W, 3). Raises
+    ValueError for sizes that differ and for NaN.
     """
     picture, values = as_picture(image), as_map(values)
     check_same_size(picture, values, "map")
-    return blend(picture, colored(values), strength)
+    return blend(picture, colored(values), 0.6)
 
 
-def overlay_labels(image, labels, num_classes, strength=0.65):
+def overlay_labels(image, labels, num_classes):
     """A label map laid over its image: objects in `label_colors`, background as it is, ignored pixels greyed.
 
     image: uint8 (3, H, W) or (H, W, 3); labels: uint8 (H, W). Returns uint8 (H, W, 3).
     """
     picture, labels = as_picture(image), as_labels(labels, num_classes)
     check_same_size(picture, labels, "label map")
-    return painted(picture, labels, label_colors(num_classes), strength)
+    return painted(picture, labels, label_colors(num_classes), 0.65)
 
 
 def cue_changes(before, after, mask, label):
@@ -79,21 +79,19 @@ def cue_changes(before, after, mask, label):
     if not (same and mask.ndim == 2 and before.dtype == after.dtype == bool):
         got = ", ".join(f"{one.dtype} {one.shape}" for one in (before, after, mask))
         raise ValueError(f"cues are bool (H, W), the mask is (H, W): got {got}")
-    on_object = mask == label
-    changes = np.where(before & after, 1, 0)
-    changes = np.where(after & ~before, np.where(on_object, 2, 3), changes)
-    changes = np.where(before & ~after, np.where(on_object, 5, 4), changes)
-    return np.where(mask == IGNORED, 0, changes).astype(np.uint8)
+    on_object, new, gone = mask == label, after & ~before, before & ~after
+    kinds = [mask == IGNORED, before & after, new & on_object, new, gone & ~on_object, gone]
+    return np.select(kinds, range(6)).astype(np.uint8)
 
 
-def overlay_changes(image, changes, on_object=None, strength=0.75):
+def overlay_changes(image, changes, on_object=None):
     """`cue_changes` laid over their image; ``on_object``, bool (H, W), is outlined in black.
 
     Returns uint8 (H, W, 3). Raises ValueError for sizes that differ.
     """
     picture, changes = as_picture(image), array(changes)
     check_same_size(picture, changes, "map of changes")
-    result = painted(picture, changes, rgb(*CHANGE_COLORS), strength)
+    result = painted(picture, changes, rgb(*CHANGE_COLORS), 0.75)
     return result if on_object is None else outlined(result, array(on_object), 0)
 
 
@@ -185,6 +183,5 @@ def painted(picture, kinds, colors, strength):
 
 
 def blend(picture, colors, strength):
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength is between 0 (only the image) and 1 (only the colours); got {strength}.")
+    """A picture under colours, both (..., 3); strength: the colours' share, from 0 to 1."""
     return np.round((1 - strength) * picture + strength * colors.astype(np.float32)).astype(np.uint8)

@@ -3,6 +3,7 @@
 import math
 import shutil
 from contextlib import contextmanager
+from functools import cache
 from unittest.mock import patch
 
 import pytest
@@ -53,12 +54,8 @@ def store(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     pipeline = Pipeline("critters", "ci", store=folder)
     with patch("drs_course.stages.train_classifier", raised):
-        for configuration in (
-            Configuration(drs_layers=()),
-            Configuration(),
-            *map(lambda d: Configuration(delta=d), TRAINED),
-        ):
-            pipeline.classifier(configuration)
+        for options in ({"drs_layers": ()}, {}, *({"delta": delta} for delta in TRAINED)):
+            pipeline.classifier(Configuration(**options))
     return folder
 
 
@@ -70,14 +67,7 @@ def pipeline(store):
 @pytest.fixture(scope="package")
 def library(pipeline):
     """The lab of a class in this process, which computes what the page should show: ``library(DeltaLab)``."""
-    made = {}
-
-    def lab(kind):
-        if kind not in made:
-            made[kind] = kind(pipeline)
-        return made[kind]
-
-    return lab
+    return cache(lambda kind: kind(pipeline))
 
 
 @pytest.fixture(scope="package")

@@ -59,15 +59,12 @@ def environment(folder, store, budget):
     settings = folder / "settings" / "@jupyterlab" / "apputils-extension"
     settings.mkdir(parents=True, exist_ok=True)
     (settings / "notification.jupyterlab-settings").write_text(json.dumps(QUIET))
-    course = {"DRS_STORE": str(store), "DRS_BUDGET": budget, "PYTHONPATH": _with_course()}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    course = {"DRS_STORE": str(store), "DRS_BUDGET": budget, "PYTHONPATH": path}
     # As in `make lab` and `make lab-page`: an upload larger than a message may be by default, 10 MiB, is lost
     # without a word, and so is every later one.
     course["JUPYTER_CONFIG_PATH"] = str(ROOT / "tools" / "jupyter")
     return {**os.environ, **own, **course}
-
-
-def _with_course():
-    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
 
 
 class Server:

@@ -55,10 +55,6 @@ def accepted(lab):
     lab.agrees()
 
 
-def test_a_good_image_is_shown(lab):
-    accepted(lab)
-
-
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_bad_file_is_refused_with_a_sentence_and_the_lab_goes_on(lab, name):
     lab.agrees()  # the page has left the upload of the test before

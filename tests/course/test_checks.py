@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from mutants import ANSWERS, rejection_table, verdicts
+from mutants import ANSWERS, verdicts
 from torch import nn
 
 import drs_lib
@@ -57,15 +57,6 @@ def test_mutants_are_rejected_with_a_hint(name):
         assert not verdict.ok, f"{mutant.what} was accepted"
         assert verdict.startswith("Not yet: ") and "can't be read" not in verdict, f"{mutant.what}: {verdict}"
         assert mutant.hint in verdict, f"{mutant.what}: {verdict}"
-
-
-def test_the_table_counts_what_is_rejected(monkeypatch):
-    answers = ANSWERS["two_maps"]
-    tried, right = len(answers.wrong), len(answers.right)
-    monkeypatch.setattr("mutants.ANSWERS", {"two_maps": answers})
-    assert rejection_table() == [("two_maps", tried, tried, right, right)]
-    monkeypatch.setitem(vars(checks), "two_maps", lambda answer: Verdict("correct"))
-    assert rejection_table() == [("two_maps", 0, tried, right, right)]
 
 
 class Hostile:

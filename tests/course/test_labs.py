@@ -2,16 +2,12 @@
 
 import ast
 import asyncio
-import base64
 import gc
 import io
 import logging
 import os
-import queue
 import time
 import tracemalloc
-from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -144,18 +140,14 @@ STATES = {
         {"image": 1, "label": 1, "delta": 0.8},
         {"label": 4},
         {"alpha": 0.4},
-        {"delta": 0.05, "alpha": 0.0},
         {"delta": 1.0, "alpha": 0.95},
         {"per_layer": True, "layer3": 0.8, "alpha": 0.2},
-        {"layer6": 0.7},
         {"image": 11},
         {"mode": "trained", "trained": 0.4},
         {"mode": "trained", "learnable": True},
     ],
     FeatureMapLab: [
-        {"delta": 0.05},
         {"delta": 1.0},
-        {"channel": 2},
         {"image": 11, "channel": 3},
         {"place": "layer 1", "channel": 15},
         {"place": "layer 5, first"},
@@ -169,8 +161,6 @@ STATES = {
     ],
     CueLab: [
         {"alpha": 0.0, "beta": 0.0},
-        {"beta": 0.4},
-        {"alpha": 0.6},
         {"alpha": 0.95, "beta": 1.0, "image": 35},
         {"rule": "release", "alpha": 0.2},
         {"maps": "CAM", "conflict": "ignore"},
@@ -197,19 +187,11 @@ def test_every_state_is_a_jpeg_of_one_size(make, kind):
         assert lab.drawn == lab.state
         pictures_seen.append(bytes(lab.picture.value))
     assert len(set(pictures_seen)) == len(pictures_seen), "every state looks different"
+    fresh = make(kind).set(**lab.state)
+    assert fresh.state == lab.state, "a picture is a function of the state alone"
+    for part in ("picture", "numbers", "note"):
+        assert getattr(fresh, part).value == getattr(lab, part).value
     assert bytes(lab.set(**first).set(**first).picture.value) == pictures_seen[0], "there and back"
-
-
-@pytest.mark.parametrize("kind", LABS)
-def test_a_picture_is_a_function_of_the_state_alone(make, kind):
-    used, fresh = make(kind), make(kind)
-    for state in STATES[kind]:
-        used.set(**state)
-    last = used.state
-    fresh.set(**last)
-    assert fresh.state == last
-    assert fresh.picture.value == used.picture.value
-    assert fresh.numbers.value == used.numbers.value and fresh.note.value == used.note.value
 
 
 @pytest.mark.parametrize("kind", LABS)
@@ -272,6 +254,8 @@ def test_presets_are_the_rows_of_table_2(make, pipeline, seen, row):
     plugged = make(LayerLab, delta=0.7).set(**seen).set(preset=row.label)
     assert [n for n in range(1, 7) if plugged.state[f"layer{n}"]] == list(layers)
     agrees(plugged, model)
+    agrees(plugged, pipeline.classifier(PLAIN), "no DRS")
+    assert (column(plugged, "DRS") == column(plugged, "no DRS")) == (not layers)
 
 
 def test_one_delta_for_each_layer(make, pipeline, seen):
@@ -420,18 +404,6 @@ def test_set_takes_its_values_in_any_order(make, kind, state):
     assert {name: lab.state[name] for name in state} == state and lab.drawn == lab.state
 
 
-@pytest.mark.parametrize("delta", [0.6, 0.8])
-def test_layer_lab_without_boxes_is_cam_and_with_all_is_drs(make, pipeline, seen, delta):
-    lab = make(LayerLab, layers=(), delta=delta).set(**seen)
-    np.testing.assert_array_equal(column(lab, "DRS"), column(lab, "no DRS"))
-    agrees(lab, pipeline.classifier(PLAIN))
-    lab.set(**{f"layer{n}": True for n in range(1, 7)})
-    other = make(DeltaLab, delta=delta).set(**seen)
-    np.testing.assert_array_equal(column(lab, "DRS"), column(other, "DRS"))
-    np.testing.assert_array_equal(column(lab, "no DRS"), column(other, "CAM"))
-    assert column(lab, "DRS") != column(lab, "no DRS")
-
-
 @pytest.mark.parametrize("ticked", [(), (5, 6), (1, 2, 3, 4, 5, 6)])
 def test_layer_lab_takes_learned_modules_out(make, pipeline, seen, recorded, ticked):
     drawn = recorded(pictures, "heat")
@@ -503,7 +475,7 @@ def test_the_cues_drawn_are_those_of_the_rule(make, pipeline):
     index = images_with_classes(pipeline.data.train, 2)[0]
     maps, saliency, _ = cue_inputs(pipeline, "DRS", index)
     largest = maps.amax(0).numpy()
-    for rule, alpha in (("paper", 0.2), ("release", 0.2), ("release", 0.0), ("paper", 0.0)):
+    for rule, alpha in (("paper", 0.2), ("release", 0.2), ("release", 0.0)):
         state = lab.set(image=index, rule=rule, alpha=alpha, beta=0.3).state
         picture = cue_module._cues(largest, saliency.astype(np.float32) / 255, state)
         rules = {"rule": rule} if rule == "release" else {"beta": 0.3, "conflict": "object"}
@@ -521,16 +493,6 @@ def test_the_cues_drawn_are_those_of_the_rule(make, pipeline):
             assert (painted["neither"] <= (label == 255)).all()
 
 
-def test_a_map_of_zero_is_no_object_cue():
-    largest, saliency = np.float32([[0.0, 0.5]]), np.ones((1, 2), np.float32)
-    for rule in ("paper", "release"):
-        picture = cue_module._cues(largest, saliency, {"alpha": 0.0, "beta": 0.06, "rule": rule})
-        label = pseudo_labels(largest[None, None], saliency[None], 0.0, rule=rule)[0].numpy()
-        assert label.tolist() == [[255, 1]]
-        expected = [cue_module.CUE_COLORS[name] for name in ("neither", "object")]
-        np.testing.assert_array_equal(picture[0], pictures.rgb(*expected))
-
-
 def test_the_maps_bring_their_own_threshold(make, pipeline):
     lab = make(CueLab).set(maps="DRS†, refined")
     assert lab.state["alpha"] == pipeline.budget.refined_alpha != pipeline.budget.alpha
@@ -542,11 +504,7 @@ def test_cue_lab_s_crf_is_the_library_s(make, pipeline, recorded):
     labels_drawn = recorded(cue_module, "overlay_labels")
     lab = make(CueLab)
     index = images_with_classes(pipeline.data.train, 2)[0]
-    sliders = dict(gaussian_sxy=2.0, gaussian_weight=4.0)
-    sliders |= dict(bilateral_sxy=20.0, bilateral_srgb=9.0, bilateral_weight=6.0)
-    assert all(lab.controls[name].layout.display == "none" for name in sliders)
-    lab.set(image=index, crf=True, **sliders)
-    assert all(lab.controls[name].layout.display != "none" for name in sliders)
+    lab.set(image=index, crf=True)
     maps, saliency, mask = cue_inputs(pipeline, "DRS", index)
     budget = pipeline.budget
     label = pseudo_labels(maps[None], saliency[None], budget.alpha, budget.beta)[0].numpy()
@@ -556,7 +514,7 @@ def test_cue_lab_s_crf_is_the_library_s(make, pipeline, recorded):
         start[:, label == value] = 0.3 / (len(present) - 1)
         start[row, label == value] = 0.7
     picture = pipeline.data.train[index][0].permute(1, 2, 0).contiguous().numpy()
-    expected = present[dense_crf(start, picture, replace(budget.crf("largefov"), **sliders)).argmax(0)]
+    expected = present[dense_crf(start, picture, budget.crf("largefov")).argmax(0)]
     np.testing.assert_array_equal(labels_drawn[-1], expected)
     assert (expected != label).any() and not (labels_drawn[-1] == 255).any()
     scores_the_label(lab, expected, mask)
@@ -760,16 +718,10 @@ def test_a_value_that_set_cannot_take_leaves_no_stale_picture(make):
 def test_labs_do_not_disturb_each_other(make, seen):
     one, two = (make(DeltaLab, delta=delta).set(**seen) for delta in (0.9, 0.6))
     still = {lab: lab.picture.value for lab in (two, make(LayerLab).set(**seen), make(CueLab))}
-
-    async def drag():
-        for value in np.linspace(0.9, 0.6, 30):
-            one.controls["delta"].value = value
-        await settled(one)
-
     counts = [lab.drawings for lab in still]
-    asyncio.run(drag())
+    for value in (0.8, 0.7, 0.6):
+        one.set(delta=value)
     assert [lab.drawings for lab in still] == counts
-    assert all(lab.picture.value == picture for lab, picture in still.items())
     assert one.picture.value == still[two], "both are now in the same state"
     for lab, picture in still.items():
         control, former = ("alpha" if "alpha" in lab.state else "delta"), lab.state
@@ -800,36 +752,26 @@ def test_closing_a_lab_that_waits_to_draw(plate):
     assert plate.drawings == before
 
 
-def test_two_thousand_moves_leave_nothing_behind(make, pipeline):
+def test_many_moves_leave_nothing_behind(make):
     labs = [make(DeltaLab), make(FeatureMapLab)]
 
-    async def move(count, seed):
+    def move(count, seed):
         rng = np.random.default_rng(seed)
-        for k in range(count // 40):
-            for _ in range(20):
-                for lab in labs:
-                    lab.controls["image"].value = int(rng.integers(10))
-                    lab.controls["delta"].value = float(rng.choice([0.05, 0.3, 0.5, 0.8, 1.0]))
-            labs[1].controls["channel"].value = k % 16
+        for _ in range(count):
             for lab in labs:
-                while lab.drawn != lab.state:
-                    await asyncio.sleep(0.001)
-
-    def held():
+                lab.set(image=int(rng.integers(10)), delta=float(rng.choice([0.05, 0.3, 0.5, 0.8, 1.0])))
         gc.collect()
         return len(gc.get_objects()), tracemalloc.get_traced_memory()[0]
 
     tracemalloc.start()
     try:
-        asyncio.run(move(1200, seed=0))
+        objects, memory = move(40, seed=0)  # which fills the caches
         widgets = live_widgets()
-        objects, memory = held()
-        asyncio.run(move(2000, seed=1))
-        more_objects, more_memory = held()
+        more_objects, more_memory = move(60, seed=1)
     finally:
         tracemalloc.stop()
     assert live_widgets() == widgets
-    # The caches were full before. These were a hundred drawings: a picture is 1.3 MB, a JPEG 50 kB.
+    # A picture is 1.3 MB, a JPEG 50 kB.
     assert more_objects < objects + 1500 and more_memory < memory + 2_500_000
     for lab in labs:
         caches = [value.cache_info() for value in vars(lab).values() if hasattr(value, "cache_info")]
@@ -875,36 +817,25 @@ from drs_course.labs import DeltaLab
 ci = get_budget("ci")
 budget = ci.replace(classify=ci.classify.replace(epochs=10))
 lab = DeltaLab(Pipeline("critters", budget, store={str(pipeline.store.root)!r}), image=1, delta=0.9)
-lab.set(delta=0.8).set(delta=0.7)
-lab"""
-    asked = "[lab.controls['delta'].comm.comm_id, lab.picture.comm.comm_id, lab.drawings, lab.drawn['delta']]"
-    shown = []
+lab.set(delta=0.8).set(delta=0.7)"""
+    asked = "[lab.controls['delta'].comm.comm_id, lab.drawings, lab.drawn['delta']]"
     with run_kernel(startup_timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)}) as client:
 
         def ask():
             reply = client.execute("", user_expressions={"x": asked}, reply=True, timeout=120)
             return ast.literal_eval(reply["content"]["user_expressions"]["x"]["data"]["text/plain"])
 
-        reply = client.execute_interactive(setup, timeout=240, output_hook=shown.append)
+        reply = client.execute(setup, reply=True, timeout=240)
         assert reply["content"]["status"] == "ok", reply["content"]
-        bundles = [m["content"]["data"] for m in shown if m["msg_type"] == "display_data"]
-        (data,) = [bundle for bundle in bundles if "image/png" in bundle]
-        assert "application/vnd.jupyter.widget-view+json" in data and "Delta lab" in data["text/plain"]
-        assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG")
-        handle, picture, before, drawn = ask()
+        handle, before, drawn = ask()
         assert drawn == 0.7
         for value in range(30):
             content = {"method": "update", "state": {"value": 0.1 + value / 100}, "buffer_paths": []}
             client.shell_channel.send(client.session.msg("comm_msg", {"comm_id": handle, "data": content}))
         deadline = time.monotonic() + 60
-        while (state := ask())[3] != pytest.approx(0.39):
+        while (state := ask())[2] != pytest.approx(0.39):
             assert time.monotonic() < deadline, f"still shows {state}"
         time.sleep(0.3)
-        *_, after, drawn = ask()
+        _, after, drawn = ask()
         # One, unless the sender was interrupted for longer than a lab waits.
         assert drawn == pytest.approx(0.39) and 1 <= after - before <= 5
-        sent = 0
-        with suppress(queue.Empty):
-            while message := client.get_iopub_msg(timeout=1):
-                sent += message["msg_type"] == "comm_msg" and message["content"]["comm_id"] == picture
-        assert sent == after - before, "every drawing sends one picture, and nothing else does"

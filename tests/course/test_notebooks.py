@@ -5,7 +5,6 @@ That they run is tested by running them: pytest collects ``notebooks/`` too, see
 
 import ast
 import base64
-import importlib.util
 import io
 import re
 import statistics
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import scripts
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
@@ -33,11 +33,7 @@ NAMES = (
 MARK = "NBVAL_CHECK_OUTPUT"
 LARGEST = 1_500_000  # bytes of one notebook with its outputs
 LONGEST_CELL = 20  # lines: what fits on a slide
-
-
-SPEC = importlib.util.spec_from_file_location("notebooks_tool", ROOT / "tools" / "notebooks.py")
-tool = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(tool)
+tool = scripts.load("tools/notebooks.py")
 
 
 @pytest.fixture(params=FILES, ids=lambda path: path.stem)

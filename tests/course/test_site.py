@@ -12,6 +12,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import scripts
 from browser import serving
 
 import drs_lib
@@ -27,14 +28,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def load(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-check_links = load(ROOT / "docs" / "check_links.py")
+check_links = scripts.load("docs/check_links.py")
 
 
 def build(project, folder, *options):
@@ -255,7 +249,7 @@ def test_with_a_repository_notebooks_have_buttons(elsewhere):
 
 
 def test_buttons_are_there_if_the_project_names_its_repository(pages):
-    conf = load(ROOT / "docs" / "conf.py")
+    conf = scripts.load("docs/conf.py")
     assert conf.repository_options("") == {}
     assert "colab_url" not in conf.repository_options("https://gitlab.com/OWNER/NAME")["launch_buttons"]
     for name, page in pages.items():

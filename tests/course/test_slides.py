@@ -1,12 +1,12 @@
 """The deck: twenty minutes, made of what the notebooks stored, in one file that fits the projector."""
 
 import html as entities
-import importlib.util
 import re
 from pathlib import Path
 
 import nbformat
 import pytest
+import scripts
 from browser import serving
 
 ROOT = Path(__file__).parents[2]
@@ -16,10 +16,7 @@ pytest.importorskip("sphinx_revealjs", reason="sphinx-revealjs is not installed"
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("slides_tool", ROOT / "tools" / "slides.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return scripts.load("tools/slides.py")
 
 
 @pytest.fixture(scope="module")
