@@ -113,7 +113,7 @@ def _segmented(model, dataset, chunk, jobs):
     if not available():
         deque(items(), maxlen=0)
         return [plain.confusion]
-    found = iterate_crf(items(), CRFConfig.ASPP_RESNET101, jobs, progress=False)
+    found = iterate_crf(items(), CRFConfig.ASPP_RESNET101, jobs)
     for index, labels in zip(chunk, found, strict=True):
         refined.update(labels, dataset.mask(index))
     return [plain.confusion, refined.confusion]

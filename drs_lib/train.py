@@ -377,7 +377,7 @@ def evaluate_segmentation(model, dataset, crf=None, jobs=None, *, batch_size=16,
             plain.update(probabilities.argmax(0), dataset.mask(i))
             yield probabilities, dataset[i][0].permute(1, 2, 0).numpy()
 
-    for i, labels in enumerate(iterate_crf(items(), crf, jobs, progress=False)):
+    for i, labels in enumerate(iterate_crf(items(), crf, jobs)):
         refined.update(labels, dataset.mask(i))
     return {**plain.compute(), **{f"{key}_crf": value for key, value in refined.compute().items()}}
 
