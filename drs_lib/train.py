@@ -87,7 +87,7 @@ def fit(model, batches, loss, optimizer, scheduler, *, on_epoch=None, checkpoint
 
 @dataclass
 class Training:
-    """A training as far as it has come, which `epoch` takes further by one pass over the batches."""
+    """The state of a training; `epoch` makes one more pass over the batches."""
 
     model: torch.nn.Module
     loss: Callable
@@ -207,10 +207,9 @@ def _check_weights(model, when):
 def parameter_groups(model, recipe):
     """The model's trainable parameters as groups for an optimiser, in the order of PARAMETER_GROUPS.
 
-    Which modules are new is the model's own word, `model.new_modules()`. A parameter is placed by what it is,
-    never by its name, which changes under wrappers. The biases are all parameters of one dimension: batch
-    norm's scales and shifts are among them, and `bias_decay=False` spares them from decay too. Empty groups
-    are left out.
+    New are those of `model.new_modules()`; names would change under wrappers. Biases are all parameters of
+    one dimension: batch norm's scales and shifts are among them, and `bias_decay=False` spares them from
+    decay too. Empty groups are left out.
 
     Raises:
         ValueError: weights of either kind are missing altogether, or a group whose learning rate the recipe

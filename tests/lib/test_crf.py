@@ -76,13 +76,6 @@ def test_dense_crf_against_exact_mean_field(config):
 
 
 @needs_pydensecrf
-def test_no_iterations_change_nothing():
-    probabilities, image = scene()
-    found = dense_crf(probabilities, image, CRFConfig(iterations=0))
-    np.testing.assert_allclose(found, probabilities, atol=1e-6)
-
-
-@needs_pydensecrf
 def test_it_cleans_noisy_labels_along_colour_edges():
     probabilities, image = scene(height=30, width=40)
     truth = np.zeros((30, 40), int)

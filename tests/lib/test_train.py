@@ -285,11 +285,9 @@ def test_targets_and_labels_are_augmented_with_their_image(squares):
     ("build", "recipe"),
     [
         (lambda: networks.classifier("mini", 3), CLASSIFY),
-        (lambda: networks.classifier("mini", 3, (5, 6), delta=0.5), CLASSIFY),
         (lambda: networks.classifier("vgg16", 20), ClassifyRecipe(lr_multipliers=(1, 2, 10, 20))),
         (lambda: networks.refinement_network("vgg16", 20), RefineRecipe(lr_multipliers=(1, 2, 10, 20))),
         (lambda: networks.deeplab("largefov", "vgg16", 21), SegmentRecipe()),
-        (lambda: networks.deeplab("largefov", "resnet101", 21), SegmentRecipe.largefov_resnet101()),
         (lambda: networks.deeplab("aspp", "resnet101", 21), SegmentRecipe.aspp_resnet101()),
         (lambda: networks.deeplab("aspp", "mini_resnet", 4), SegmentRecipe.laptop("aspp", "mini_resnet")),
     ],
@@ -392,10 +390,6 @@ def test_an_empty_stream_of_batches_is_an_error():
         (lambda masks: masks[:-1], "23 labels for 24 images"),
         (lambda masks: [mask[1:] for mask in masks], r"torch.uint8 \(31, 32\): expected uint8 \(32, 32\)"),
         (lambda masks: [mask.astype(np.int64) for mask in masks], "torch.int64"),
-        (
-            lambda masks: [np.where(mask == 3, 4, mask).astype(np.uint8) for mask in masks],
-            "square-.* hold the value 4: expected 0 for background, 1 to 3",
-        ),
     ],
 )
 def test_labels_are_checked(squares, change, message):
@@ -407,7 +401,6 @@ def test_labels_are_checked(squares, change, message):
     ("change", "message"),
     [
         (lambda maps: maps[:1], "1 targets for 24 images"),
-        (lambda maps: [one * 1.5 for one in maps], r"go from 0 to 1.5: expected \[0, 1\]"),
         (lambda maps: [one * np.nan for one in maps], "nan"),
         (lambda maps: [one[:2] for one in maps], r"\(2, 32, 32\): expected floating point \(3, H, W\)"),
         (lambda maps: [one.astype(np.uint8) for one in maps], "torch.uint8"),
