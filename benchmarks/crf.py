@@ -44,7 +44,7 @@ def measure(case, jobs, rounds, config):
         for round_number in range(-1, rounds):  # round -1 fills the disk's cache
             start = time.perf_counter()
             some = items[: n * (1 if round_number < 0 else per_job)]
-            list(iterate_crf(some, config, jobs=n, progress=False))
+            list(iterate_crf(some, config, jobs=n))
             if round_number >= 0:
                 seconds[n].append((time.perf_counter() - start) / (n * per_job))
     medians = {n: statistics.median(values) for n, values in seconds.items()}

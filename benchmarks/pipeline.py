@@ -39,7 +39,7 @@ from drs_lib.data.transforms import training_transform
 from drs_lib.files import write_text
 from drs_lib.labels import pseudo_labels
 from drs_lib.losses import classification_loss, refinement_loss, segmentation_loss
-from drs_lib.maps import iterate_present_maps
+from drs_lib.maps import iterate_maps
 from drs_lib.metrics import mean_iou
 from drs_lib.recipes import get_budget
 from drs_lib.runtime import pick_device
@@ -200,9 +200,9 @@ def timed(run, work, images):
 
 def present_maps(run, model, indices):
     budget, recipe = run.budget, run.budget.classify
-    return iterate_present_maps(
+    return iterate_maps(
         model, run.weak, scales=budget.scales, resize=budget.resize, indices=indices,
-        workers=run.workers, precision=recipe.precision,
+        workers=run.workers, precision=recipe.precision, present_only=True,
     )  # fmt: skip
 
 

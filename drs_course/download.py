@@ -113,12 +113,11 @@ def fetch(source, folder, *, progress=True):
         if not path.is_file():
             raise FileNotFoundError(f"no file {path}")
         return path
-    name = PurePosixPath(urlsplit(source).path).name or "download"
+    name = PurePosixPath(urlsplit(source).path).name
     place = pooch.create(folder, "", registry={name: None}, urls={name: source}, retry_if_failed=RETRIES)
+    downloader = pooch.HTTPDownloader(progress, chunk_size=1 << 18, timeout=60)
     try:
-        return Path(
-            place.fetch(name, downloader=pooch.HTTPDownloader(progress, chunk_size=1 << 18, timeout=60))
-        )
+        return Path(place.fetch(name, downloader=downloader))
     except RequestException as error:
         raise ConnectionError(
             f"{source}: {error} (tried {RETRIES + 1} times). Check the connection, try a mirror, or pass a "

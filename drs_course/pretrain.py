@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from drs_lib.batches import LabelMaps
 from drs_lib.data import Critters, normalize
 from drs_lib.data.critters import draw
 from drs_lib.data.saliency import SaliencyNetwork
@@ -60,7 +61,8 @@ def pretrain_saliency(progress=True):
         return F.binary_cross_entropy_with_logits(model(batch.images), batch.extra.float())
 
     salient = [draw("pretrain", i).salient.astype(np.uint8) for i in range(len(train))]
-    model, history = _trained(SALIENCY, train, _Detector, loss, "saliency", progress, labels=salient)
+    extra = LabelMaps(salient, train)
+    model, history = _trained(SALIENCY, train, _Detector, loss, "saliency", progress, extra=extra)
     model.cpu()  # where the held-out images are
     overlap = union = 0
     with torch.inference_mode():

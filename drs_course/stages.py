@@ -25,8 +25,7 @@ from drs_course.paper import Configuration
 from drs_course.store import RunStore
 from drs_lib.archives import LabelArchive, MapArchive, TrueMasks
 from drs_lib.data import VOC2012, Critters, without_masks
-from drs_lib.maps import iterate_maps
-from drs_lib.method import label_rule, localization_maps_of, map_options, present_maps_of, pseudo_labels_of
+from drs_lib.method import label_rule, localization_maps_of, map_options, maps_of, pseudo_labels_of
 from drs_lib.metrics import MapScore, SegmentationScore, mean_iou
 from drs_lib.networks import classifier, deeplab, refinement_network
 from drs_lib.recipes import Budget, get_budget
@@ -195,10 +194,9 @@ class Pipeline:
         """(index, labels, maps) of images, made as for pseudo labels: the classifier's or, with ``refine``,
         the refinement network's. dataset: None for the training images. indices, and what is yielded: see
         `drs_lib.maps.iterate_maps`."""
-        options = {"iterate": iterate_maps, "indices": indices}
         if dataset is None:
             dataset = self.weak_train
-        return present_maps_of(self.map_network(configuration), dataset, self.budget, **options)
+        return maps_of(self.map_network(configuration), dataset, self.budget, indices=indices)
 
     def labels(self, configuration):
         """The pseudo labels of the training images: a sequence of uint8 (H, W)."""
@@ -376,9 +374,8 @@ def plan_target(pipeline, configuration):
 
 def make_target(pipeline, stage, writer):
     model = pipeline.classifier(stage.configuration)
-    with writer.open("maps.zip") as file:
-        classes = localization_maps_of(model, pipeline.weak_train, pipeline.budget, file)
-    writer.json("classes.json", classes)
+    maps = localization_maps_of(model, pipeline.weak_train, pipeline.budget, writer.path / "maps.zip")
+    writer.json("classes.json", maps.classes)
 
 
 def plan_refine(pipeline, configuration):
@@ -400,8 +397,7 @@ def plan_labels(pipeline, configuration):
 
 def make_labels(pipeline, stage, writer):
     model = pipeline.map_network(stage.configuration)
-    with writer.open("labels.zip") as file:
-        pseudo_labels_of(model, pipeline.weak_train, pipeline.budget, file)
+    pseudo_labels_of(model, pipeline.weak_train, pipeline.budget, writer.path / "labels.zip")
 
 
 def plan_label_score(pipeline, configuration):

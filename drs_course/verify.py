@@ -23,7 +23,7 @@ from drs_course.store import RunStore
 from drs_lib.crf import INSTALL_HINT, CRFConfig, available, iterate_crf
 from drs_lib.data.voc import VOC2012, VOC_CLASSES
 from drs_lib.labels import RELEASE_SALIENCY, of_classes, pseudo_labels
-from drs_lib.maps import RELEASE_SCALES, iterate_present_maps
+from drs_lib.maps import RELEASE_SCALES, iterate_maps
 from drs_lib.metrics import SegmentationScore, mean_iou
 from drs_lib.networks import classifier, deeplab, refinement_network
 from drs_lib.runtime import memory_format, pick_device
@@ -77,7 +77,7 @@ def _control(model, dataset, chunk):
 
 def _from_maps(model, dataset, chunk):
     options = {"scales": RELEASE_SCALES, "resize": SIDE, "indices": chunk, "batch_size": 8}
-    for index, present, maps in iterate_present_maps(model, dataset, **options):
+    for index, present, maps in iterate_maps(model, dataset, present_only=True, **options):
         saliency = dataset.saliency(index)[None]
         labels = pseudo_labels(maps[None], saliency, alpha=ALPHA, rule="release")
         yield index, of_classes(labels, present.nonzero().flatten().tolist())[0]
@@ -113,7 +113,7 @@ def _segmented(model, dataset, chunk, jobs):
     if not available():
         deque(items(), maxlen=0)
         return [plain.confusion]
-    found = iterate_crf(items(), CRFConfig.ASPP_RESNET101, jobs, progress=False)
+    found = iterate_crf(items(), CRFConfig.ASPP_RESNET101, jobs)
     for index, labels in zip(chunk, found, strict=True):
         refined.update(labels, dataset.mask(index))
     return [plain.confusion, refined.confusion]

@@ -79,8 +79,8 @@ def write_targets(file, found, names, largest=False):
     """Targets of the refinement network as a zip file of PNGs, for `MapArchive`: in 8 bits, an image's maps
     one above the other; of no class, one map of zeros, which remembers the image's size.
 
-    found: what `drs_lib.maps.iterate_present_maps` yields. names: the images'. largest: each pixel
-    keeps its largest class only. Returns the classes of each image.
+    found: what `drs_lib.maps.iterate_maps` yields with ``present_only``. names: the images'. largest: each
+    pixel keeps its largest class only. Returns the classes of each image.
     """
     classes = []
 
@@ -97,8 +97,8 @@ def write_targets(file, found, names, largest=False):
 def write_labels(file, found, dataset, **rule):
     """Pseudo labels as a zip file of PNGs, for `LabelArchive`.
 
-    found: what `drs_lib.maps.iterate_present_maps` yields. dataset: for saliency and names. rule: of
-    `drs_lib.labels.pseudo_labels`.
+    found: what `drs_lib.maps.iterate_maps` yields with ``present_only``. dataset: for saliency and names.
+    rule: of `drs_lib.labels.pseudo_labels`.
     """
 
     def pictures():

@@ -75,12 +75,6 @@ def make_batches(dataset, recipe, extra, seed, device):
     return batches, (generator, order.generator)
 
 
-def _augmented(transform, seed, images, *targets):
-    with seeded(seed, accelerators=False):
-        draws = [transform.draw() for _ in images]
-    return transform.batch(images, *targets, draws=draws)
-
-
 class _FromFiles(Dataset):
     """Reads, checks, augments and stacks the images of a batch, with what `extra(i, image)` adds to each."""
 
@@ -93,7 +87,8 @@ class _FromFiles(Dataset):
         targets = []
         if self.extra is not None:
             targets = [[self.extra(i, image) for i, image in zip(indices.tolist(), images, strict=True)]]
-        images, *targets = _augmented(self.transform, seed, images, *targets)
+        with seeded(seed, accelerators=False):
+            images, *targets = self.transform.batch(images, *targets)
         extra = torch.stack(*targets) if targets else None
         return Batch(indices, images, torch.stack(labels), extra)
 
@@ -123,7 +118,8 @@ class _FromMemory:
             images, targets = [move(self.images[i], self.device) for i in places], []
             if self.extra is not None:
                 targets = [[self.extra.unpack(move(self.targets[i], self.device)) for i in places]]
-            images, *targets = _augmented(self.transform, seed, images, *targets)
+            with seeded(seed, accelerators=False):
+                images, *targets = self.transform.batch(images, *targets)
             extra = self.extra.stack(*targets, places) if targets else None
             yield Batch(indices, images, self.labels[move(indices, self.device)], extra)
 

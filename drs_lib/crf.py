@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from drs_lib.arguments import whole
 
@@ -86,7 +85,7 @@ def dense_crf(probabilities, image, config=CRFConfig.LARGEFOV_VGG16):
     return _mean_field(config)(*_checked(probabilities, image))
 
 
-def iterate_crf(items, config=CRFConfig.LARGEFOV_VGG16, jobs=None, progress=True):
+def iterate_crf(items, config=CRFConfig.LARGEFOV_VGG16, jobs=None):
     """Dense CRF over many images.
 
     Args:
@@ -94,7 +93,6 @@ def iterate_crf(items, config=CRFConfig.LARGEFOV_VGG16, jobs=None, progress=True
             calling thread, only a few images ahead, so that memory stays flat.
         jobs: number of processes; None: one per core, or a single one inside a worker process. One job starts
             no process. The number changes nothing in the result.
-        progress: show a progress bar.
 
     Yields:
         Label maps uint8 (H, W), each pixel's most probable of the C labels, in the order of ``items``.
@@ -105,11 +103,9 @@ def iterate_crf(items, config=CRFConfig.LARGEFOV_VGG16, jobs=None, progress=True
     """
     jobs = _default_jobs() if jobs is None else whole("jobs", jobs)
     mean_field = _mean_field(config, most_probable=True)
-    results = (
-        _parallel(items, mean_field, jobs) if jobs > 1 else (mean_field(*i) for i in _all_checked(items))
-    )
-    total = len(items) if hasattr(items, "__len__") else None
-    return iter(tqdm(results, total=total, desc="CRF", unit="image", disable=not progress))
+    if jobs > 1:
+        return _parallel(items, mean_field, jobs)
+    return (mean_field(*item) for item in _all_checked(items))
 
 
 def _mean_field(config, most_probable=False):

@@ -1,4 +1,4 @@
-"""The losses of the three trainings: of a network and a `drs_lib.batches.Batch`, a scalar."""
+"""The losses of the three trainings: each gives a scalar for a network and a `drs_lib.batches.Batch`."""
 
 import torch.nn.functional as F
 

@@ -5,6 +5,9 @@
 F are the class maps of the classifier, the refinement network's output N takes M's place later. Both are made
 at the network's resolution, brought to the image's size, and restricted to the classes that the image's
 labels name.
+
+    localization_maps, refined_maps    of one batch of normalised images
+    iterate_maps                       of a data set, image by image; the network decides which of the two
 """
 
 from __future__ import annotations
@@ -12,7 +15,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch.nn.functional import interpolate
-from tqdm.auto import tqdm
 
 from drs_lib.arguments import whole
 from drs_lib.data import normalize, resize_square
@@ -44,7 +46,11 @@ def localization_maps(model, images, labels=None, scales=None, size=None):
     Raises:
         ValueError: inputs of another kind, or a network that gives NaN or infinity.
     """
-    return _maps_of_batch(model, images, labels, scales, size, kind="classifier")
+    if not hasattr(model, "class_maps"):
+        raise ValueError(
+            f"{type(model).__name__} has no class_maps; maps of a refinement network: refined_maps()."
+        )
+    return _maps_of_batch(model, images, labels, scales, size, refined=False)
 
 
 def refined_maps(model, images, labels=None, renormalize=False, scales=None, size=None):
@@ -55,7 +61,7 @@ def refined_maps(model, images, labels=None, renormalize=False, scales=None, siz
     ``renormalize=True`` divides each map by its maximum (+ 1e-5), as equation 1 does. The other arguments,
     the result and the errors are those of `localization_maps`.
     """
-    return _maps_of_batch(model, images, labels, scales, size, kind="refined", renormalize=renormalize)
+    return _maps_of_batch(model, images, labels, scales, size, refined=True, renormalize=renormalize)
 
 
 def keep_largest_class(maps):
@@ -68,60 +74,43 @@ def keep_largest_class(maps):
     return torch.zeros_like(maps).scatter_(-3, argmax, largest)
 
 
-def iterate_maps(model, dataset, **options):
+def iterate_maps(
+    model, dataset, *, batch_size=32, scales=None, resize=None, renormalize=False, indices=None, workers=0,
+    precision="float32", present_only=False,
+):  # fmt: skip
     """Maps of a whole data set, one image at a time, in order, each at the image's own size.
 
-    The arguments and errors are those of `iterate_present_maps`.
-
-    Yields:
-        ``(index, labels, maps)``: labels (C,), maps float32 (C, H, W) in [0, 1], both on the CPU.
-    """
-    found = iterate_present_maps(model, dataset, **options)
-    return ((index, labels, _of_all_classes(maps.cpu(), labels > 0)) for index, labels, maps in found)
-
-
-def iterate_present_maps(
-    model, dataset, *, batch_size=32, scales=None, resize=None, device=None, kind=None, renormalize=False,
-    indices=None, workers=0, precision="float32", progress=False,
-):  # fmt: skip
-    """`iterate_maps` without the maps that are 0, which are most of VOC's 20, and left on the model's device.
-
     Args:
-        model: classifier or refinement network; it is moved to ``device`` (None: it stays where it is).
+        model: a classifier, which is what has ``class_maps``, or a refinement network; it stays where it is.
         dataset: gives ``(image uint8 (3, H, W), labels (C,))``; masks and saliency are not touched.
         batch_size: images per pass through the network. Images of different sizes are passed separately,
             unless ``resize`` makes them equal.
         scales: as for `localization_maps`.
         resize: side of the square that images are resized to (antialiased) before the network; None: as they
             are.
-        kind: ``"classifier"`` or ``"refined"``; None: by the model, a classifier being one with
-            ``class_maps``.
         renormalize: as for `refined_maps`.
         indices: images to take, in this order; None: all.
         workers: processes that read images (`torch.utils.data.DataLoader`).
         precision: of the network, see `drs_lib.runtime.autocast`; the maps are float32 in any case.
+        present_only: leave out the maps that are 0, which are most of VOC's 20.
 
     Yields:
-        ``(index, labels, maps)``: labels (C,) on the CPU; maps float32 (n, H, W) in [0, 1] of the n classes
-        with a label, in order, on the model's device. An image without a label has one map of zeros.
+        ``(index, labels, maps)``: labels (C,) and maps float32 (C, H, W) in [0, 1], both on the CPU. With
+        ``present_only`` maps (n, H, W) of the n classes with a label, in order, on the model's device; an
+        image without a label has one map of zeros.
 
     Raises:
-        ValueError: an unknown ``kind``, scales or a ``resize`` that are no sizes, ``renormalize`` with a
-            classifier; while iterating, what `localization_maps` raises.
+        ValueError: scales or a ``resize`` that are no sizes, ``renormalize`` with a classifier; while
+            iterating, what `localization_maps` raises.
     """
-    kind = ("classifier" if hasattr(model, "class_maps") else "refined") if kind is None else kind
-    if kind not in ("classifier", "refined"):
-        raise ValueError(f"unknown kind {kind!r}; choose 'classifier', 'refined' or None.")
-    if renormalize and kind == "classifier":
+    if renormalize and hasattr(model, "class_maps"):
         raise ValueError(
             "renormalize is for refined maps; a classifier's are always divided by their maximum."
         )
-    options = {"kind": kind, "scales": _checked_scales(scales), "precision": precision}
+    scales = _checked_scales(scales)
     batch_size, workers = whole("batch_size", batch_size), whole("workers", workers, least=0)
     resize = resize if resize is None else whole("resize, the side of a square in pixels,", resize)
-    autocast("cpu" if device is None else device, precision)  # refuses an unknown precision now, not later
-    if device is not None:
-        model.to(device)
+    autocast(_device(model), precision)  # refuses an unknown precision now, not later
     loader = torch.utils.data.DataLoader(
         _Inputs(dataset, resize),
         batch_size=batch_size,
@@ -131,24 +120,29 @@ def iterate_present_maps(
         pin_memory=_device(model).type == "cuda",
         generator=torch.Generator(),  # its own, so that making maps leaves the global random stream alone
     )
-    return _iterate(model, loader, options, renormalize, progress)
+    return _iterate(model, loader, scales, renormalize, precision, present_only)
 
 
-def _iterate(model, loader, options, renormalize, progress):
-    with tqdm(total=len(loader.sampler), desc="maps", unit="image", disable=not progress) as bar:
-        for groups in loader:
-            results = {}
-            for places, indices, images, labels, sizes in groups:
-                outputs = _outputs(model, normalize(move(images, _device(model))), **options)
-                present = _present(labels, outputs)
-                for size, rows in _by_key(map(tuple, sizes)):  # older torch pins a tuple into a list
-                    chosen = [output[rows] for output in outputs] if len(rows) < len(sizes) else outputs
-                    maps = _maps(chosen, present[rows], size, options["kind"], renormalize)
-                    for row, own in zip(rows, maps.split(present[rows].sum(1).tolist()), strict=True):
-                        own = own if len(own) else maps.new_zeros(1, *size)
-                        results[places[row]] = indices[row], labels[row], own
-            yield from (results[place] for place in range(len(results)))
-            bar.update(len(results))
+def _iterate(model, loader, scales, renormalize, precision, present_only):
+    refined = not hasattr(model, "class_maps")
+    for groups in loader:
+        results = {}
+        for places, indices, images, labels, sizes in groups:
+            images = normalize(move(images, _device(model)))
+            outputs = _outputs(model, images, refined, scales, precision)
+            present = _present(labels, outputs)
+            for size, rows in _by_key(map(tuple, sizes)):  # older torch pins a tuple into a list
+                chosen = [output[rows] for output in outputs] if len(rows) < len(sizes) else outputs
+                maps = _maps(chosen, present[rows], size, refined, renormalize)
+                for row, own in zip(rows, maps.split(present[rows].sum(1).tolist()), strict=True):
+                    results[places[row]] = indices[row], labels[row], own
+        for place in range(len(results)):
+            index, labels, maps = results[place]
+            if not present_only:
+                maps = _of_all_classes(maps.cpu(), labels > 0)
+            elif not len(maps):
+                maps = maps.new_zeros(1, *maps.shape[1:])
+            yield index, labels, maps
 
 
 class _Inputs(torch.utils.data.Dataset):
@@ -179,7 +173,7 @@ def _by_key(keys):
     return found.items()
 
 
-def _maps_of_batch(model, images, labels, scales, size, kind, renormalize=False):
+def _maps_of_batch(model, images, labels, scales, size, refined, renormalize=False):
     if not (
         torch.is_tensor(images) and images.ndim == 4 and images.shape[1] == 3 and images.is_floating_point()
     ):
@@ -192,19 +186,14 @@ def _maps_of_batch(model, images, labels, scales, size, kind, renormalize=False)
     if len(sides) != 2:
         raise ValueError(f"size is (H, W) or the side of a square, in pixels; got {size!r}.")
     size = tuple(whole("size", side) for side in sides)
-    outputs = _outputs(model, images.to(_device(model)), kind, _checked_scales(scales))
+    outputs = _outputs(model, images.to(_device(model)), refined, _checked_scales(scales))
     present = _present(labels, outputs)
-    return _of_all_classes(_maps(outputs, present, size, kind, renormalize), present)
+    return _of_all_classes(_maps(outputs, present, size, refined, renormalize), present)
 
 
-def _outputs(model, images, kind, scales, precision="float32"):
+def _outputs(model, images, refined, scales, precision="float32"):
     """The network's maps (N, C, h, w), one per scale, before any upsampling."""
-    if kind == "classifier" and not hasattr(model, "class_maps"):
-        raise ValueError(
-            f"{type(model).__name__} has no class_maps; maps of a refinement network: refined_maps()."
-        )
-    forward = model.class_maps if kind == "classifier" else model
-    outputs = []
+    forward, outputs = model if refined else model.class_maps, []
     with evaluating(model):
         for side in scales or (None,):
             at_scale = images
@@ -223,7 +212,7 @@ def _outputs(model, images, kind, scales, precision="float32"):
 
 
 @torch.no_grad()
-def _maps(outputs, present, size, kind, renormalize):
+def _maps(outputs, present, size, refined, renormalize):
     """The maps where ``present``, bool (N, C) on the CPU, is true: float32 (n, H, W), the largest value over
     the scales. Only those are upsampled, one or two of VOC's 20."""
     chosen = move(present.flatten().nonzero().flatten(), outputs[0].device)
@@ -234,8 +223,8 @@ def _maps(outputs, present, size, kind, renormalize):
         # One image of many channels, because a batch of one-channel images would take a slower kernel.
         output = require_finite(output.flatten(0, 1).index_select(0, chosen)[None])
         upsampled = interpolate(output, size, mode="bilinear", align_corners=True)[0]
-        upsampled = upsampled.clamp_(0, 1) if kind == "refined" else upsampled.relu_()
-        if kind == "classifier" or renormalize:
+        upsampled = upsampled.clamp_(0, 1) if refined else upsampled.relu_()
+        if renormalize or not refined:
             upsampled.div_(upsampled.amax(dim=(1, 2), keepdim=True) + EPSILON)
         largest = upsampled if largest is None else torch.maximum(largest, upsampled)
     return largest
@@ -244,7 +233,7 @@ def _maps(outputs, present, size, kind, renormalize):
 def _of_all_classes(maps, present):
     """Maps (n, H, W) of the n classes that are present, bool (..., C), among zeros: (..., C, H, W)."""
     found = maps.new_zeros(*present.shape, *maps.shape[-2:])
-    found[present.to(maps.device)] = maps[: int(present.sum())]
+    found[present.to(maps.device)] = maps
     return found
 
 

@@ -9,15 +9,10 @@ from pathlib import Path
 
 from drs_lib.archives import LabelArchive, MapArchive, write_labels, write_targets
 from drs_lib.data.weak import without_masks
-from drs_lib.maps import iterate_present_maps
+from drs_lib.maps import iterate_maps
 from drs_lib.networks import RefinementNetwork
 from drs_lib.runtime import threads
-from drs_lib.train import (
-    evaluate_segmentation,
-    train_classifier,
-    train_refinement,
-    train_segmentation,
-)
+from drs_lib.train import evaluate_segmentation, train_classifier, train_refinement, train_segmentation
 
 
 def weakly_supervised(train, val, budget, folder, segmenter="largefov", seed=0, device=None, progress=True):
@@ -45,26 +40,25 @@ def weakly_supervised(train, val, budget, folder, segmenter="largefov", seed=0, 
     return network, None if val is None else evaluate_segmentation(network, val)["miou"]
 
 
-def localization_maps_of(classifier, train, budget, file):
-    """Equation 1 for every training image: what the refinement network learns.
+def localization_maps_of(classifier, train, budget, path):
+    """Equation 1 for every training image, as the refinement network learns it: a `MapArchive`.
 
-    file: where they are kept, a path or a binary file; a `MapArchive` of it is returned for a path, and for a
-    file the classes of each image.
+    path: of the zip file in which the maps are kept.
     """
-    found = present_maps_of(classifier, train, budget)
-    classes = write_targets(file, found, train.names, largest=budget.target == "largest")
-    return MapArchive(file, classes, train.num_classes) if isinstance(file, (str, Path)) else classes
+    found = maps_of(classifier, train, budget, present_only=True)
+    classes = write_targets(path, found, train.names, largest=budget.target == "largest")
+    return MapArchive(path, classes, train.num_classes)
 
 
-def pseudo_labels_of(network, train, budget, file):
-    """The object cue of the maps and the background cue of saliency, for every training image.
+def pseudo_labels_of(network, train, budget, path):
+    """Pseudo labels of every training image, from the network's maps and saliency: a `LabelArchive`.
 
-    network: the refinement network, or the classifier where there is none. file: as above; for a path a
-    `LabelArchive` is returned.
+    network: the refinement network, or the classifier where there is none. path: of the zip file in which
+    the labels are kept.
     """
     rule = label_rule(budget, isinstance(network, RefinementNetwork))
-    write_labels(file, present_maps_of(network, train, budget), train, **rule)
-    return LabelArchive(file) if isinstance(file, (str, Path)) else None
+    write_labels(path, maps_of(network, train, budget, present_only=True), train, **rule)
+    return LabelArchive(path)
 
 
 def label_rule(budget, refined):
@@ -79,20 +73,13 @@ def map_options(budget, refined):
     return options | ({"renormalize": budget.renormalize} if refined else {})
 
 
-def present_maps_of(network, dataset, budget, iterate=iterate_present_maps, indices=None):
-    """What `drs_lib.maps.iterate_present_maps` yields for a trained network, as the budget makes maps.
+def maps_of(network, dataset, budget, **options):
+    """`drs_lib.maps.iterate_maps` of a trained network, as the budget makes maps.
 
-    iterate: `iterate_maps` for the maps of all classes.
+    options: ``indices`` and ``present_only``.
     """
     refined = isinstance(network, RefinementNetwork)
     recipe = budget.refine if refined else budget.classify
+    options |= dict(workers=recipe.workers, precision=recipe.precision, **map_options(budget, refined))
     with threads(recipe.threads):
-        yield from iterate(
-            network,
-            dataset,
-            kind="refined" if refined else "classifier",
-            workers=recipe.workers,
-            precision=recipe.precision,
-            indices=indices,
-            **map_options(budget, refined),
-        )
+        yield from iterate_maps(network, dataset, **options)

@@ -197,11 +197,6 @@ class MapScore:
         return {**{key: _mean(values) for key, values in per_class.items()}, "per_class": per_class}
 
 
-def map_quality(maps, masks, labels, alpha=0.2):
-    """`MapScore` of one batch of maps; see there for the keys."""
-    return MapScore(alpha).update(maps, masks, labels).compute()
-
-
 def _whole_numbers(values):
     tensor = as_tensor(values)
     if tensor.is_floating_point() or tensor.dtype == torch.bool:

@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from drs_lib import networks, runtime
 from drs_lib.batches import Batch, LabelMaps, TargetMaps, make_batches
 from drs_lib.crf import iterate_crf
 from drs_lib.data import normalize, resize_square, without_masks
+from drs_lib.data.voc import first_few
 from drs_lib.losses import classification_loss, refinement_loss, resize_logits, segmentation_loss
 from drs_lib.metrics import SegmentationScore, exact_match_accuracy, known_labels
 from drs_lib.recipes import PARAMETER_GROUPS, ClassifyRecipe, RefineRecipe, SegmentRecipe
@@ -50,10 +52,11 @@ def fit(model, batches, loss, optimizer, scheduler, *, on_epoch=None, checkpoint
         scheduler: stepped after each iteration.
         on_epoch: ``on_epoch(history)``, called after every epoch; random numbers that it draws don't change
             the training.
-        checkpoint: a `drs_course.checkpoint.Checkpoint`, from which the training goes on if it holds one, and
-            which is written after every epoch but the last.
+        checkpoint: an object whose ``save(progress, streams, **parts)`` is called after every epoch but the
+            last, and ``restore(streams, **parts)`` before the first: it brings the parts (model, optimizer,
+            scheduler) and streams back and returns the progress, a dict; or None, to begin anew.
         streams: the generators from which `batches` draws.
-        options: ``steps`` and what else a `Training` has.
+        options: the fields of `Training` from ``steps`` on.
 
     Returns:
         The history, a list of dict(epoch, loss, lr, seconds) in which `loss` is the epoch's mean and `lr` the
@@ -68,9 +71,8 @@ def fit(model, batches, loss, optimizer, scheduler, *, on_epoch=None, checkpoint
     found = None if checkpoint is None else checkpoint.restore(streams, **kept)
     if found is not None:
         run.history, run.step, run.seen = found["history"], found["step"], found["seen"]
-    hidden = callable(run.progress) or not run.progress
-    options = dict(initial=run.step, total=run.steps, disable=hidden, dynamic_ncols=True)
-    with tqdm(desc=run.title, unit="step", **options) as run.bar:
+    shown = dict(total=run.steps, disable=run.progress is not True, dynamic_ncols=True)
+    with tqdm(desc=run.title, unit="step", initial=run.step, **shown) as run.bar:
         while run.step < run.steps:
             run.epoch(batches)
             if run.step == run.steps:
@@ -85,7 +87,7 @@ def fit(model, batches, loss, optimizer, scheduler, *, on_epoch=None, checkpoint
 
 @dataclass
 class Training:
-    """A training as far as it has come, which `epoch` takes further by one pass over the batches."""
+    """The state of a training; `epoch` makes one more pass over the batches."""
 
     model: torch.nn.Module
     loss: Callable
@@ -182,7 +184,7 @@ class _Losses:
             if not math.isfinite(value):
                 known_labels(labels)
                 ids = [str(i if self.run.names is None else self.run.names[i]) for i in indices.tolist()]
-                images = ", ".join(ids[:10]) + (f" and {len(ids) - 10} more" if len(ids) > 10 else "")
+                images = first_few(ids, 10)
                 raise TrainingDiverged(
                     f"{self.run.title}: the loss is {value} {when}, on the images {images}. {_REMEDY}"
                 )
@@ -205,10 +207,9 @@ def _check_weights(model, when):
 def parameter_groups(model, recipe):
     """The model's trainable parameters as groups for an optimiser, in the order of PARAMETER_GROUPS.
 
-    Which modules are new is the model's own word, `model.new_modules()`. A parameter is placed by what it is,
-    never by its name, which changes under wrappers. The biases are all parameters of one dimension: batch
-    norm's scales and shifts are among them, and `bias_decay=False` spares them from decay too. Empty groups
-    are left out.
+    New are those of `model.new_modules()`; names would change under wrappers. Biases are all parameters of
+    one dimension: batch norm's scales and shifts are among them, and `bias_decay=False` spares them from
+    decay too. Empty groups are left out.
 
     Raises:
         ValueError: weights of either kind are missing altogether, or a group whose learning rate the recipe
@@ -226,14 +227,10 @@ def parameter_groups(model, recipe):
             groups.append(dict(params=parameters, name=name, lr=recipe.lr * multiplier, weight_decay=decay))
         elif weights or multiplier != 1:
             raise ValueError(
-                f"{_kind(model)} has no trainable {name}, for which the recipe has the learning rate "
+                f"{type(model).__name__} has no trainable {name}, for which the recipe has the learning rate "
                 f"{recipe.lr:g} x {multiplier:g}: the recipe is for another network; set that multiplier to 1"
             )
     return groups
-
-
-def _kind(module):
-    return type(module).__name__
 
 
 def make_optimizer(model, recipe):
@@ -275,7 +272,9 @@ def train_refinement(recipe, dataset, targets, seed=0, **options):
     def build(data):
         return networks.refinement_network(recipe.backbone, data.num_classes, weights=recipe.weights)
 
-    loss = functools.partial(refinement_loss, size=recipe.loss_size, label_mask=recipe.label_mask)
+    def loss(model, batch):
+        return refinement_loss(model, batch, recipe.loss_size, recipe.label_mask)
+
     options |= dict(seed=seed, extra=TargetMaps(targets, dataset))
     return _train(RefineRecipe, recipe, dataset, build, loss, **options)
 
@@ -291,29 +290,30 @@ def train_segmentation(recipe, dataset, labels, seed=0, **options):
     def build(data):
         return networks.deeplab(recipe.kind, recipe.backbone, data.num_classes + 1, weights=recipe.weights)
 
-    loss = functools.partial(segmentation_loss, size=recipe.loss_size)
-    return _train(SegmentRecipe, recipe, dataset, build, loss, seed=seed, labels=labels, **options)
+    def loss(model, batch):
+        return segmentation_loss(model, batch, recipe.loss_size)
+
+    options |= dict(seed=seed, extra=LabelMaps(labels, dataset))
+    return _train(SegmentRecipe, recipe, dataset, build, loss, **options)
 
 
 def _train(kind, recipe, dataset, build, loss, **options):
     if not isinstance(recipe, kind):
-        raise TypeError(f"recipe is a {_kind(recipe)}: expected a {kind.__name__}")
+        raise TypeError(f"recipe is a {type(recipe).__name__}: expected a {kind.__name__}")
     title = kind.__name__.removesuffix("Recipe").lower()
     return train_network(recipe, dataset, build, loss, title=title, **options)
 
 
-def train_network(recipe, dataset, build, loss, *, labels=None, extra=None, seed=0, device=None, **options):
+def train_network(recipe, dataset, build, loss, *, extra=None, seed=0, device=None, **options):
     """Train the network that ``build(dataset)`` returns: what the three stages and pretraining share.
 
     Args:
         loss: ``loss(model, batch)``, a scalar.
-        labels: what becomes ``batch.extra``, a sequence with one uint8 array (H, W) for each image.
+        extra: what becomes ``batch.extra``: `TargetMaps` or `LabelMaps` of `drs_lib.batches`, or None.
         device: None for the best there is.
         options: title, progress, on_epoch and checkpoint, see `fit` and `Training`.
     """
     dataset = without_masks(dataset)
-    if labels is not None:
-        extra = LabelMaps(labels, dataset)
     device = runtime.pick_device(device)
     per_epoch, steps = recipe.steps(len(dataset))
     with runtime.seeded(seed), runtime.threads(recipe.threads), runtime.tuned(device):
@@ -337,7 +337,7 @@ def train_network(recipe, dataset, build, loss, *, labels=None, extra=None, seed
     return model.eval(), history
 
 
-def predict_segmentation(model, dataset, *, batch_size=16, output="labels", progress=False):
+def predict_segmentation(model, dataset, *, batch_size=16, output="labels"):
     """Segment every image of a data set, whole, with the logits upsampled (bilinear) to the image's size.
 
     Images of one size are passed through the network together. Runs where the model is; its mode is restored.
@@ -354,63 +354,57 @@ def predict_segmentation(model, dataset, *, batch_size=16, output="labels", prog
         found = logits.argmax(1).to(torch.uint8) if output == "labels" else logits.softmax(1)
         return found.cpu().numpy()
 
-    batches = _image_batches(dataset, batch_size, None, "segmenting", progress)
+    batches = _image_batches(dataset, batch_size)
     return (one for indices, images, _ in batches for one in zip(indices, results(images), strict=True))
 
 
-def evaluate_segmentation(model, dataset, crf=None, jobs=None, *, batch_size=16, progress=False):
-    """Mean IoU of a segmentation network against the data set's masks.
+def evaluate_segmentation(model, dataset, crf=None, jobs=None):
+    """dict(miou, iou) of a segmentation network against the data set's masks, as fractions.
 
-    crf: a CRFConfig to score the network's output after the dense CRF as well, on `jobs` processes. Returns
-    dict(miou, iou), see drs_lib.metrics.SegmentationScore; with crf also miou_crf and iou_crf. Raises
-    RuntimeError when crf is given and pydensecrf is missing.
+    miou is the mean, iou has one value per label, see `drs_lib.metrics.SegmentationScore.compute`. crf: a
+    CRFConfig, to score the output after the dense CRF as well, on `jobs` processes; the dict then has also
+    miou_crf and iou_crf. Raises RuntimeError when crf is given and pydensecrf is missing.
     """
     plain, refined = (SegmentationScore(dataset.num_classes + 1) for _ in range(2))
-    options = dict(batch_size=batch_size, progress=progress)
     if crf is None:
-        for i, labels in predict_segmentation(model, dataset, **options):
+        for i, labels in predict_segmentation(model, dataset):
             plain.update(labels, dataset.mask(i))
         return plain.compute()
 
     def items():
-        for i, probabilities in predict_segmentation(model, dataset, output="probabilities", **options):
+        for i, probabilities in predict_segmentation(model, dataset, output="probabilities"):
             plain.update(probabilities.argmax(0), dataset.mask(i))
             yield probabilities, dataset[i][0].permute(1, 2, 0).numpy()
 
-    for i, labels in enumerate(iterate_crf(items(), crf, jobs, progress=False)):
+    for i, labels in enumerate(iterate_crf(items(), crf, jobs)):
         refined.update(labels, dataset.mask(i))
     return {**plain.compute(), **{f"{key}_crf": value for key, value in refined.compute().items()}}
 
 
-def evaluate_classifier(model, dataset, *, batch_size=32, resize=None, progress=False):
+def evaluate_classifier(model, dataset, *, resize=None):
     """The fraction of images with every label right at a sigmoid of 0.5.
 
     resize: side of the square that images are resized to; None: as they are.
     """
     logits, labels = [], []
-    for _, images, batch_labels in _image_batches(dataset, batch_size, resize, "classifying", progress):
+    for _, images, batch_labels in _image_batches(dataset, 32, resize):
         logits.append(_infer(model, images).cpu())
         labels.append(batch_labels)
     return exact_match_accuracy(torch.cat(logits), torch.cat(labels))
 
 
-def _image_batches(dataset, batch_size, resize, title, progress):
+def _image_batches(dataset, batch_size, resize=None):
     """(indices, images (n, 3, H, W), labels (n, C)): neighbours of one size, `batch_size` at most."""
-    pending = []
-    for i in tqdm(range(len(dataset)), desc=title, unit="image", disable=not progress, dynamic_ncols=True):
-        image, labels = dataset[i]
-        image = resize_square(image, resize)
-        if pending and (len(pending) == batch_size or pending[0][1].shape != image.shape):
-            yield _stack(pending)
-            pending = []
-        pending.append((i, image, labels))
-    if pending:
-        yield _stack(pending)
 
+    def items():
+        for i in range(len(dataset)):
+            image, labels = dataset[i]
+            yield i, resize_square(image, resize), labels
 
-def _stack(items):
-    indices, images, labels = zip(*items, strict=True)
-    return indices, torch.stack(images), torch.stack(labels)
+    for _, of_one_size in groupby(items(), key=lambda item: item[1].shape):
+        while batch := list(islice(of_one_size, batch_size)):
+            indices, images, labels = zip(*batch, strict=True)
+            yield indices, torch.stack(images), torch.stack(labels)
 
 
 def _infer(model, images):

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from drs_lib.data import IGNORED
-from drs_lib.metrics import map_quality
+from drs_lib.metrics import MapScore
 
 SCORES = {"recall": "recall", "precision": "precision", "iou": "IoU"}
 
@@ -45,8 +45,7 @@ def score_table(maps, scene, label, alpha):
     """Rows for a lab's numbers: recall, precision and IoU of "map > alpha" for one class, as `MapScore`
     defines them. maps: from a heading to a map (H, W)."""
     mask = np.where(scene.unlabelled, IGNORED, scene.on_object(label)).astype(np.uint8)[None]
-    scores = [
-        map_quality(one[None, None], mask, np.ones((1, 1)), alpha)["per_class"] for one in maps.values()
-    ]
-    rows = [[name, *(float(column[key][0]) for column in scores)] for key, name in SCORES.items()]
+    present = np.ones((1, 1))
+    scores = [MapScore(alpha).update(one[None, None], mask, present).compute() for one in maps.values()]
+    rows = [[name, *(score[key] for score in scores)] for key, name in SCORES.items()]
     return [["in % of this image", *maps], *rows]

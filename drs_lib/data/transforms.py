@@ -80,23 +80,14 @@ class _TrainingTransform:
             items[0] = self.jitter.transform(items[0], jitter)
         return tuple(items)
 
-    def batch(self, images, *targets, draws=None):
+    def batch(self, images, *targets):
         """What calling the transform on one image after the other gives, from the same random numbers.
 
-        Args:
-            images: sequence of N uint8 images (3, H, W), all on one device; nothing waits for it.
-            targets: sequences of N targets.
-            draws: the random numbers of each image, from `draw`; None: drawn now.
-
-        Returns:
-            The images in one tensor, uint8 (N, 3, h, w), and a list for each of ``targets``.
-
-        Raises:
-            ValueError: what a single image raises, or images that are of different sizes in the end.
+        images: sequence of N uint8 images (3, H, W), all on one device; nothing waits for it. targets:
+        sequences of N targets. Returns the images in one tensor, uint8 (N, 3, h, w), and a list for each of
+        ``targets``. Raises ValueError for images that are of different sizes in the end.
         """
-        draws = [None] * len(images) if draws is None else draws
-        samples = [self(*items, draw=draw) for *items, draw in zip(images, *targets, draws, strict=True)]
-        images, *targets = (list(items) for items in zip(*samples, strict=True))
+        images, *targets = map(list, zip(*map(self, images, *targets), strict=True))
         sizes = sorted({f"{image.shape[-2]}x{image.shape[-1]}" for image in images})
         if len(sizes) > 1:
             raise ValueError(

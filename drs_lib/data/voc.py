@@ -101,9 +101,7 @@ def opened(path, file=None):
     except Exception as error:  # a damaged header makes Pillow's readers raise errors of almost any kind
         if getattr(error, "errno", None) is not None:  # the system's (permission, too many files)
             raise
-        raise ValueError(
-            f"{path} can't be read ({error}): it is damaged or cut off; extract it again"
-        ) from error
+        raise ValueError(f"{path} can't be read ({error}): damaged or cut off; extract it again") from error
 
 
 def read_rgb(path):
@@ -115,12 +113,9 @@ def read_rgb(path):
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def read_aligned(path, image, modes, expected):
-    """The values of a PNG that belongs to an image, and its palette or None. Raises as `opened`, and
-    ValueError for a mode that is not one of ``modes``, or a size that is not the image's.
-
-    image: the image's path. expected: what is said of another mode.
-    """
+def _read_aligned(path, image, modes, expected):
+    """The values of a PNG that belongs to the image at the path ``image``, and its palette or None. Raises as
+    `opened`, and ValueError for a size that is not the image's or a mode that is not ``expected``."""
     with opened(image) as picture:
         width, height = picture.size
     with opened(path) as png:
@@ -136,15 +131,16 @@ def read_aligned(path, image, modes, expected):
 
 
 def read_saliency(path, image):
-    """A saliency map, uint8 (H, W). Raises as `read_aligned`."""
-    return read_aligned(path, image, ("L",), "8-bit greyscale, 0 = not salient, 255 = salient")[0]
+    """The saliency map of the image at the path ``image``, uint8 (H, W). Raises as `opened`, and ValueError
+    for what is not 8-bit greyscale or not of the image's size."""
+    return _read_aligned(path, image, ("L",), "8-bit greyscale, 0 = not salient, 255 = salient")[0]
 
 
 def read_mask(path, image, classes):
     """A mask, uint8 (H, W): 0 background, 1..C classes, 255 ignored; and its palette or None. Raises as
-    `read_aligned`, and ValueError for other values."""
+    `read_saliency`, and ValueError for other values."""
     expected = "class numbers, in greyscale or as an indexed PNG; colours say nothing"
-    mask, palette = read_aligned(path, image, ("L", "P"), expected)
+    mask, palette = _read_aligned(path, image, ("L", "P"), expected)
     strange = {*_values(mask)} - {*range(len(classes) + 1), IGNORED}
     if strange:
         raise ValueError(
@@ -181,18 +177,15 @@ def first_few(names, count=3):
 def text_lines(path):
     """The lines of a text file that are not empty. Raises ValueError for what is not in UTF-8."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-        if "\0" in text:
-            raise ValueError("it holds zero bytes")
+        text = path.read_text(encoding="utf-8-sig")
     except ValueError as error:
         raise ValueError(f"{path} is no text in UTF-8 ({error}): save it again in UTF-8") from error
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def read_list(path):
-    """The ids of an image list: the first word of every line. Lists that go on with labels
-    (``2007_000032 0 14``) and lists of paths (``/JPEGImages/2007_000032.jpg ...``) are understood. Raises
-    ValueError for what is no text."""
+    """The ids of an image list: the first word of every line, of a path its stem (``2007_000032 0 14``,
+    ``/JPEGImages/2007_000032.jpg ...``). Raises ValueError for what is no text."""
     firsts = [PurePosixPath(line.split()[0]) for line in text_lines(path)]
     return [first.stem if first.suffix in (".jpg", ".png") else first.name for first in firsts]
 
@@ -350,18 +343,17 @@ class VOC2012(Dataset):
 
     @cached_property
     def fingerprint(self):
-        """A short string that identifies the content: list, classes, label source, and what is in the files
-        of the list, wherever the tree lies. Other saliency maps or masks under the same names change it."""
+        """A short string that is the same for the same content, wherever the tree lies: list, classes, label
+        source, and the bytes of the images, masks and saliency maps of the list."""
         return self._identity(self._content + self._contents("saliency_map"))
 
     @cached_property
     def fingerprint_without_saliency(self):
-        """The same for who looks at no saliency map: with others, no classifier need be trained again."""
+        """A `fingerprint` that saliency maps don't enter: other maps need no other classifier."""
         return self._identity(self._content)
 
     @cached_property
     def _content(self):
-        """All but saliency."""
         # True was an option once; without it every fingerprint would change.
         choices = (self.classes, self.label_source, self.mask_folder, True, self.names)
         return repr(choices) + self._contents("JPEGImages") + self._contents(self.mask_folder)

@@ -27,7 +27,7 @@ from drs_course.checks.verdict import Verdict
 from drs_course.paper import Configuration, table_rows
 from drs_lib import DRS, suppress
 from drs_lib.labels import pseudo_labels
-from drs_lib.metrics import SegmentationScore, map_quality
+from drs_lib.metrics import MapScore, SegmentationScore
 
 NAMES = sorted(checks.__all__)
 BY_NAME = pytest.mark.parametrize("name", NAMES)
@@ -307,7 +307,9 @@ def test_rescaling_without_relu_raises_recall_and_lowers_precision():
     masks = (F.avg_pool2d(torch.randn(20, 1, 40, 40, generator=generator), 9, 1, 4)[:, 0] > 0.05).long()
     maps = 3 * masks[:, None] - 2 + torch.randn(20, 1, 40, 40, generator=generator)
     old, new = ANSWERS["localization_map"].right[0](maps), ANSWERS["minmax_map"].right[0](maps)
-    old, new = (map_quality(found.clamp(0, 1), masks, torch.ones(20, 1)) for found in (old, new))
+    old, new = (
+        MapScore().update(found.clamp(0, 1), masks, torch.ones(20, 1)).compute() for found in (old, new)
+    )
     assert new["recall"] > old["recall"] and new["precision"] < old["precision"]
     assert checks.minmax_scores(["up", "down"]) == "correct"
 

@@ -32,7 +32,7 @@ from drs_lib.drs import DRS, suppress_plain
 from drs_lib.drs import suppress as drs_suppress
 from drs_lib.labels import pseudo_labels
 from drs_lib.maps import iterate_maps, localization_maps
-from drs_lib.metrics import SegmentationScore, map_quality
+from drs_lib.metrics import MapScore, SegmentationScore
 from drs_lib.networks import classifier
 from drs_lib.recipes import get_budget
 
@@ -111,8 +111,8 @@ def maps_of(model, pipeline, index):
 def quality(maps, pipeline, index, label, alpha):
     """[recall, precision, IoU] of a class, from maps (C, H, W)."""
     labels = pipeline.data.val[index][1]
-    scores = map_quality(maps[None], pipeline.data.val.mask(index)[None], labels[None], alpha)["per_class"]
-    return [float(scores[key][label]) for key in ("recall", "precision", "iou")]
+    score = MapScore(alpha).update(maps[None], pipeline.data.val.mask(index)[None], labels[None])
+    return [float(score.compute()["per_class"][key][label]) for key in ("recall", "precision", "iou")]
 
 
 def agrees(lab, model, name="DRS", maps=None, atol=1e-3):

@@ -66,10 +66,12 @@ class Known(nn.Module):
         answers = torch.tensor(self.answers[x.shape[-1]], dtype=torch.float32)
         return answers[(x[:, 0].mean((1, 2)) < 0).long()]
 
-    class_maps = forward
-
     def training_logits(self, x):
         return [self(x), self(x)]
+
+
+class KnownClassifier(Known):
+    class_maps = Known.forward
 
 
 class KnownRefined(Known, RefinementNetwork):
@@ -83,7 +85,7 @@ class Line(Pipeline):
         sizes = dict(resize=4, scales=(4, 8), alpha=0.5, refined_alpha=0.5)
         budget = get_budget("ci").replace(**sizes, **changes)
         super().__init__(Splits("two", Pictures(), Pictures()), budget, store=tmp_path, device="cpu")
-        self.known, self.refined, self.given = Known(answers), KnownRefined(answers), labels
+        self.known, self.refined, self.given = KnownClassifier(answers), KnownRefined(answers), labels
 
     def classifier(self, configuration, overwrite=False):
         return self.known

@@ -70,7 +70,7 @@ def test_numpy_numbers_do_what_pythons_do(call, plain):
 
 def test_numpy_numbers_in_what_is_stored_are_pythons():
     assert CRFConfig(iterations=np.int64(5)) == CRFConfig(iterations=5)
-    assert list(iterate_crf([], jobs=np.int64(1), progress=False)) == []
+    assert list(iterate_crf([], jobs=np.int64(1))) == []
     recipe = ClassifyRecipe(batch=np.int64(4), milestones=np.array([3, 4]), crop=np.int64(9))
     plain = ClassifyRecipe(batch=4, milestones=(3, 4), crop=9)
     assert json.loads(json.dumps(recipe.to_dict())) == plain.to_dict()

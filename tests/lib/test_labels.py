@@ -84,11 +84,6 @@ def test_corners_of_the_paper_rule(values, saliency, expected):
     assert one_pixel(*values, saliency=saliency) == expected
 
 
-@pytest.mark.parametrize("conflict, expected", [("background", 0), ("object", 2), ("ignore", 255)])
-def test_both_cues_at_once(conflict, expected):
-    assert one_pixel(0.1, 0.9, saliency=0.0, conflict=conflict) == expected
-
-
 @pytest.mark.parametrize(
     "values, saliency, expected",
     [

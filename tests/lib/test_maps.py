@@ -259,9 +259,13 @@ def test_iterate_maps_leaves_no_trace():
     assert torch.equal(torch.rand(4), expected), "the global random stream has moved"
 
 
-def test_iterate_maps_shows_progress(capsys):
-    list(iterate_maps(GridClassifier(), Pictures(SIZES), progress=True))
-    assert "7/7" in capsys.readouterr().err
+def test_present_only_leaves_out_the_maps_of_zeros():
+    model, pictures = GridClassifier(), Pictures(SIZES)
+    pictures.labels[1] = 0
+    present = list(iterate_maps(model, pictures, batch_size=4, present_only=True))
+    for (_, labels, maps), (_, _, everything) in zip(present, iterate_maps(model, pictures), strict=True):
+        torch.testing.assert_close(maps, everything[labels > 0] if labels.any() else everything[:1])
+    assert present[1][2].shape == (1, 24, 16) and not present[1][2].any()
 
 
 IMAGES = random_images(2, 16, 16)
@@ -282,7 +286,6 @@ IMAGES = random_images(2, 16, 16)
         (lambda m: localization_maps(m, IMAGES * float("inf")), "NaN or infinity"),
         (lambda m: localization_maps(GridRefinement(), IMAGES), "no class_maps.*refined_maps"),
         (lambda m: refined_maps(GridRefinement(), IMAGES * float("nan")), "NaN or infinity"),
-        (lambda m: iterate_maps(m, Pictures(SIZES), kind="cam"), "unknown kind 'cam'"),
         (lambda m: iterate_maps(m, Pictures(SIZES), renormalize=True), "renormalize is for refined maps"),
         (lambda m: iterate_maps(m, Pictures(SIZES), resize=(3, 3)), "side of a square"),
         (lambda m: iterate_maps(m, Pictures(SIZES), scales=(-1,)), "sides of squares"),

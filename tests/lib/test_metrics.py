@@ -2,14 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from drs_lib.metrics import (
-    MapScore,
-    SegmentationScore,
-    exact_match_accuracy,
-    iou_per_class,
-    map_quality,
-    mean_iou,
-)
+from drs_lib.metrics import MapScore, SegmentationScore, exact_match_accuracy, iou_per_class, mean_iou
 
 
 def direct_confusion(pred, mask, k):
@@ -140,7 +133,7 @@ def test_exact_match_refuses(logits, labels, message):
         exact_match_accuracy(logits, labels)
 
 
-def direct_map_quality(maps, masks, labels, alpha):
+def direct_map_score(maps, masks, labels, alpha):
     rows = {}
     for c in range(maps.shape[1]):
         images = [i for i in range(len(maps)) if labels[i, c]]
@@ -159,15 +152,15 @@ def direct_map_quality(maps, masks, labels, alpha):
     return rows
 
 
-def test_map_quality_against_direct_counts_also_in_parts():
+def test_map_score_against_direct_counts_also_in_parts():
     rng = np.random.default_rng(8)
     maps = rng.random((6, 4, 11, 9)).astype(np.float32)
     masks = random_labels(9, (6, 11, 9), k=5)
     labels = (rng.random((6, 4)) < 0.5).astype(np.float32)
     labels[:, 2] = 0
     labels[0, [0, 1, 3]] = 1
-    rows = direct_map_quality(maps, masks, labels, 0.4)
-    result = map_quality(maps, masks, labels, alpha=0.4)
+    rows = direct_map_score(maps, masks, labels, 0.4)
+    result = MapScore(0.4).update(maps, masks, labels).compute()
     parts = MapScore(0.4).update(maps[:2], masks[:2], labels[:2])
     parts = parts.update(torch.tensor(maps[2:]), torch.tensor(masks[2:]), torch.tensor(labels[2:])).compute()
     for key in MapScore.KEYS:
@@ -178,21 +171,20 @@ def test_map_quality_against_direct_counts_also_in_parts():
         np.testing.assert_allclose(parts["per_class"][key], result["per_class"][key], rtol=1e-6)
 
 
-def test_map_quality_where_nothing_is_defined():
-    result = map_quality(
-        torch.zeros(1, 2, 3, 3), torch.zeros(1, 3, 3, dtype=torch.uint8), torch.tensor([[1.0, 0.0]])
-    )
+def test_map_score_where_nothing_is_defined():
+    maps, masks = torch.zeros(1, 2, 3, 3), torch.zeros(1, 3, 3, dtype=torch.uint8)
+    result = MapScore().update(maps, masks, torch.tensor([[1.0, 0.0]])).compute()
     assert np.isnan(result["recall"]) and np.isnan(result["precision"]) and np.isnan(result["iou"])
     assert np.isnan(result["on_object"]) and result["on_background"] == 0
 
 
-def test_map_quality_refuses():
+def test_map_score_refuses():
     maps, masks, labels = torch.zeros(1, 2, 3, 3), torch.zeros(1, 3, 3, dtype=torch.uint8), torch.ones(1, 2)
     for bad in ((maps, masks[:, :2], labels), (maps, masks, labels[:, :1]), (maps[0], masks, labels)):
         with pytest.raises(ValueError, match="do not belong together"):
-            map_quality(*bad)
+            MapScore().update(*bad)
     with pytest.raises(ValueError, match="a mask holds label 3; expected 0..2"):
-        map_quality(maps, masks + 3, labels)
+        MapScore().update(maps, masks + 3, labels)
     with pytest.raises(ValueError, match="alpha"):
         MapScore(alpha=2)
     score = MapScore()

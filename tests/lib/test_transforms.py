@@ -166,12 +166,9 @@ def test_a_batch_is_its_samples_one_after_the_other(crop, resize, scale, flip, j
     torch.manual_seed(5)
     batch = transform.batch(images, masks, maps)
     assert torch.equal(after, torch.rand(1))
-    torch.manual_seed(5)
-    draws = [transform.draw() for _ in images]
-    for result in (batch, transform.batch(images, masks, maps, draws=draws)):
-        assert torch.equal(result[0], torch.stack(singles[0])) and result[0].dtype == torch.uint8
-        for ours, theirs in zip(result[1:], singles[1:], strict=True):
-            assert type(ours) is list and all(map(torch.equal, ours, theirs))
+    assert torch.equal(batch[0], torch.stack(singles[0])) and batch[0].dtype == torch.uint8
+    for ours, theirs in zip(batch[1:], singles[1:], strict=True):
+        assert type(ours) is list and all(map(torch.equal, ours, theirs))
     torch.manual_seed(5)
     (images,) = transform.batch(images)
     assert torch.equal(images, batch[0])
@@ -196,9 +193,9 @@ def test_jitter_by_the_definitions():
          "saturation_factor": None, "hue_factor": hue}
         for order, hue in (([0, 1, 2, 3], 1 / 3), ([3, 2, 1, 0], -1 / 3))
     ]  # fmt: skip
-    (results,) = transform.batch([image] * 2, draws=[([0.0] * 4, draw) for draw in draws])
     hue, saturation, value = colorsys.rgb_to_hsv(*(v / 255 for v in colour))
-    for result, draw in zip(results, draws, strict=True):
+    for draw in draws:
+        (result,) = transform(image, draw=([0.0] * 4, draw))
         expected = colorsys.hsv_to_rgb((hue + draw["hue_factor"]) % 1, saturation, value / 2)
         assert (result[:, 0, 0] - torch.tensor(expected) * 255).abs().max() <= 1
         assert result.flatten(1).unique(dim=1).shape[1] == 1
@@ -241,14 +238,14 @@ def test_a_batch_on_a_gpu_waits_for_nothing():
     transform = training_transform(crop=40, scale=(0.5, 1.5), jitter=(0.3, 0.3, 0.3, 0.1))
     images, masks, maps = samples([(50, 44), (30, 60), (41, 41), (20, 20)])
     masks = [torch.from_numpy(mask) for mask in masks]
-    torch.manual_seed(9)
-    draws = [transform.draw() for _ in images]
     there = [[item.cuda() for item in items] for items in (images, masks, maps)]
-    expected = transform.batch(images, masks, maps, draws=draws)
-    transform.batch(*there, draws=draws)  # constants go to the device once
+    torch.manual_seed(9)
+    expected = transform.batch(images, masks, maps)
+    transform.batch(*there)  # constants go to the device once
+    torch.manual_seed(9)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        result = transform.batch(*there, draws=draws)
+        result = transform.batch(*there)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert result[0].is_cuda

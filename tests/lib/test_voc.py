@@ -1,4 +1,3 @@
-import pickle
 import shutil
 from pathlib import Path
 
@@ -57,33 +56,25 @@ def test_reads_images_labels_masks_and_saliency(voc_tree):
 def test_cmyk_image_keeps_its_colours(tree, marker):
     ds = VOC2012(tree, "train")
     path = tree / "JPEGImages" / f"{ds.names[0]}.jpg"
-    height, width = ds.mask(0).shape
-    rgb = np.zeros((height, width, 3), np.uint8)
-    rgb[:, : width // 2], rgb[:, width // 2 :] = (230, 30, 30), (240, 240, 240)
-    Image.fromarray(rgb).convert("CMYK").save(path, quality=100)
+    Image.new("RGB", (16, 8), (230, 30, 30)).convert("CMYK").save(path, quality=100)
     content = path.read_bytes()
     at = content.index(b"\xff\xee")
     assert content[at + 4 : at + 9] == b"Adobe"
     if not marker:
         length = int.from_bytes(content[at + 2 : at + 4], "big")
         path.write_bytes(content[:at] + content[at + 2 + length :])
-    image = ds.image(0).permute(1, 2, 0).numpy().astype(int)
-    assert np.abs(image[:, :8] - (230, 30, 30)).max() < 20
-    assert np.abs(image[:, -8:] - (240, 240, 240)).max() < 20
+    assert (ds.image(0).int() - torch.tensor([230, 30, 30]).view(3, 1, 1)).abs().max() < 20
 
 
 def test_exif_orientation_is_ignored(tree):
     ds = VOC2012(tree, "train")
     path = tree / "JPEGImages" / f"{ds.names[0]}.jpg"
-    before = ds.image(0)
     exif = Image.Exif()
     exif[274] = 6
-    segment = exif.tobytes()
-    content = path.read_bytes()
-    marker = b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment
-    path.write_bytes(content[:2] + marker + content[2:])
-    assert Image.open(path).getexif()[274] == 6
-    assert torch.equal(ds.image(0), before)
+    Image.open(path).save(path, exif=exif)
+    stored = Image.open(path)
+    assert stored.getexif()[274] == 6
+    np.testing.assert_array_equal(ds.image(0).permute(1, 2, 0), stored.convert("RGB"))
 
 
 @pytest.mark.parametrize("below", ["", "VOC2012", "VOCdevkit/VOC2012"])
@@ -134,17 +125,20 @@ def test_other_peoples_lists_and_classes_also_as_windows_writes_them(tree, line,
     assert ds.num_classes == 16 and ds.classes[3] == "kind 3" and ds[0][1].shape == (16,)
 
 
-@pytest.mark.parametrize("name", ["ImageSets/Segmentation/train.txt", "classes.txt"])
-def test_bad_lists(tree, name):
-    for text, encoding, message in (
-        *(
-            ("caf\xe9\n", other, "no text in UTF-8.*save it again")
-            for other in ("utf-16", "utf-16-le", "latin-1")
-        ),
-        ("a\na\n", "utf-8", "different class names" if name == "classes.txt" else "more than once"),
-        ("", "utf-8", "different class names" if name == "classes.txt" else "empty"),
-    ):
-        (tree / name).write_bytes(text.encode(encoding))
+@pytest.mark.parametrize(
+    "name, of_twice, of_none",
+    [
+        ("ImageSets/Segmentation/train.txt", "more than once", "empty"),
+        ("classes.txt", *["1 to 254 different class names"] * 2),
+    ],
+)
+def test_bad_lists(tree, name, of_twice, of_none):
+    contents = {b"a\na\n": of_twice, b"": of_none}
+    contents |= dict.fromkeys(
+        ("caf\xe9".encode(other) for other in ("utf-16", "latin-1")), "no text in UTF-8"
+    )
+    for content, message in contents.items():
+        (tree / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{name}.*{message}"):
             VOC2012(tree, "train")
 
@@ -156,14 +150,10 @@ def test_missing_things_are_named(tree, tmp_path):
         VOC2012(tree, "test")
     for name in ("2007_000001", "2007_000003", "2007_000004", "2007_000005"):
         (tree / "JPEGImages" / f"{name}.jpg").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"lacks 4 of 6 files.*2007_000001, 2007_000003, 2007_000004, \.\.\."
-    ):
+    with pytest.raises(FileNotFoundError, match=r"lacks 4 of 6 .*0001, 2007_000003, 2007_000004, \.\.\."):
         VOC2012(tree, "train")
     shutil.rmtree(tree / "SegmentationClassAug")
-    with pytest.raises(
-        FileNotFoundError, match="SegmentationClassAug is not there.*masks='SegmentationClass'"
-    ):
+    with pytest.raises(FileNotFoundError, match="ClassAug is not there.*masks='SegmentationClass'"):
         VOC2012(tree, "val")
     assert len(VOC2012(tree, "val", masks="SegmentationClass")) == 3
     shutil.rmtree(tree / "JPEGImages")
@@ -316,15 +306,10 @@ def test_indexed_png_is_what_the_evaluation_server_takes(tmp_path):
 def test_fingerprint_follows_the_content(tree, tmp_path):
     first = VOC2012(tree, "train").fingerprint
     shutil.copytree(tree, tmp_path / "copy" / "VOC2012", copy_function=shutil.copyfile)
-    for same in (
-        VOC2012(tree.parent, "train"),
-        without_masks(VOC2012(tree, "train")),
-        VOC2012(tmp_path / "copy", "train"),
-    ):
+    for same in (without_masks(VOC2012(tree, "train")), VOC2012(tmp_path / "copy", "train")):
         assert same.fingerprint == first
-    before, others = VOC2012(tree, "train"), [VOC2012(tree, "val").fingerprint]
-    others.append(VOC2012(tree, "train", labels="none").fingerprint)
-    without = before.fingerprint_without_saliency
+    others = [VOC2012(tree, "val").fingerprint, VOC2012(tree, "train", labels="none").fingerprint]
+    without = VOC2012(tree, "train").fingerprint_without_saliency
     (tree / "saliency_map" / "2007_000007.png").unlink()  # of val
     assert VOC2012(tree, "train").fingerprint == first
     for path, saliency in ((tree / "saliency_map" / "2007_000002.png", True),
@@ -339,27 +324,15 @@ def test_fingerprint_follows_the_content(tree, tmp_path):
     assert len({first, *others}) == 6
 
 
-def reachable(thing):
-    """Everything that ordinary attribute access finds, two steps deep."""
-    for name in (
-        dir(type(thing)) + dir(thing) + ["_dataset", "_labels", "__dict__", "dataset", "root", "label"]
-    ):
-        try:
-            value = getattr(thing, name)
-        except AttributeError:
-            continue
-        yield name, value
-        if hasattr(value, "__self__"):
-            yield name, value.__self__
-
-
 def test_without_masks_gives_no_way_to_a_mask(voc_tree):
     for ds in (VOC2012(voc_tree, "train"), TinyDataset(forbid_masks=True)):
         weak = without_masks(ds)
         with pytest.raises(MaskAccessError, match="scoring only"):
             weak.mask(0)
-        for _, value in reachable(weak):
-            assert value is not ds and not isinstance(value, (VOC2012, TinyDataset))
+        for name in {*dir(type(weak)), *dir(ds), "_dataset", "_labels", "__dict__", "dataset"} - {"mask"}:
+            value = getattr(weak, name, None)
+            for found in (value, getattr(value, "__self__", None)):
+                assert not isinstance(found, (VOC2012, TinyDataset))
         with pytest.raises(AttributeError):
             weak._dataset = None
         assert without_masks(weak) is weak
@@ -384,10 +357,7 @@ def test_without_masks_opens_no_mask_file_afterwards(tree):
     labels = [label for _, label in weak]
     shutil.rmtree(tree / "SegmentationClassAug")
     shutil.rmtree(tree / "SegmentationClass")
-    copy = pickle.loads(pickle.dumps(weak))
-    assert all(torch.equal(a, b) for a, (_, b) in zip(labels, copy, strict=True))
-    with pytest.raises(MaskAccessError):
-        copy.mask(0)
+    assert all(torch.equal(a, b) for a, (_, b) in zip(labels, weak, strict=True))
 
 
 def test_the_data_folder_is_only_read(tree):
