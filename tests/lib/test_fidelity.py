@@ -38,7 +38,7 @@ AUGMENTATION = dict(resize=None, scale=None, crop=321, flip=True, jitter=(0.3, 0
 POLY = dict(schedule="poly", power=0.9, iterations=20_000, epochs=None, crop=321, resize=None, jitter=None)
 DEEPLAB = SGD | POLY | dict(loss_size="logits")
 RESNET = DEEPLAB | dict(backbone="resnet101", lr=2.5e-4)
-# {field of the budget: (by the paper, what the release has instead)}; of a recipe, the fields that are stated.
+# {field of the budget: (by the paper, what the release has instead)}; of a recipe, the fields that are named.
 PUBLISHED = {
     "classify": (
         SGD
