@@ -7,7 +7,7 @@ from urllib.error import URLError
 import pytest
 import torch
 import torchvision
-from released import THIN_VGG16
+from released import vgg16_features
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
@@ -153,8 +153,7 @@ def test_refinement_network_is_the_plain_classifiers_body_and_linear(thin_vgg16)
 
 
 def test_vgg16_body_is_torchvisions_up_to_pool4(thin_vgg16, tmp_path):
-    cfg = [width for channels, depth in THIN_VGG16[:5] for width in [channels] * depth + ["M"]]
-    features = seeded(torchvision.models.vgg.make_layers, cfg).eval()
+    features = seeded(vgg16_features).eval()
     state = {f"features.{k}": v for k, v in features.state_dict().items()}
     state["classifier.0.weight"] = torch.zeros(2, 2)
     torch.save(state, tmp_path / "vgg16.pth")
