@@ -52,8 +52,8 @@ def caffe_unit(state, name, x, **options):
 
 
 def caffe_features(state, image, dilated=True):
-    """The body's output (N, 2048, h, w) in float64. The image is padded with ImageNet's mean, as here, not with
-    the file's own, which is one grey level away at most."""
+    """The body's output (N, 2048, h, w) in float64. Around the image is ImageNet's mean, as in the library; the
+    file's own is one grey level away at most."""
     colour = (255 * torch.tensor(IMAGENET_MEAN, dtype=torch.float64) - CAFFE_MEAN).flip(0)[:, None, None]
     assert colour.abs().max() < 1.0001
     x = F.pad(image - colour, (3, 3, 3, 3)) + colour
