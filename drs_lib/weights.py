@@ -50,19 +50,6 @@ def body_state_dict(network):
     return {k: v.detach().cpu().contiguous() for k, v in state.items() if not k.startswith(controllers)}
 
 
-def load_body_state_dict(network, state, source="the given state dict"):
-    """Load what `body_state_dict` returned, from any network on the same backbone; returns the network.
-
-    A body may hold more layers than the network takes (DeepLab stops at layer 5). Raises ValueError, naming
-    the missing, unexpected and mis-shaped entries, if anything else does not fit.
-    """
-    above = tuple(f"layers.layer{number}." for number in range(network.pretrained_layers + 1, 7))
-    state = {k: v for k, v in state.items() if not k.startswith(above)}
-    _check_fit(body_state_dict(network), state, f"the body of {network.backbone!r}", source)
-    network.load_state_dict(state, strict=False)
-    return network
-
-
 def load_weights(network, weights):
     """Load `weights` into the network and return it.
 
@@ -100,9 +87,13 @@ def load_weights(network, weights):
     state = _from_caffe(network, state, source)
     if any(name.startswith("head.") for name in state):
         _check_fit(network.state_dict(), state, f"{type(network).__name__} on {network.backbone!r}", source)
-        network.load_state_dict(state)
-        return network
-    return load_body_state_dict(network, _from_torchvision(network, state), source)
+    else:
+        # The file's body may have more layers than the network takes: DeepLab stops at layer 5.
+        above = tuple(f"layers.layer{number}." for number in range(network.pretrained_layers + 1, 7))
+        state = {k: v for k, v in _from_torchvision(network, state).items() if not k.startswith(above)}
+        _check_fit(body_state_dict(network), state, f"the body of {network.backbone!r}", source)
+    network.load_state_dict(state, strict=False)
+    return network
 
 
 def _from_torchvision(network, state):
