@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from IPython import get_ipython
 from IPython.display import HTML, display
+from torch import nn
 
 from drs_course.stages import Pipeline
 from drs_course.store import RunStore, course_store
 from drs_lib.data import resize_square
 
-__all__ = ["LiveLoss", "image_batch", "may_train", "open_course"]
+__all__ = ["LiveLoss", "image_batch", "may_train", "open_course", "receptive_fields"]
 
 
 def open_course(data="critters", budget=None, voc_root=None, seed=0, store=None, device=None):
@@ -81,6 +82,27 @@ def may_train(pipeline, recipe, trainings=1, anyway=False):
     cost = f"{trainings} x {steps:,} steps of {recipe.backbone}, {images} images each"
     print(f"Training {cost}." if anyway else f"Left out: {cost}. TRAIN_MORE = True, above, trains it.")
     return anyway
+
+
+def receptive_fields(network):
+    """Side, in pixels, of the square of the image that one position of each layer's output depends on.
+
+    Counts convolutions and poolings of a mini or vgg16 network: the maximum and the average inside a DRS
+    module see the whole map, but only to decide how much to suppress. Raises ValueError for a network whose
+    layers are not a chain (a ResNet).
+    """
+    fields, field, jump = [], 1, 1
+    for layer in network.layers:
+        if not isinstance(layer, nn.Sequential):
+            raise ValueError(f"receptive_fields takes mini and vgg16 networks; found {type(layer).__name__}")
+        for module in layer:
+            if isinstance(module, (nn.Conv2d, nn.MaxPool2d)):
+                shape = (module.kernel_size, module.stride, module.dilation)
+                kernel, stride, dilation = (v if isinstance(v, int) else v[0] for v in shape)
+                field += (kernel - 1) * dilation * jump
+                jump *= stride
+        fields.append(field)
+    return fields
 
 
 class LiveLoss:

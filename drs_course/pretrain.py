@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch import nn
 
 from drs_lib.batches import LabelMaps
 from drs_lib.data import Critters, normalize
@@ -21,7 +22,7 @@ from drs_lib.data.critters import draw
 from drs_lib.data.saliency import SaliencyNetwork
 from drs_lib.files import atomic_path
 from drs_lib.losses import classification_loss
-from drs_lib.networks import pretraining_classifier
+from drs_lib.networks import Classifier, classifier, mini_resnet_layers
 from drs_lib.recipes import ClassifyRecipe
 from drs_lib.train import evaluate_classifier, train_network
 from drs_lib.weights import body_state_dict
@@ -42,6 +43,17 @@ class _Detector(SaliencyNetwork):
 def _trained(recipe, train, build, loss, name, progress, **options):
     options |= {"title": f"pretrain {name}", "progress": progress}
     return train_network(recipe, train, lambda data: build(), loss, **options)
+
+
+def pretraining_classifier(backbone, num_classes):
+    """The plain image classifier as which "mini" or "mini_resnet" is pretrained: images -> logits."""
+    if backbone == "mini":
+        return classifier(backbone, num_classes, drs_layers=())
+    layers, channels = mini_resnet_layers()
+    head = nn.Conv2d(channels, num_classes, 1)
+    nn.init.normal_(head.weight, std=0.01)
+    nn.init.zeros_(head.bias)
+    return Classifier(backbone, num_classes, layers, head, pretrained_layers=len(layers))
 
 
 def pretrain_backbone(backbone, progress=True):

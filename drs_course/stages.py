@@ -15,6 +15,7 @@ import hashlib
 import math
 import multiprocessing
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 from drs_course.checkpoint import Checkpoint
 from drs_course.paper import Configuration
 from drs_course.store import RunStore
-from drs_lib.archives import LabelArchive, MapArchive, TrueMasks
+from drs_lib.archives import LabelArchive, MapArchive
 from drs_lib.data import VOC2012, Critters, without_masks
 from drs_lib.method import label_rule, localization_maps_of, map_options, maps_of, pseudo_labels_of
 from drs_lib.metrics import MapScore, SegmentationScore, mean_iou
@@ -420,6 +421,19 @@ def plan_segment(pipeline, configuration):
     if configuration.supervised:
         return _training(pipeline, "segment", configuration, recipe, labels="masks")
     return _training(pipeline, "segment", configuration, recipe, ["labels"])
+
+
+class TrueMasks(Sequence):
+    """A data set's masks as training labels, for the fully supervised upper bound."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        return self.dataset.mask(range(len(self))[index])
 
 
 def make_segment(pipeline, stage, writer):

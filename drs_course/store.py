@@ -33,8 +33,6 @@ import psutil
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save
 
-from drs_lib.files import StoreError
-
 try:
     import fcntl
 except ImportError:  # Windows
@@ -49,6 +47,10 @@ _DAY = 24 * 3600
 # How often to look for an entry that is being replaced or kept from moving, and the seconds in between.
 _LOOKS, _PAUSE = 20, 0.05
 _log = logging.getLogger(__name__)
+
+
+class StoreError(RuntimeError):
+    """A folder in which things are kept can't be written or read, or has no room."""
 
 
 class _Damaged(Exception):

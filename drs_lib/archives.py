@@ -1,6 +1,7 @@
 """What one stage of Figure 3 hands to the next: label maps and localization maps, in zip files of PNGs.
 
-One picture an image, which every viewer shows; a fixed date, so that the same labels are the same file.
+Each image of the data set has one PNG, which any viewer opens. All entries bear the same date: equal labels
+make equal files.
 """
 
 import io
@@ -19,19 +20,6 @@ from drs_lib.labels import of_classes, pseudo_labels
 from drs_lib.maps import keep_largest_class
 
 PNGS_AHEAD = 32  # pictures that are compressed together
-
-
-class TrueMasks(Sequence):
-    """A data set's masks as training labels, for the fully supervised upper bound."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def __getitem__(self, index):
-        return self.dataset.mask(range(len(self))[index])
 
 
 class LabelArchive(Sequence):
@@ -56,8 +44,10 @@ class LabelArchive(Sequence):
 
 
 class MapArchive(LabelArchive):
-    """Localization maps by index, float32 (C, H, W) in [0, 1], from 8-bit maps of the present classes, one
-    above the other in one greyscale PNG per image."""
+    """Localization maps by index, float32 (C, H, W) in [0, 1], from what `write_targets` wrote.
+
+    classes: those of each image, as `write_targets` returned them.
+    """
 
     def __init__(self, path, classes, num_classes):
         super().__init__(path)
@@ -76,8 +66,10 @@ class MapArchive(LabelArchive):
 
 
 def write_targets(file, found, names, largest=False):
-    """Targets of the refinement network as a zip file of PNGs, for `MapArchive`: in 8 bits, an image's maps
-    one above the other; of no class, one map of zeros, which remembers the image's size.
+    """Targets of the refinement network as a zip file of greyscale PNGs, for `MapArchive`.
+
+    A PNG holds the maps of the image's classes in 8 bits, one above the other. An image of no class has one
+    map of zeros, of the image's size.
 
     found: what `drs_lib.maps.iterate_maps` yields with ``present_only``. names: the images'. largest: each
     pixel keeps its largest class only. Returns the classes of each image.

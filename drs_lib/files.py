@@ -6,10 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-class StoreError(RuntimeError):
-    """A folder in which things are kept can't be written or read, or has no room."""
-
-
 @contextmanager
 def atomic_path(path):
     """A temporary name in the folder of ``path``; what is written there takes the place of ``path`` at the

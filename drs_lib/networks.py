@@ -82,7 +82,7 @@ class Network(nn.Module):
         None is listed twice or lies inside another. Every other parameter counts as pretrained.
         """
         drs = [module for module in self.body.modules() if isinstance(module, DRS)]
-        learnable = [module for module in drs if any(True for _ in module.parameters())]
+        learnable = [module for module in drs if list(module.parameters())]
         return [*self.layers[self.pretrained_layers :], self.head, *learnable]
 
     def score(self, x):
@@ -289,38 +289,15 @@ def deeplab(kind, backbone, num_classes, weights=None):
     return load_weights(DeepLab(backbone, num_classes, layers, head, scales), weights)
 
 
-def pretraining_classifier(backbone, num_classes):
-    """The plain image classifier as which "mini" or "mini_resnet" is pretrained, logits (N, num_classes).
-
-    Its `body_state_dict` is what the library ships as <backbone>.safetensors.
-    """
-    _require("backbone", backbone, ("mini", "mini_resnet"), "pretraining")
-    if backbone == "mini":
-        return classifier(backbone, num_classes, drs_layers=())
-    layers, channels = _mini_resnet_layers()
-    head = _gaussian(nn.Conv2d(channels, whole("num_classes", num_classes), 1))
-    return Classifier(backbone, num_classes, layers, head, pretrained_layers=len(layers))
-
-
-def receptive_fields(network):
-    """Side, in pixels, of the square of the image that one position of each layer's output depends on.
-
-    Counts convolutions and poolings of a mini or vgg16 network: the maximum and the average inside a DRS
-    module see the whole map, but only to decide how much to suppress. Raises ValueError for a network whose
-    layers are not a chain (a ResNet).
-    """
-    fields, field, jump = [], 1, 1
-    for layer in network.layers:
-        if not isinstance(layer, nn.Sequential):
-            raise ValueError(f"receptive_fields takes mini and vgg16 networks; found {type(layer).__name__}")
-        for module in layer:
-            if isinstance(module, (nn.Conv2d, nn.MaxPool2d)):
-                shape = (module.kernel_size, module.stride, module.dilation)
-                kernel, stride, dilation = (v if isinstance(v, int) else v[0] for v in shape)
-                field += (kernel - 1) * dilation * jump
-                jump *= stride
-        fields.append(field)
-    return fields
+def mini_resnet_layers():
+    """(the layers of "mini_resnet", the channels of the last)."""
+    channels, blocks = MINI_RESNET
+    conv = _conv3x3(3, channels, stride=2, bias=False)
+    layers = OrderedDict(stem=nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)))
+    for number, block in enumerate(blocks, 1):
+        layers[f"block{number}"] = ResidualBlock(channels, *block)
+        channels = block[0]
+    return nn.Sequential(layers), channels
 
 
 def _six_layers(kind, backbone, num_classes, activation):
@@ -365,22 +342,12 @@ def _chain(spec, activation, pools, norm):
     return nn.Sequential(layers)
 
 
-def _mini_resnet_layers():
-    channels, blocks = MINI_RESNET
-    conv = _conv3x3(3, channels, stride=2, bias=False)
-    layers = OrderedDict(stem=nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)))
-    for number, block in enumerate(blocks, 1):
-        layers[f"block{number}"] = ResidualBlock(channels, *block)
-        channels = block[0]
-    return nn.Sequential(layers), channels
-
-
 def _segmentation_body(backbone, ceil_mode):
     """The layers under a DeepLab's head, and how many channels they give it."""
     if backbone == "mini":
         return _mini_layers(_relu)[:5], MINI[4][0]
     if backbone == "mini_resnet":
-        return _mini_resnet_layers()
+        return mini_resnet_layers()
     if backbone == "vgg16":
         pools = [nn.MaxPool2d(3, stride, padding=1) for stride in (2, 2, 2, 1)]
         return _vgg16_layers(VGG16[:5], _relu, pools), VGG16[4][0]

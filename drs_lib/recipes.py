@@ -1,9 +1,9 @@
 """Recipes: how each of the three networks is trained; a `Budget` is a set of them with sizes and thresholds.
 
 The defaults are what the paper states in "Implementation details". Where the paper is silent and the authors'
-release does something of its own, the field exists and its default is the plain choice (no Nesterov, no
-per-group learning rates, no resize); the comment beside it says so. A row of a table is a difference from a
-recipe: ``recipe.replace(delta=0.55)``.
+release does something of its own, there is a field for it, and a comment beside it. It is off by default (no
+Nesterov, one learning rate for all, no resize); only the strength of the colour jitter is the release's. A
+row of a table is a change of a recipe: ``recipe.replace(delta=0.55)``.
 """
 
 import dataclasses
@@ -118,8 +118,7 @@ class Recipe:
 
     precision: str = "float32"
     threads: int | None = None  # None: as many as torch has; see drs_lib.runtime.threads
-    # How it is computed. These change no result but for rounding, and so are no part of equality and of
-    # to_dict(), as the device is none.
+    # The rest changes results by rounding at most, as the device does: equality and to_dict() leave it out.
     # Where images are read from, see drs_lib.batches: "files", "memory", or "auto": memory for a CUDA GPU,
     # else files.
     images: str = field(default="auto", compare=False)
@@ -301,7 +300,7 @@ class SegmentRecipe(Recipe):
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Sizes, recipes and thresholds of a run. Budgets differ in these values, never in code paths.
+    """Sizes, recipes and thresholds of a run. All budgets run the same program, with these values.
 
     train_images, val_images, image_size: for Critters, which is drawn to order; VOC is what it is.
     largefov, largefov_resnet, aspp: recipes of Table 4's three networks; crf_...: the CRF of each.

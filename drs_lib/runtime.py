@@ -1,8 +1,8 @@
-"""Seed, device, precision and threads: the one place where a run's surroundings are decided.
+"""What a run is computed with: its seed, device, precision and number of threads.
 
 What a training produces depends on its recipe, its data, its seed, the machine, and on two things that are
 easy to overlook: the random numbers drawn before it, and the number of threads (sums are split differently,
-so the last bits differ). `seeded` and `threads` take both away.
+so the last bits differ). `seeded` and `threads` rule both out.
 """
 
 import os

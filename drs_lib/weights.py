@@ -1,4 +1,4 @@
-"""Where a network's weights come from, and a clear word when they don't fit."""
+"""Weights of a network: reads files of several origins, and says what is wrong with one that doesn't fit."""
 
 import hashlib
 import re
@@ -21,11 +21,13 @@ _DOWNLOADS = {
     ("resnet101", "pretrained"): ResNet101_Weights.IMAGENET1K_V1,
     ("resnet101", "coco"): DeepLabV3_ResNet101_Weights.COCO_WITH_VOC_LABELS_V1,
 }
+# Where VGG-16's convolutions are among what torchvision calls its features.
+_VGG16_CONVS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 SHIPPED = Path(__file__).with_name("shipped")
 
 # The name under which the state dict of a body keeps that it is Caffe-style, see `DilatedResNet`.
 CAFFE_STYLE = "caffe_style"
-# The mean that a Caffe-style network's images are freed of, RGB on the 0..255 scale.
+# What is subtracted from the images of a Caffe-style network, RGB on the 0..255 scale.
 CAFFE_MEAN = (122.675, 116.669, 104.008)
 _CAFFE_STEM = "layer1.conv1.conv.weight"
 # A block's convolutions there, and what torchvision calls each and its batch norm.
@@ -40,25 +42,12 @@ _CAFFE_UNITS = {
 def body_state_dict(network):
     """The pretrained layers of a network as {name: tensor}, without DRS controllers.
 
-    This is what weights/<backbone>.safetensors holds. The tensors are on the CPU and contiguous, as
-    `safetensors.torch.save_file` wants them. That of a Caffe-style body says so, see `DilatedResNet`.
+    This is what shipped/<backbone>.safetensors holds. The tensors are on the CPU and contiguous, as
+    `safetensors.torch.save_file` wants them. A Caffe-style body's says that it is one, see `DilatedResNet`.
     """
     controllers = tuple(f"layers.{n}." for n, m in network.body.named_modules() if isinstance(m, DRS))
     state = network.body.state_dict(prefix="layers.")
     return {k: v.detach().cpu().contiguous() for k, v in state.items() if not k.startswith(controllers)}
-
-
-def load_body_state_dict(network, state, source="the given state dict"):
-    """Load what `body_state_dict` returned, from any network on the same backbone; returns the network.
-
-    A body may hold more layers than the network takes (DeepLab stops at layer 5). Raises ValueError, naming
-    the missing, unexpected and mis-shaped entries, if anything else does not fit.
-    """
-    above = tuple(f"layers.layer{number}." for number in range(network.pretrained_layers + 1, 7))
-    state = {k: v for k, v in state.items() if not k.startswith(above)}
-    _check_fit(body_state_dict(network), state, f"the body of {network.backbone!r}", source)
-    network.load_state_dict(state, strict=False)
-    return network
 
 
 def load_weights(network, weights):
@@ -98,24 +87,25 @@ def load_weights(network, weights):
     state = _from_caffe(network, state, source)
     if any(name.startswith("head.") for name in state):
         _check_fit(network.state_dict(), state, f"{type(network).__name__} on {network.backbone!r}", source)
-        network.load_state_dict(state)
-        return network
-    return load_body_state_dict(network, _from_torchvision(network, state), source)
+    else:
+        # The file's body may have more layers than the network takes: DeepLab stops at layer 5.
+        above = tuple(f"layers.layer{number}." for number in range(network.pretrained_layers + 1, 7))
+        state = {k: v for k, v in _from_torchvision(network, state).items() if not k.startswith(above)}
+        _check_fit(body_state_dict(network), state, f"the body of {network.backbone!r}", source)
+    network.load_state_dict(state, strict=False)
+    return network
 
 
 def _from_torchvision(network, state):
     """Rename what torchvision calls the body's entries; our own names come back unchanged."""
     if network.backbone == "vgg16" and "features.0.weight" in state:
-        state = {k: v for k, v in state.items() if not k.startswith("classifier.")}
-        number = 0
-        for layer, modules in network.body.named_children():
-            for name, module in modules.named_children():
-                if isinstance(module, nn.Conv2d):
-                    for entry in ("weight", "bias"):
-                        if (theirs := f"features.{number}.{entry}") in state:
-                            state[f"layers.{layer}.{name}.{entry}"] = state.pop(theirs)
-                    number += 2  # the convolution and its ReLU
-            number += 1  # the pooling that ends a block
+        convs = [name for name, module in network.body.named_modules() if isinstance(module, nn.Conv2d)]
+        ours = {f"features.{i}": f"layers.{name}" for i, name in zip(_VGG16_CONVS, convs, strict=True)}
+        state = {
+            re.sub(r"features\.\d+", lambda theirs: ours.get(theirs[0], theirs[0]), k): v
+            for k, v in state.items()
+            if not k.startswith("classifier.")
+        }
     elif network.backbone == "resnet101":
         if "backbone.conv1.weight" in state:
             state = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}

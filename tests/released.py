@@ -26,6 +26,12 @@ def thin_vgg16(put=setattr):
     put(networks, "VGG16", THIN_VGG16)
 
 
+def vgg16_features():
+    """What torchvision's `vgg16().features` is, of the thin one."""
+    cfg = [width for channels, depth in THIN_VGG16[:5] for width in [channels] * depth + ["M"]]
+    return torchvision.models.vgg.make_layers(cfg)
+
+
 def caffe_shapes(blocks=THIN_BLOCKS, width=8):
     """{name in the file: shape} of the body."""
     shapes = {"layer1.conv1.conv.weight": (64, 3, 7, 7), "layer1.conv1.bn": 64}

@@ -2,7 +2,7 @@
 
 The paper takes its background cues from PoolNet, a detector trained with class-agnostic masks of other
 images. Here a network of 46 thousand parameters is trained likewise, on the twelve species that the course
-does not use (``python -m drs_course pretrain``), and shipped as weights/saliency.safetensors.
+does not use (``python -m drs_course pretrain``), and comes along as shipped/saliency.safetensors.
 """
 
 import hashlib

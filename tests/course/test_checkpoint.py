@@ -83,23 +83,19 @@ def test_a_training_goes_on_where_it_was_killed(training, fatal, tmp_path):
         assert one | {"seconds": 0} == other | {"seconds": 0}
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "another_torch", "another_network"])
+@pytest.mark.parametrize("damage", ["truncated", "another_torch", "another_network"])
 def test_what_cannot_be_used_is_set_aside(damage, tmp_path, caplog):
     train = TRAININGS["refine"]
     checkpoint = Checkpoint(tmp_path / "state.pt")
     with pytest.raises(Killed):
-        train(device="cpu", progress=killed_at(6), checkpoint=checkpoint)
-    content = checkpoint.path.read_bytes()
+        TRAININGS["segment" if damage == "another_network" else "refine"](
+            device="cpu", progress=killed_at(6), checkpoint=checkpoint
+        )
     if damage == "another_torch":
         state = torch.load(checkpoint.path, weights_only=True)
         torch.save(state | {"made_by": "torch 1.0, 0 GPUs"}, checkpoint.path)
-    elif damage == "another_network":
-        with pytest.raises(Killed):
-            TRAININGS["segment"](device="cpu", progress=killed_at(6), checkpoint=checkpoint)
-        checkpoint.path.with_suffix(".unusable").unlink()
-        caplog.clear()
-    else:
-        checkpoint.path.write_bytes(content[: len(content) // 2 if damage == "truncated" else 0])
+    elif damage == "truncated":
+        checkpoint.path.write_bytes(checkpoint.path.read_bytes()[:-100])
     steps = []
     model, _ = train(device="cpu", checkpoint=checkpoint, progress=killed_at(None, steps))
     assert steps[0] == 1 and "begins anew" in caplog.text

@@ -6,12 +6,14 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import interpolate
 
 from drs_course import notebook, store
-from drs_course.notebook import LiveLoss, image_batch, may_train, open_course
+from drs_course.notebook import LiveLoss, image_batch, may_train, open_course, receptive_fields
 from drs_course.paper import Configuration
 from drs_lib.data import VOC2012
+from drs_lib.networks import classifier, deeplab
 from drs_lib.recipes import ClassifyRecipe
 
 
@@ -60,6 +62,26 @@ def test_a_training_that_no_table_needs_is_done_where_it_is_short_and_else_asked
     assert capsys.readouterr().out == f"Left out: {cost}. TRAIN_MORE = True, above, trains it.\n"
     assert may_train(line, recipe, 2, anyway=True)
     assert capsys.readouterr().out == f"Training {cost}.\n"
+
+
+@pytest.mark.parametrize("backbone", ["mini", "vgg16"])
+def test_receptive_fields_are_what_the_gradient_sees(backbone, thin_vgg16):
+    network = classifier(backbone, 6, drs_layers=()).eval()
+    fields = receptive_fields(network)
+    for layer in network.layers:
+        for name, m in layer.named_children():
+            if isinstance(m, nn.Conv2d):
+                nn.init.constant_(m.weight, 1 / 9)
+            elif isinstance(m, nn.MaxPool2d):  # a maximum hides the rest of its window
+                setattr(layer, name, nn.AvgPool2d(m.kernel_size, m.stride, m.padding, m.ceil_mode))
+    image = torch.ones(1, 3, 320, 320, dtype=torch.float64, requires_grad=True)
+    for output, field in zip(network.double().layer_outputs(image), fields, strict=True):
+        middle = output.shape[-1] // 2
+        (gradient,) = torch.autograd.grad(output[0, 0, middle, middle], image, retain_graph=True)
+        seen = gradient[0, 0].nonzero()
+        assert (seen.amax(0) - seen.amin(0) + 1).tolist() == [field, field]
+    with pytest.raises(ValueError, match="ResidualBlock"):
+        receptive_fields(deeplab("largefov", "mini_resnet", 6))
 
 
 class Handle:

@@ -17,42 +17,6 @@ PRESETS = [
 ]
 
 
-def expect(recipe, **values):
-    assert {name: getattr(recipe, name) for name in values} == values
-
-
-def test_classify_defaults_are_the_papers():
-    recipe = ClassifyRecipe()
-    expect(recipe, backbone="vgg16", weights="pretrained", drs_layers=(1, 2, 3, 4, 5, 6), delta=None)
-    expect(recipe, optimizer="sgd", lr=1e-3, momentum=0.9, weight_decay=5e-4, nesterov=False)
-    expect(recipe, epochs=15, iterations=None, schedule="step", milestones=(5, 10), gamma=0.1, batch=5)
-    expect(recipe, crop=321, flip=True, resize=None, scale=None)
-    assert recipe.jitter is not None
-
-
-def test_refine_defaults_are_the_papers():
-    recipe = RefineRecipe()
-    expect(recipe, backbone="vgg16", weights="pretrained", optimizer="adam", lr=1e-4, batch=5)
-    expect(recipe, epochs=15, schedule="step", milestones=(5, 10), gamma=0.1)
-    expect(recipe, loss_size="map", label_mask=False)
-    # "We apply the same augmentation strategy as in the classification network."
-    augmentation = ("resize", "scale", "crop", "flip", "jitter")
-    expect(recipe, **{name: getattr(ClassifyRecipe(), name) for name in augmentation})
-
-
-def test_segment_presets_are_table_4s():
-    vgg, resnet = SegmentRecipe(), SegmentRecipe.largefov_resnet101()
-    aspp = SegmentRecipe.aspp_resnet101()
-    for recipe in (vgg, resnet, aspp):
-        expect(recipe, iterations=20_000, epochs=None, optimizer="sgd", momentum=0.9, weight_decay=5e-4)
-        expect(recipe, schedule="poly", power=0.9, crop=321, loss_size="logits")
-        assert recipe.batch * recipe.accumulate == 10
-    expect(vgg, kind="largefov", backbone="vgg16", lr=1e-3, lr_multipliers=(1, 2, 10, 20), bias_decay=False)
-    expect(resnet, kind="largefov", backbone="resnet101", lr=2.5e-4)
-    expect(aspp, kind="aspp", backbone="resnet101", lr=2.5e-4, update_every=10, batch=5, accumulate=2)
-    expect(aspp, scale=(0.5, 0.75, 1.0, 1.25, 1.5))
-
-
 @pytest.mark.parametrize("per_epoch", [1, 7])
 def test_milestones_are_the_first_epochs_at_the_lower_rate(per_epoch):
     recipe = ClassifyRecipe()

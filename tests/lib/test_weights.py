@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from released import THIN_VGG16, aspp_state, caffe_shapes, caffe_state, release_state
+from released import THIN_VGG16, aspp_state, caffe_shapes, caffe_state, release_state, vgg16_features
 from safetensors.torch import load_file, save_file
 from tiny import TinyDataset
 from torch import nn
@@ -23,7 +23,7 @@ from drs_lib.data import IMAGENET_MEAN, normalize
 from drs_lib.networks import classifier, deeplab, refinement_network
 from drs_lib.recipes import SegmentRecipe
 from drs_lib.train import train_segmentation
-from drs_lib.weights import body_state_dict, load_body_state_dict, load_weights
+from drs_lib.weights import body_state_dict, load_weights
 
 MARKER = "layers.caffe_style"
 # RGB on the 0..255 scale; the networks themselves take BGR.
@@ -51,14 +51,14 @@ def caffe_unit(state, name, x, **options):
     return F.batch_norm(x, mean, var, weight, bias, eps=1e-5)
 
 
-def caffe_features(state, image, *, padded_by=None, dilated=True):
-    """The body's output (N, 2048, h, w) in float64; padded_by: RGB colour around the image, None for its own,
-    the mean."""
-    if padded_by is None:
-        x = F.pad(image, (3, 3, 3, 3))
-    else:
-        colour = (padded_by.double() - CAFFE_MEAN).flip(0)[:, None, None]
-        x = F.pad(image - colour, (3, 3, 3, 3)) + colour
+def caffe_features(state, image, dilated=True):
+    """The body's output (N, 2048, h, w) in float64.
+
+    The border is ImageNet's mean, as in the library; the file's own is one grey level away at most.
+    """
+    colour = (255 * torch.tensor(IMAGENET_MEAN, dtype=torch.float64) - CAFFE_MEAN).flip(0)[:, None, None]
+    assert colour.abs().max() < 1.0001
+    x = F.pad(image - colour, (3, 3, 3, 3)) + colour
     x = F.max_pool2d(caffe_unit(state, "layer1.conv1", x, stride=2).relu(), 3, 2, 1, ceil_mode=True)
     strides, dilations = ((1, 2, 1, 1), (1, 1, 2, 4)) if dilated else ((1, 2, 2, 2), (1, 1, 1, 1))
     for number, stride, dilation in zip((2, 3, 4, 5), strides, dilations, strict=True):
@@ -105,27 +105,10 @@ def features(network, images):
 def test_a_caffe_style_resnet_computes_what_its_weights_were_trained_for(kind, size, coco, thin_resnet101):
     path, state = coco
     images = photos(*size)
-    mean = 255 * torch.tensor(IMAGENET_MEAN)
-    expected = caffe_features(state, caffe_image(images), padded_by=mean)
+    expected = caffe_features(state, caffe_image(images))
     ours = features(build(path, kind), images)
     assert expected.std() > 0.1
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_only_the_padding_s_colour_differs_and_only_at_the_border(coco, thin_resnet101):
-    path, state = coco
-    images = photos(64, 64)
-    stem = caffe_unit(state, "layer1.conv1", caffe_image(images), stride=2, padding=3)
-    with torch.no_grad():
-        ours = build(path).double().layers[:2](normalize(images).double())
-    # The windows of positions 2 to 29 of 32 lie within 64 pixels.
-    inside = (..., slice(2, 30), slice(2, 30))
-    torch.testing.assert_close(ours[inside], stem[inside], rtol=1e-5, atol=1e-5)
-    assert (255 * torch.tensor(IMAGENET_MEAN) - CAFFE_MEAN).abs().max() < 1.0001
-    scale = state["layer1.conv1.bn.weight"] / (state["layer1.conv1.bn.running_var"] + 1e-5).sqrt()
-    level = state["layer1.conv1.conv.weight"].abs().sum((1, 2, 3)) * scale
-    difference = (ours - stem).abs().amax((0, 2, 3))
-    assert (difference > 1e-3).any() and (difference <= 1.001 * level).all()
 
 
 def test_the_first_convolution_learns_as_fast_as_the_original(coco, thin_resnet101):
@@ -144,37 +127,30 @@ def test_dilation_computes_the_undilated_network_on_a_finer_grid(style, coco, th
     path, state = coco
     images = photos(97, 65)
     if style == "caffe":
-        mean = 255 * torch.tensor(IMAGENET_MEAN)
-        expected = caffe_features(state, caffe_image(images), padded_by=mean, dilated=False)
+        expected = caffe_features(state, caffe_image(images), dilated=False)
         network = build(path)
     else:
         undilated = seeded(torchvision.models.resnet101, seed=1).double().eval()
-        network = build()
-        theirs = {k: v for k, v in undilated.state_dict().items() if not k.startswith("fc.")}
-        load_body_state_dict(network, {f"layers.{k}": v for k, v in theirs.items() if "num_batches" not in k})
+        torch.save(undilated.state_dict(), path)
+        network = build(path)
         with torch.no_grad():
             expected = nn.Sequential(*list(undilated.children())[:-2])(normalize(images).double())
     torch.testing.assert_close(features(network, images)[..., ::4, ::4], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_style_travels_with_the_weights(coco, thin_resnet101, tmp_path):
-    path, _ = coco
-    source, images = build(path), photos(40, 40)
-    expected = features(source, images)
-    state = source.float().state_dict()
+    source, images = build(coco[0]), photos(40, 40)
+    state, body = source.state_dict(), body_state_dict(source)
     assert state[MARKER] == 1 and not any(name.endswith(MARKER) for name in dict(source.named_buffers()))
-    # As the pipeline reads a stored network, and as a training goes on from a checkpoint.
     save_file(state, tmp_path / "model.safetensors")
-    again = build()
-    again.load_state_dict(load_file(tmp_path / "model.safetensors"))
-    assert torch.equal(features(again, images), expected)
-    assert torch.equal(features(build(tmp_path / "model.safetensors"), images), expected)
-    assert torch.equal(features(copy.deepcopy(source), images), expected)
-    torch.save(body_state_dict(source.float()), tmp_path / "body.pth")
-    assert torch.equal(features(build(tmp_path / "body.pth", "aspp", 7), images), expected)
-    wrapped = nn.DataParallel(build())
+    torch.save(body, tmp_path / "body.pth")
+    loaded, wrapped = build(), nn.DataParallel(build())
+    loaded.load_state_dict(load_file(tmp_path / "model.safetensors"))
     wrapped.load_state_dict({f"module.{name}": tensor for name, tensor in state.items()})
-    assert torch.equal(features(wrapped.module, images), expected)
+    read = build(tmp_path / "model.safetensors"), build(tmp_path / "body.pth", num_classes=7)
+    expected = features(copy.deepcopy(source), images)
+    for network in (source, loaded, wrapped.module, *read):
+        assert torch.equal(features(network, images), expected)
 
 
 def test_a_caffe_style_network_trains_and_goes_on_from_a_checkpoint(coco, thin_resnet101, tmp_path):
@@ -200,23 +176,19 @@ def test_every_entry_of_a_state_dict_is_on_the_network_s_device(coco, thin_resne
 
 
 def test_other_weights_bring_the_other_style_back(coco, thin_resnet101, tmp_path):
-    path, _ = coco
     plain, images = build(), photos(40, 40)
-    expected = features(plain, images)
-    plain.float()
-    assert MARKER not in plain.state_dict() and not plain.layers.caffe_style
-    network = build(path)
-    assert network.layers.caffe_style and network.body.caffe_style
-    network.load_state_dict(plain.state_dict())
-    assert not network.layers.caffe_style and torch.equal(features(network, images), expected)
+    state = plain.state_dict()
+    assert MARKER not in state and not plain.layers.caffe_style
     save_file(body_state_dict(plain), tmp_path / "body.safetensors")
-    network = load_weights(build(path), tmp_path / "body.safetensors")
-    assert torch.equal(features(network, images), expected)
+    one, other = build(coco[0]), build(coco[0])
+    assert one.layers.caffe_style and one.body.caffe_style
     # Part of a state dict, without the body, leaves the style alone.
-    network = build(path)
-    head = {name: tensor for name, tensor in plain.state_dict().items() if name.startswith("head.")}
-    network.load_state_dict(head, strict=False)
-    assert network.layers.caffe_style
+    one.load_state_dict({k: v for k, v in state.items() if k.startswith("head.")}, strict=False)
+    assert one.layers.caffe_style
+    one.load_state_dict(state)
+    load_weights(other, tmp_path / "body.safetensors")
+    expected = features(copy.deepcopy(plain), images)
+    assert all(torch.equal(features(network, images), expected) for network in (one, other))
 
 
 def test_a_style_without_its_layers_is_an_unexpected_entry(thin_resnet101):
@@ -226,16 +198,15 @@ def test_a_style_without_its_layers_is_an_unexpected_entry(thin_resnet101):
         )
 
 
-@pytest.mark.parametrize("prefix", ["module.", "base.", "scale.", "module.base."])
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
-def test_prefixes_wrappers_heads_and_number_types(prefix, zipped, coco, thin_resnet101, tmp_path):
+@pytest.mark.parametrize("prefix", ["base.", "scale.", "module.base."])
+def test_prefixes_wrappers_heads_and_number_types(prefix, coco, thin_resnet101, tmp_path):
     path, state = coco
     expected = body_state_dict(build(path))
     state = {k: v.double() if "running" in k else v for k, v in state.items()}
     state |= {f"aspp.c{i}.weight": torch.zeros(21, 2048, 3, 3) for i in range(4)}
     state = {prefix + name: tensor for name, tensor in state.items()}
     other = tmp_path / "other.pth"
-    torch.save({"state_dict": state, "iteration": 5}, other, _use_new_zipfile_serialization=zipped)
+    torch.save({"state_dict": state, "iteration": 5}, other)
     found = body_state_dict(build(other))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
@@ -245,15 +216,12 @@ def test_a_deeplab_v2_computes_what_its_file_s_network_does(thin_resnet101, tmp_
     state = caffe_state() | aspp_state(classes=4)
     path, images = tmp_path / "Deeplabv2_pseudo_segmentation_labels.pth", photos(65, 49)
     torch.save({f"base.{name}": tensor for name, tensor in state.items()}, path)
-    mean, logits = 255 * torch.tensor(IMAGENET_MEAN), []
-    x = caffe_image(images)
+    x, logits = caffe_image(images), []
     for scale in (1, 0.75, 0.5):
         at_scale = x if scale == 1 else F.interpolate(x, scale_factor=scale, mode="bilinear")
-        features = caffe_features(state, at_scale, padded_by=mean)
+        features = caffe_features(state, at_scale)
         heads = [
-            F.conv2d(
-                features, state[f"aspp.c{i}.weight"].double(), state[f"aspp.c{i}.bias"].double(), 1, r, r
-            )
+            F.conv2d(features, *(state[f"aspp.c{i}.{name}"].double() for name in ("weight", "bias")), 1, r, r)
             for i, r in enumerate((6, 12, 18, 24))
         ]
         logits.append(F.interpolate(sum(heads), (logits or [sum(heads)])[0].shape[-2:], mode="bilinear"))
@@ -284,15 +252,9 @@ def test_the_real_file_s_names_and_shapes_fit_the_real_network(monkeypatch):
 
 def test_a_caffe_file_in_the_wrong_place_is_refused(coco, thin_resnet101, thin_vgg16, tmp_path):
     path, state = coco
-    for wrong in (
-        lambda: deeplab("largefov", "vgg16", 4, weights=path),
-        lambda: classifier("vgg16", 4, weights=path),
-        lambda: deeplab("aspp", "mini_resnet", 4, weights=path),
-    ):
-        with pytest.raises(
-            ValueError, match=r"coco.pth holds a ResNet-101 .* backbone '.*': it is for deeplab"
-        ):
-            wrong()
+    for wrong in (partial(classifier, "vgg16"), partial(deeplab, "aspp", "mini_resnet")):
+        with pytest.raises(ValueError, match=r"coco.pth holds a ResNet-101 .* backbone '.*': it is for deep"):
+            wrong(4, weights=path)
     del state["layer1.conv1.bn.running_mean"]
     state["layer3.block1.reduce.conv.weight"] = torch.zeros(1)
     state["layer5.block9.reduce.conv.weight"] = torch.zeros(1)
@@ -338,12 +300,11 @@ def release_output(state, x):
     ],
     ids=["Refine_DRS_learnable.pth", "DRS_learnable.pth", "DRS with delta"],
 )
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "_orig_mod.module."])
-def test_the_release_s_checkpoints_compute_the_same_here(build, controllers, prefix, thin_vgg16, tmp_path):
+def test_the_release_s_checkpoints_compute_the_same_here(build, controllers, thin_vgg16, tmp_path):
     state = release_state(controllers=controllers)
     optimizer = torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=0.1, momentum=0.9)
     # Kept with the weights: the optimiser, counters, and the score that chose the epoch, a NumPy number.
-    checkpoint = {"model": {prefix + k: v for k, v in state.items()}, "optimizer": optimizer.state_dict()}
+    checkpoint = {"model": {f"module.{k}": v for k, v in state.items()}, "optimizer": optimizer.state_dict()}
     torch.save(checkpoint | {"epoch": 12, "iter": 9000, "miou": np.float64(0.6)}, tmp_path / "best.pth")
     x = torch.randn(2, 3, 40, 40, generator=torch.Generator().manual_seed(1))
     network = build(weights=tmp_path / "best.pth").eval()
@@ -365,16 +326,17 @@ def test_a_score_that_an_older_numpy_wrote_does_no_harm(thin_vgg16, tmp_path):
 
 
 def test_a_release_checkpoint_of_the_other_network_is_refused(thin_vgg16, tmp_path):
-    torch.save({"model": release_state(controllers=True)}, tmp_path / "DRS_learnable.pth")
-    torch.save({"model": release_state(controllers=False)}, tmp_path / "Refine_DRS_learnable.pth")
-    with pytest.raises(ValueError, match="16 unexpected: layers.layer1.drs1"):
-        refinement_network("vgg16", 3, weights=tmp_path / "DRS_learnable.pth")
-    with pytest.raises(ValueError, match="16 missing: layers.layer1.drs1"):
-        classifier("vgg16", 3, weights=tmp_path / "Refine_DRS_learnable.pth")
-    with pytest.raises(ValueError, match="2 mis-shaped: head.weight"):
-        refinement_network("vgg16", 20, weights=tmp_path / "Refine_DRS_learnable.pth")
-    with pytest.raises(ValueError, match="Classifier on 'mini'"):
-        classifier("mini", 3, weights=tmp_path / "DRS_learnable.pth")
+    drs, refine = tmp_path / "DRS_learnable.pth", tmp_path / "Refine_DRS_learnable.pth"
+    torch.save({"model": release_state(controllers=True)}, drs)
+    torch.save({"model": release_state(controllers=False)}, refine)
+    for build, args, path, message in (
+        (refinement_network, ("vgg16", 3), drs, "16 unexpected: layers.layer1.drs1"),
+        (classifier, ("vgg16", 3), refine, "16 missing: layers.layer1.drs1"),
+        (refinement_network, ("vgg16", 20), refine, "2 mis-shaped: head.weight"),
+        (classifier, ("mini", 3), drs, "Classifier on 'mini'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build(*args, weights=path)
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
@@ -383,9 +345,7 @@ def test_other_objects_in_a_file_are_not_loaded_and_the_way_round_works(zipped, 
     state = release_state(controllers=True)
     contents = {"model": state, "args": argparse.Namespace(lr=0.1)}
     torch.save(contents, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(
-        ValueError, match=r"run.pth cannot be read: .*argparse\.Namespace.* weights_only=False"
-    ):
+    with pytest.raises(ValueError, match=r"run.pth cannot be read: .*argparse\.Namespace.* weights_only=F"):
         classifier("vgg16", 3, weights=path)
     torch.save(torch.load(path, weights_only=False)["model"], tensors)
     network = classifier("vgg16", 3, weights=tensors)
@@ -396,17 +356,19 @@ def test_other_objects_in_a_file_are_not_loaded_and_the_way_round_works(zipped, 
 @pytest.mark.parametrize("name", ["bad.pth", "bad.safetensors"])
 def test_what_is_no_weights_file_at_all_is_refused(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match=f"{name} cannot be read as a dictionary of tensors"):
         classifier("mini", 3, weights=tmp_path / name)
 
 
-@pytest.mark.parametrize("wrappers", [(), ("model",), ("state_dict",), ("model", "state_dict")])
-@pytest.mark.parametrize("turned", [False, True])
-def test_names_and_nesting_that_other_programs_leave_are_read(wrappers, turned, tmp_path):
+NESTED = ("model", "state_dict")
+
+
+@pytest.mark.parametrize("wrappers", [(), ("model",), ("state_dict",), NESTED, NESTED[::-1]])
+def test_names_and_nesting_that_other_programs_leave_are_read(wrappers, tmp_path):
     network = seeded(classifier, "mini", 3)
     state = network.state_dict()
     state = {f"module.{k.replace('layers.', 'layers._orig_mod.', 1)}": v for k, v in state.items()}
-    for wrapper in wrappers[:: -1 if turned else 1]:
+    for wrapper in wrappers:
         state = {wrapper: state, "epoch": 3}
     torch.save(state, tmp_path / "run.pth")
     read = seeded(classifier, "mini", 3, seed=1, weights=tmp_path / "run.pth")
@@ -434,12 +396,10 @@ def hub(thin_vgg16, tmp_path, monkeypatch):
     monkeypatch.setitem(weights._DOWNLOADS, ("vgg16", "pretrained"), published)
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
-    cfg = [width for channels, depth in THIN_VGG16[:5] for width in [channels] * depth + ["M"]]
-    features = torchvision.models.vgg.make_layers(cfg)
-    state = {f"features.{k}": v for k, v in features.state_dict().items()}
+    state = {f"features.{k}": v for k, v in vgg16_features().state_dict().items()}
 
-    def publish(contents=state, **options):
-        torch.save(contents, tmp_path / "new.pth", **options)
+    def publish(contents=state):
+        torch.save(contents, tmp_path / "new.pth")
         digest = hashlib.sha256((tmp_path / "new.pth").read_bytes()).hexdigest()
         published.url = f"https://example.org/models/vgg16-{digest[:8]}.pth"
         return (tmp_path / "new.pth").rename(tmp_path / "checkpoints" / f"vgg16-{digest[:8]}.pth")
@@ -447,28 +407,24 @@ def hub(thin_vgg16, tmp_path, monkeypatch):
     return state, publish
 
 
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
-def test_a_file_of_torchvision_s_is_read_when_it_has_the_hash_of_its_name(hub, zipped, tmp_path):
+def test_a_file_of_torchvision_s_is_read_when_it_has_the_hash_of_its_name(hub):
     state, publish = hub
-    path = publish(_use_new_zipfile_serialization=zipped)
+    path = publish()
     for source in ("pretrained", path):
         network = classifier("vgg16", 3, weights=source)
         assert torch.equal(network.layers[4].conv2.weight, state["features.26.weight"])
 
 
-@pytest.mark.parametrize("damage", ["page", "empty", "cut", "other weights", "code"])
+@pytest.mark.parametrize("damage", ["page", "cut", "other weights", "code"])
 def test_another_file_of_torchvision_s_name_is_named_and_not_unpickled(hub, damage, tmp_path):
     state, publish = hub
     path, trace = publish(), tmp_path / "ran"
-    whole = path.read_bytes()
     if damage == "other weights":
         torch.save({name: torch.randn_like(tensor) for name, tensor in state.items()}, path)
     elif damage == "code":
         torch.save(state | {"features.0.bias": Runs(trace)}, path)
     else:
-        path.write_bytes(
-            {"page": b"<html>moved</html>", "empty": b"", "cut": whole[: len(whole) // 2]}[damage]
-        )
+        path.write_bytes({"page": b"<html>moved</html>", "cut": path.read_bytes()[:-100]}[damage])
     for source in ("pretrained", path):
         with pytest.raises(ValueError, match=f"{re.escape(str(path))} is damaged or not .*Delete it"):
             classifier("vgg16", 3, weights=source)
@@ -492,9 +448,7 @@ def test_a_download_with_another_hash_is_not_kept_and_the_error_says_where_the_f
     with pytest.raises(RuntimeError, match=f"invalid hash.*put {page.name} into .*checkpoints"):
         classifier("vgg16", 3, weights="pretrained")
     assert not list((tmp_path / "checkpoints").iterdir())
-    published.url = publish().rename(page.with_name("server.pth")).as_uri()
-    name = f"vgg16-{hashlib.sha256((tmp_path / 'server.pth').read_bytes()).hexdigest()[:8]}.pth"
-    (tmp_path / "server.pth").rename(tmp_path / name)
-    published.url = (tmp_path / name).as_uri()
+    good = publish()
+    published.url = good.rename(tmp_path / good.name).as_uri()
     classifier("vgg16", 3, weights="pretrained")
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [name]
+    assert list((tmp_path / "checkpoints").iterdir()) == [good]
