@@ -9,12 +9,12 @@ the state of the one that trained, so that the training may go on on another, be
 import copy
 import logging
 import os
+import platform
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from drs_course.store import abandoned, writer_tag
 from drs_lib.runtime import random_states, restore_random_states
 
 _log = logging.getLogger(__name__)
@@ -39,12 +39,10 @@ class Checkpoint:
         Where the file can't be written there is a warning: the training itself needs no checkpoint.
         """
         state = {"run": self.run, "progress": progress} | _state(parts, streams)
-        temporary = self.path.with_name(f".{self.path.name}.{writer_tag()}")
+        # A machine trains a stage once at a time: what a killed process of it left there is written over.
+        temporary = self.path.with_name(f".{self.path.name}.{platform.node()}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            for left in self.path.parent.glob(f".{self.path.name}.*"):
-                if abandoned(left):
-                    left.unlink(missing_ok=True)
             try:
                 with open(temporary, "wb") as file:
                     torch.save(state, file)

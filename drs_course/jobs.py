@@ -211,7 +211,7 @@ def _run_on_worker(job, common, mark, beside):
     """
     from distributed import get_worker
 
-    worker, host, store = get_worker(), platform.node(), common["store"]
+    worker, host, store, budget = get_worker(), platform.node(), common["store"], common["budget"]
     _expect_a_process(worker.address, worker.state.nthreads)
     if not (store.root / mark).exists():
         raise StoreError(
@@ -223,7 +223,7 @@ def _run_on_worker(job, common, mark, beside):
         # A worker that is bound to cores of its own, as SLURM does it, has all that it sees.
         bound = joblib.cpu_count() < os.cpu_count()
         crf_jobs = max(1, joblib.cpu_count(only_physical_cores=True) // (1 if bound else beside))
-    elif _readers(job, common["budget"]):
+    elif any(r.workers for r in (budget.classify, budget.refine, budget.segment(job.configuration.network))):
         raise ValueError(
             f"the Dask worker on {host} may not start processes, and this budget's images are read by some. "
             "Set DASK_DISTRIBUTED__WORKER__DAEMON=False in the environment in which the workers are started."
@@ -232,12 +232,6 @@ def _run_on_worker(job, common, mark, beside):
         return _run_job(job, common | {"crf_jobs": crf_jobs})
     except (StoreError, FileNotFoundError) as error:
         raise type(error)(f"on the Dask worker on {host}: {error}") from error
-
-
-def _readers(job, budget):
-    """How many processes a job's trainings want for reading images."""
-    recipes = budget.classify, budget.refine, budget.segment(job.configuration.network)
-    return max(recipe.workers for recipe in recipes)
 
 
 def _expect_a_process(address, threads):

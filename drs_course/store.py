@@ -4,8 +4,8 @@ An entry is a folder ``<root>/<stage>/<key>/`` with the stage's files, ``meta.js
 versions, seconds, date) and ``manifest.json`` (size and SHA-256 of every file). It is written beside its
 final place and renamed, so that an entry is there completely or not at all, whenever the process is killed;
 what a power cut takes from it, the manifest tells. One process makes an entry while others that want it wait
-and then read it. Where a network file system's locks hold on one machine only, or are missing, work may be
-done twice, and nothing worse: the entry that is published first is kept. (``joblib.Memory`` neither locks an
+and then read it. Where a network file system's locks hold on one machine only, or are missing, two machines
+may make the same entry, and the one that is published first is kept. (``joblib.Memory`` neither locks an
 entry that several processes want at once nor notices a damaged one.)
 """
 
@@ -16,20 +16,18 @@ import json
 import logging
 import os
 import platform
-import re
 import secrets
 import shutil
+import tempfile
 import time
 import uuid
 import warnings
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from datetime import datetime, timezone
-from functools import lru_cache
 from itertools import count
 from pathlib import Path
 
 import pooch
-import psutil
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save
 
@@ -44,8 +42,6 @@ _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _TAKEN = {errno.EEXIST, errno.ENOTEMPTY}
 _DAY = 24 * 3600
-# How often to look for an entry that is being replaced or kept from moving, and the seconds in between.
-_LOOKS, _PAUSE = 20, 0.05
 _log = logging.getLogger(__name__)
 
 
@@ -60,28 +56,21 @@ class _Damaged(Exception):
 class EntryWriter:
     """What a stage's ``make(writer)`` writes through: files of an entry that is not published yet."""
 
-    def __init__(self, path, root):
-        self.path, self.root, self.notes = path, root, {}
+    def __init__(self, path):
+        self.path, self.notes = path, {}
 
     def note(self, **facts):
         """Adds facts (device, threads, ...) to the entry's ``meta.json``; they do not enter its key."""
         self.notes.update(facts)
 
-    def bytes(self, name, data):
-        try:
-            (self.path / name).write_bytes(data)
-        except OSError as error:
-            if error.errno in _FULL:
-                raise _full(self.root, f"{name} needs {_size(len(data))}") from error
-            raise
-
     def json(self, name, value):
-        self.bytes(name, json.dumps(value, indent=1, allow_nan=False).encode())
+        (self.path / name).write_bytes(json.dumps(value, indent=1, allow_nan=False).encode())
 
     def weights(self, name, model):
         """The model's parameters and buffers as safetensors, on the disk before the checkpoint goes."""
-        self.bytes(name, save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}))
-        with open(self.path / name, "rb+") as file:
+        with self.open(name) as file:
+            file.write(save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}))
+            file.flush()
             os.fsync(file.fileno())
 
     def open(self, name):
@@ -154,27 +143,15 @@ class RunStore:
                 (self.root / marks[0]).touch()
             return marks[0]
         except OSError as error:
-            _refuse(self.root, error, "it has to be marked for the other machines")
+            _refuse(self.root, error)
 
     def tidy(self, days=30):
-        """Deletes what killed processes left behind: unfinished entries, checkpoints older than the entry of
-        their stage, and checkpoints that were not touched for ``days``.
-
-        Nothing goes that a process may still be writing or go on from. What can't be deleted is left.
-        """
-        _clear(self.root.glob("*/.tmp-*"))
-        for path in (self.root / "checkpoints").glob("*"):
-            with suppress(OSError):
-                if abandoned(path) if path.name.startswith(".") else self._spent(path, days):
-                    path.unlink()
-
-    def _spent(self, checkpoint, days):
-        """Whether no training will go on from a checkpoint: ``<stage>-<key>.*``."""
-        touched = checkpoint.stat().st_mtime
-        stage, _, key = checkpoint.stem.rpartition("-")
-        entry = self.folder(stage, key) / META
-        # One that is newer than the entry is of a training that is being made again.
-        return touched < time.time() - days * _DAY or (entry.exists() and touched <= entry.stat().st_mtime)
+        """Deletes unfinished entries and checkpoints that nobody has touched for so many days."""
+        long_ago = time.time() - days * 24 * 3600
+        for path in (*self.root.glob("*/.tmp-*"), *self.root.glob("checkpoints/*")):
+            with suppress(OSError):  # a process is finishing it, or nothing may be deleted here
+                if max(p.stat().st_mtime for p in (path, *path.rglob("*"))) < long_ago:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def made_at(self, stage, key):
         """When the making of this entry began (seconds since 1970), unverified; None if it is not there."""
@@ -231,13 +208,15 @@ class RunStore:
             meta = {"stage": stage, "version": version, "key": key, "config": config, "inputs": inputs}
             return self._make(folder, meta | {"run": run}, make, entry)
 
-    def _make(self, folder, meta, make, replaced):
-        _clear(folder.parent.glob(f".tmp-{folder.name}-*"))
-        temporary = folder.parent / f".tmp-{folder.name}-{writer_tag()}"
+    def _make(self, folder, meta, make, before):
+        # This machine's only process at work on this entry: what it finds there, a killed one left.
+        temporary = folder.with_name(f".tmp-{folder.name}-{platform.node()}")
+        replaced = temporary.with_name(f"{temporary.name}-old")
+        _delete(temporary, replaced)
         began, clock = time.time(), time.perf_counter()
         try:
             temporary.mkdir()
-            writer = EntryWriter(temporary, self.root)
+            writer = EntryWriter(temporary)
             make(writer)
             facts = {
                 "seconds": round(time.perf_counter() - clock, 3),
@@ -248,45 +227,24 @@ class RunStore:
                 "notes": writer.notes,
             }
             writer.json(META, meta | facts)
-            files = {p.relative_to(temporary).as_posix(): _facts(p) for p in _files_of(temporary)}
-            writer.json(MANIFEST, files)
-            _publish(temporary, folder, meta["run"], replaced)
+            files = sorted(p for p in temporary.rglob("*") if p.is_file())
+            writer.json(MANIFEST, {p.relative_to(temporary).as_posix(): _facts(p) for p in files})
+            if before is not None:
+                with suppress(FileNotFoundError):  # without locks, another machine is replacing it, too
+                    _rename(folder, replaced)
+            try:
+                _rename(temporary, folder)
+            except OSError as error:
+                if error.errno not in _TAKEN:
+                    raise
+                _log.info("another machine was first with %s; its entry is kept", folder)
         except OSError as error:
             if error.errno in _FULL:
-                written = _size(sum(p.stat().st_size for p in _files_of(temporary)))
-                raise _full(self.root, f"{meta['stage']} had written {written} of its files") from error
+                _refuse(self.root, error)
             raise
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        entry = _whole(folder)
-        if entry is None:
-            raise StoreError(f"{folder} was finished and is gone: does another program delete or move it?")
-        return entry
-
-
-def _publish(temporary, folder, run, replaced):
-    """Moves a finished entry to its place, and the one it replaces away. One that another process put there
-    meanwhile, which happens without locks, is kept."""
-    moved = []
-    for attempt in count(1):
-        try:
-            _rename(temporary, folder)
-            break
-        except OSError as error:
-            if error.errno not in _TAKEN or attempt == 100 * _LOOKS:
-                raise
-        found = _whole(folder)
-        if found is None:
-            time.sleep(_PAUSE)  # a network file system shows it later
-        elif _made_by(found.meta, run) and (replaced is None or found.meta != replaced.meta):
-            _log.info("another process was first with %s; its entry is kept", folder)
-            break
-        else:
-            moved.append(temporary.with_name(f"{temporary.name}-old{len(moved)}"))
-            with suppress(FileNotFoundError):  # another process is replacing it, too
-                _rename(folder, moved[-1])
-    for old in moved:
-        shutil.rmtree(old, ignore_errors=True)
+            _delete(temporary, replaced)
+        return _read(folder)
 
 
 def _whole(folder):
@@ -309,22 +267,10 @@ def _whole(folder):
 
 def _read(folder):
     """The entry, checked against its manifest; None where there is none. Raises _Damaged."""
-    for _ in range(_LOOKS):
-        before, entry, damage = _identity(folder), None, None
-        if before is not None:
-            try:
-                entry = _verified(folder)
-            except _Damaged as error:
-                damage = error
-        if (before is not None or not _between(folder)) and _identity(folder) == before:
-            if damage is not None:
-                raise damage
-            return entry
-        time.sleep(_PAUSE)  # another process is replacing it
-    return None
-
-
-def _verified(folder):
+    with suppress(OSError):
+        os.listdir(folder.parent)  # a network file system then looks anew for what was missing
+    if not folder.is_dir():
+        return None
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, facts in files.items():
@@ -344,27 +290,24 @@ def _verified(folder):
 
 
 def _lock(root, stage, key):
-    """The entry's lock, taken: the operating system's, so a killed holder's is free again at once. Where
-    there are no locks, a warning and a context that does nothing."""
+    """The entry's lock, taken: the operating system's, so a killed holder's is free again at once."""
     path = root / stage / ".locks" / f"{key}.lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if reason := _locks_missing(path):
             warnings.warn(
-                f"The run store {root} is on a file system without locks ({reason}). Processes that "
+                f"The run store {root} is on a file system without locks ({reason}). Machines that "
                 "want the same entry at the same time all make it, and the first one's is kept.",
                 stacklevel=4,
             )
-            return nullcontext()
+            path = Path(tempfile.gettempdir(), f"drs-{os.getuid()}-{key}.lock")
         try:
             return FileLock(path).acquire(timeout=1)
         except Timeout:
             _log.info("another process is making %s/%s; waiting for it", stage, key)
             return FileLock(path).acquire()
     except OSError as error:
-        if error.errno in _FULL:
-            raise _full(root, f"{stage} has not begun") from error
-        _refuse(root, error, f"{stage}/{key} is not in it")
+        _refuse(root, error)
 
 
 def _locks_missing(path):
@@ -379,10 +322,17 @@ def _locks_missing(path):
     return None
 
 
-def _refuse(root, error, wanted):
-    """Raises the error that says that the store can't be written; another error as it is."""
+def _refuse(root, error):
+    """Raises the error that says why the store can't be written; another error as it is."""
+    if error.errno in _FULL:
+        free = shutil.disk_usage(root).free / 1e6
+        raise StoreError(
+            f"The disk of the run store {root} is full: {free:.1f} MB are free. Everything that was finished "
+            "is kept. Free some room, or move the store to a larger disk and set DRS_STORE to it, and run "
+            "the same command again: it goes on from here."
+        ) from error
     if error.errno in _READ_ONLY:
-        what = f"cannot be written ({error.strerror}), and {wanted}"
+        what = f"cannot be written ({error.strerror})"
     elif isinstance(error, (FileExistsError, NotADirectoryError)):
         what = "is not a folder"
     else:
@@ -390,74 +340,19 @@ def _refuse(root, error, wanted):
     raise StoreError(f"The run store {root} {what}. Set DRS_STORE to a folder of your own.") from error
 
 
-def _full(root, needed):
-    """The error that says that the disk is full."""
-    free = shutil.disk_usage(root).free
-    return StoreError(
-        f"The disk of the run store {root} is full: {needed}, {_size(free)} are free. Everything "
-        "that was finished is kept. Free some room, or move the store to a larger disk and set DRS_STORE "
-        "to it, and run the same command again: it goes on from here."
-    )
-
-
-def writer_tag():
-    """A part of a temporary's name: machine, process and a random number, for `abandoned`."""
-    return f"{_machine()}-{os.getpid()}-{os.urandom(4).hex()}"
-
-
-def abandoned(path):
-    """Whether a temporary, whose name ends in a `writer_tag`, was surely left behind: its process was one of
-    this machine's and is gone, or nobody touched it for a week, which no stage takes."""
-    tag = re.search(r"([0-9a-f]{8})-([0-9]+)-[0-9a-f]{8}(-old[0-9]+)?$", path.name)
-    if tag and tag[1] == _machine() and not psutil.pid_exists(int(tag[2])):
-        return True
-    try:
-        return max(p.stat().st_mtime for p in (path, *path.rglob("*"))) < time.time() - 7 * _DAY
-    except FileNotFoundError:  # it is being finished right now
-        return False
-
-
-@lru_cache
-def _machine():
-    """This machine, or container, as far as process numbers mean something: eight hexadecimal digits."""
-    parts = [platform.node()]
-    with suppress(OSError):  # Linux only
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
-        parts.append(os.readlink("/proc/self/ns/pid"))
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
-
-
-def _clear(folders):
-    for left in folders:
-        if abandoned(left):
-            shutil.rmtree(left, ignore_errors=True)
+def _delete(*folders):
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _rename(source, target):
-    for look in range(_LOOKS):
+    for pause in (0.05,) * 20 + (0,):
         try:
             return os.rename(source, target)
         except PermissionError:  # Windows moves no folder in which a file is just being read
-            if look == _LOOKS - 1:
+            if not pause:
                 raise
-            time.sleep(_PAUSE)
-
-
-def _identity(folder):
-    """What is different once another folder took this one's place; None if there is none."""
-    with suppress(FileNotFoundError, NotADirectoryError):
-        found = folder.stat()
-        return found.st_ino, found.st_mtime_ns
-
-
-def _between(folder):
-    """Whether an entry that isn't there was moved away to be replaced. The listing makes a network file
-    system look for the entry anew as well, instead of remembering that it was missing."""
-    with suppress(OSError):
-        for name in os.listdir(folder.parent):
-            if name.startswith(f".tmp-{folder.name}-") and "-old" in name:
-                return not abandoned(folder.with_name(name))
-    return False
+            time.sleep(pause)
 
 
 def run_name(overwrite):
@@ -482,14 +377,6 @@ def _facts(path):
     return {"bytes": path.stat().st_size, "sha256": pooch.file_hash(str(path))}
 
 
-def _files_of(folder):
-    return sorted(p for p in folder.rglob("*") if p.is_file())
-
-
 def _versions():
     versions = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
     return versions | {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "numpy")}
-
-
-def _size(count):
-    return f"{count / 1e6:.1f} MB"

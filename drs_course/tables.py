@@ -188,7 +188,7 @@ def _table(number, measures, scores, seeds, conditions):
         found = [scores.get((row.configuration, seed)) for seed in seeds]
         values = {m: [f[m][_VALUES[m][0]] for f in found if f and m in f] for m in measures}
         records.append(_record(number, row, values))
-        per_seed.append({_VALUES[m][1]: [_percent(v) for v in vs] for m, vs in values.items() if vs})
+        per_seed.append({_VALUES[m][1]: [100 * v for v in vs] for m, vs in values.items() if vs})
         iou.append(_mean_iou([f["miou"]["iou"] for f in found if f]))
     table = pd.DataFrame(records)
     table.attrs = {"table": number, "title": TITLES[number], **conditions, "per_seed": per_seed, "iou": iou}
@@ -224,25 +224,20 @@ def _float(value):
     return math.nan if value is None else float(value)
 
 
-def _percent(value):
-    return 100.0 * value
-
-
 def _mean_sd(values):
     if not values:
         return math.nan, math.nan
     sd = statistics.stdev(values) if len(values) > 1 else math.nan
-    return _percent(statistics.fmean(values)), _percent(sd)
+    return 100 * statistics.fmean(values), 100 * sd
 
 
 def _mean_iou(seeds):
-    classes = seeds[0] if seeds else {}
-    return {
-        name: _percent(statistics.fmean(known))
-        if (known := [s[name] for s in seeds if s[name] is not None])
-        else None
-        for name in classes
-    }
+    """By class, in percent, over the seeds; None for a class that occurs nowhere."""
+    found = {}
+    for name in seeds[0] if seeds else ():
+        known = [scores[name] for scores in seeds if scores[name] is not None]
+        found[name] = 100 * statistics.fmean(known) if known else None
+    return found
 
 
 def _conditions(pipeline, seeds):

@@ -99,7 +99,7 @@ class Line(Pipeline):
         return self.given
 
     def made(self, stage, refine=False):
-        writer = EntryWriter(self.store.root, self.store.root)
+        writer = EntryWriter(self.store.root)
         planned = self.stage(stage, Configuration(refine=refine))
         stages.STAGES[stage][1](self, planned, writer)
         return self.store.root

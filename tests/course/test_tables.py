@@ -5,7 +5,6 @@ import math
 import multiprocessing
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -180,11 +179,10 @@ def test_tables_tell_the_precision_where_it_is_a_choice(tmp_path):
 def test_every_budget_computes_in_float32_unless_told_otherwise(monkeypatch):
     def precisions(*names):
         budget = get_budget(*names)
-        recipes = (budget.classify, budget.refine, *map(budget.segment, NETWORKS))
-        return {recipe.precision for recipe in recipes}
+        return {r.precision for r in (budget.classify, budget.refine, *map(budget.segment, NETWORKS))}
 
-    assert precisions("laptop", "critters") == precisions("ci", "voc") == {"float32"}
-    assert precisions("paper", "voc") == precisions("release", "voc") == {"float32"}
+    for names in (("laptop", "critters"), ("ci", "voc"), ("paper", "voc"), ("release", "voc")):
+        assert precisions(*names) == {"float32"}
     monkeypatch.setenv("DRS_PRECISION", "bfloat16")
     assert precisions("paper", "voc") == {"bfloat16"}
     monkeypatch.setenv("DRS_PRECISION", "half")
@@ -429,11 +427,6 @@ def test_a_row_takes_a_device_that_no_other_row_has(tmp_path, monkeypatch):
         rows = ["long", "short", "short", "short", "last"]
         long, *rest = pool.map(lambda row: jobs_module._run_in_slot(row, {}, slots), rows)
     assert {long, *rest} == {"cuda:0", "cuda:1"} and long not in rest
-    monkeypatch.setattr(jobs_module, "_run_job", lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        jobs_module._run_in_slot("failing", {}, slots)
-    monkeypatch.setattr(jobs_module, "_run_job", run)
-    assert jobs_module._run_in_slot("short", {}, slots) == "cuda:0"  # and none stays taken
 
 
 def test_how_many_processes(monkeypatch):
@@ -470,25 +463,18 @@ def test_killed_and_started_again_it_gives_the_same_numbers(store, tables, tmp_p
     process.wait()
     before = {entry: os.stat(path).st_mtime_ns for entry, path in stored(target).items()}
     assert len(before) >= 7
+    old = tmp_path / "checkpoints" / "segment-0123456789abcdef01234567.pt"
+    old.parent.mkdir(exist_ok=True)
+    old.touch()
+    os.utime(old, (time.time() - 31 * 24 * 3600,) * 2)
     table = run_table(3, store=target, **TINY)
     pd.testing.assert_frame_equal(table, tables[3])
     assert contents(target).items() <= contents(store).items()
     after = stored(target)
     kept = {entry for entry, when in before.items() if os.stat(after[entry]).st_mtime_ns == when}
     assert kept == set(before), "not made again"
-    assert not list(tmp_path.glob("*/.tmp-*")), "what the killed one left is cleared away"
-
-
-def test_a_run_clears_away_what_was_left_to_the_store(store, tmp_path):
-    shutil.copytree(store.root, tmp_path, dirs_exist_ok=True)
-    old = tmp_path / "checkpoints" / "segment-0123456789abcdef01234567.pt"
-    old.parent.mkdir(exist_ok=True)
-    for days, there in ((1, True), (31, False)):
-        old.touch()
-        os.utime(old, (time.time() - days * 24 * 3600,) * 2)
-        shutil.rmtree(tmp_path / "evaluate")
-        run_table(3, store=tmp_path, **TINY)
-        assert old.exists() == there
+    left = [*tmp_path.glob("*/.tmp-*"), *tmp_path.glob("checkpoints/*")]
+    assert not left, "what the killed one left is cleared away"
 
 
 def test_a_failing_row_costs_no_other_row(tables, tmp_path, monkeypatch, capsys):
@@ -528,9 +514,7 @@ def test_a_full_disk_ends_the_run(tmp_path, monkeypatch):
     assert len(tried) == 1, "no other row trains in vain"
 
 
-@pytest.mark.parametrize("hours", [-3, 3])
-def test_progress_is_shown_and_overwrite_makes_each_stage_again_once(tmp_path, monkeypatch, capsys, hours):
-    """Whatever the clock says of the machine that makes them, and that of the one that gave the command."""
+def test_progress_is_shown_and_overwrite_makes_each_stage_again_once(tmp_path, monkeypatch, capsys):
     options, made = TINY | {"store": tmp_path}, []
     first = run_table(3, **options | {"progress": True})
     shown = capsys.readouterr().err
@@ -541,12 +525,7 @@ def test_progress_is_shown_and_overwrite_makes_each_stage_again_once(tmp_path, m
         made.append((meta["stage"], meta["key"]))
         return make(self, folder, meta, *rest)
 
-    class Clock:
-        perf_counter, sleep = time.perf_counter, time.sleep
-        time = staticmethod(lambda: time.time() + 3600 * hours)
-
     monkeypatch.setattr(RunStore, "_make", noted)
-    monkeypatch.setattr("drs_course.store.time", Clock)
     again = run_table(3, overwrite=True, **options)
     assert sorted(made) == sorted(stored(RunStore(tmp_path))), "every stage once, however many rows share it"
     pd.testing.assert_frame_equal(first, again)
