@@ -68,14 +68,10 @@ class EntryWriter:
 
     def weights(self, name, model):
         """The model's parameters and buffers as safetensors, on the disk before the checkpoint goes."""
-        with self.open(name) as file:
+        with open(self.path / name, "wb") as file:
             file.write(save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}))
             file.flush()
             os.fsync(file.fileno())
-
-    def open(self, name):
-        """A file to stream into; the caller closes it."""
-        return open(self.path / name, "wb")
 
 
 class Entry:

@@ -429,7 +429,7 @@ def test_killed_at_random_moments_the_store_stays_sound(store, tmp_path):
 
 def test_writer_streams(store):
     def make(writer):
-        with writer.open("maps.bin") as file:
+        with open(writer.path / "maps.bin", "wb") as file:
             for _ in range(3):
                 file.write(b"abc")
 
