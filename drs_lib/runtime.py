@@ -69,7 +69,7 @@ def preserved_rng(accelerators=True):
 def seeded(seed, accelerators=True):
     """Run a block from `seed`, whatever was drawn before, and leave the caller's generators untouched.
 
-    accelerators: False where the block draws random numbers on the CPU alone, as in a process that reads images.
+    accelerators: False where the block draws on the CPU alone, as in a process that reads images.
     """
     with preserved_rng(accelerators):
         seed_everything(seed, accelerators)

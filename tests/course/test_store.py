@@ -425,12 +425,3 @@ def test_killed_at_random_moments_the_store_stays_sound(store, tmp_path):
         assert store.made_at("classify", key) is None, "it was killed while at work"
     assert start(store, log, 0).communicate(timeout=300)[0] == "200000\n"
     assert entries(store) == [key], "what the killed ones left is cleared away"
-
-
-def test_writer_streams(store):
-    def make(writer):
-        with open(writer.path / "maps.bin", "wb") as file:
-            for _ in range(3):
-                file.write(b"abc")
-
-    assert make_in(store, make=make).file("maps.bin").read_bytes() == b"abc" * 3
