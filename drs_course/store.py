@@ -41,7 +41,6 @@ _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _TAKEN = {errno.EEXIST, errno.ENOTEMPTY}
-_DAY = 24 * 3600
 _log = logging.getLogger(__name__)
 
 
