@@ -208,8 +208,7 @@ def present_maps(run, model, indices):
 
 def maps_ours(run):
     def work(indices):
-        with open(run.folder / "maps.zip", "wb") as file:
-            write_targets(file, present_maps(run, model, indices), run.weak.names)
+        write_targets(run.folder / "maps.zip", present_maps(run, model, indices), run.weak.names)
 
     model = run.network("classify").to(run.device, memory_format=torch.channels_last)
     return timed(run, work, len(run.data))
@@ -217,8 +216,7 @@ def maps_ours(run):
 
 def labels_ours(run):
     def work(indices):
-        with open(run.folder / "labels.zip", "wb") as file:
-            write_labels(file, present_maps(run, model, indices), run.weak)
+        write_labels(run.folder / "labels.zip", present_maps(run, model, indices), run.weak)
 
     model = run.network("classify").to(run.device, memory_format=torch.channels_last)
     return timed(run, work, len(run.data))

@@ -5,7 +5,7 @@
 trains the classifier with DRS, the refinement network and a DeepLab, and leaves in `out` maps.zip and
 labels.zip, what the trainings handed on; deeplab.safetensors, the network; and masks/, what it sees in each
 image, as indexed PNGs with VOC's colours. Needs a GPU at the paper's sizes. `drs_lib.data.folder` says what
-`photos` holds. Nothing is kept of a run that is stopped: for runs that go on see `drs_course`.
+`photos` holds. A run that was stopped begins anew; runs that go on are those of `drs_course`.
 """
 
 import argparse

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from drs_lib.data.voc import indexed_image
+from drs_lib.files import atomic_path
 from drs_lib.labels import of_classes, pseudo_labels
 from drs_lib.maps import keep_largest_class
 
@@ -60,12 +61,12 @@ class MapArchive(LabelArchive):
         return maps
 
     def stack(self, index):
-        """(classes, their maps as uint8 (n, H, W)); for no class, a map of zeros of the first."""
+        """(classes, their maps as uint8 (n, H, W)). An image without classes has an empty map of class 0."""
         classes, stack = self.classes[index] or [0], super().__getitem__(index)
         return classes, stack.reshape(len(classes), -1, stack.shape[1])
 
 
-def write_targets(file, found, names, largest=False):
+def write_targets(path, found, names, largest=False):
     """Targets of the refinement network as a zip file of greyscale PNGs, for `MapArchive`.
 
     A PNG holds the maps of the image's classes in 8 bits, one above the other. An image of no class has one
@@ -82,11 +83,11 @@ def write_targets(file, found, names, largest=False):
             maps = keep_largest_class(maps) if largest else maps
             yield names[index], (maps * 255).round().byte().flatten(0, 1).cpu().numpy()
 
-    write_pngs(file, pictures())
+    write_pngs(path, pictures())
     return classes
 
 
-def write_labels(file, found, dataset, **rule):
+def write_labels(path, found, dataset, **rule):
     """Pseudo labels as a zip file of PNGs, for `LabelArchive`.
 
     found: what `drs_lib.maps.iterate_maps` yields with ``present_only``. dataset: for saliency and names.
@@ -99,10 +100,10 @@ def write_labels(file, found, dataset, **rule):
             classes = present.nonzero().flatten().tolist()
             yield dataset.names[index], of_classes(labels, classes)[0].cpu().numpy()
 
-    write_pngs(file, pictures(), indexed=True)
+    write_pngs(path, pictures(), indexed=True)
 
 
-def write_pngs(file, pictures, indexed=False):
+def write_pngs(path, pictures, indexed=False):
     """A zip file of PNGs, from (name, uint8 (H, W)) in order; indexed: in VOC's colours."""
 
     def png(picture):
@@ -113,7 +114,11 @@ def write_pngs(file, pictures, indexed=False):
         return name, buffer.getvalue()
 
     pictures = iter(pictures)
-    with zipfile.ZipFile(file, "w") as archive, ThreadPoolExecutor() as pool:
+    with (
+        atomic_path(path) as temporary,
+        zipfile.ZipFile(temporary, "w") as archive,
+        ThreadPoolExecutor() as pool,
+    ):
         while block := list(pool.map(png, islice(pictures, PNGS_AHEAD))):
             for name, content in block:
                 archive.writestr(zipfile.ZipInfo(f"{name}.png", (1980, 1, 1, 0, 0, 0)), content)

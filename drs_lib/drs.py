@@ -1,8 +1,8 @@
 """Discriminative region suppression: Algorithm 1 of the paper, its two controllers, and the module DRS.
 
-Equation 1, the upper bound tau, stands in ``_suppressor``, equation 2 in ``_control_values``. ``suppress``
-runs the same compiled, where it can (`drs_lib.kernels`). ``DRS`` takes the place of a ReLU in a network;
-`drs_lib.plug` puts it into a network that somebody else wrote.
+Algorithm 1 is ``_suppressor``, equation 2 ``_control_values``. ``suppress`` runs the same compiled, where it
+can (`drs_lib.kernels`). ``DRS`` takes the place of a ReLU in a network; `drs_lib.plug` puts it into a network
+that somebody else wrote.
 """
 
 import numbers
@@ -17,7 +17,7 @@ from drs_lib import kernels
 __all__ = ["DRS", "ConstantController", "LearnableController", "suppress", "suppress_plain"]
 
 
-@torch.fx.wrap  # torch.fx traces a network with tensors that have no shape; it does not look inside here
+@torch.fx.wrap  # fx must not trace into this: its stand-ins for tensors have no shape
 def suppress(x: torch.Tensor, control) -> torch.Tensor:
     """Algorithm 1 on X = relu(x): min(X, tau) with tau = X_max * G, X_max the maximum of each map.
 
@@ -61,7 +61,8 @@ def _suppressor(features, control):
     peak = features.flatten(2).max(dim=2).values
     tau = (peak * control).to(features.dtype)[:, :, None, None]
     # torch.minimum halves the gradient where both are equal; here an element at its upper bound counts as
-    # suppressed, so that the gradient at a control value of 1 continues the one below 1.
+    # suppressed, so that the gradient at a control value of 1 continues the one below 1. A dead
+    # element never does, not even where tau is 0.
     return torch.where((features < tau) | (features == 0), features, tau)
 
 
@@ -129,7 +130,7 @@ class DRS(nn.Module):
         if type(self.controller) is ConstantController:
             return suppress(x, self.controller(x))
         weight = _weight_of(self.controller)
-        if weight is not None:
+        if weight is not None:  # the compiled form computes equation 2 too
             return _suppress_learnable(x, weight)
         features = F.relu(x)
         return suppress(features, self.controller(features))

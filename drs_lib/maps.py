@@ -92,7 +92,7 @@ def iterate_maps(
         indices: images to take, in this order; None: all.
         workers: processes that read images (`torch.utils.data.DataLoader`).
         precision: of the network, see `drs_lib.runtime.autocast`; the maps are float32 in any case.
-        present_only: leave out the maps that are 0, which are most of VOC's 20.
+        present_only: make the maps of the labelled classes alone, two of VOC's 20, not all.
 
     Yields:
         ``(index, labels, maps)``: labels (C,) and maps float32 (C, H, W) in [0, 1], both on the CPU. With

@@ -2,7 +2,7 @@
 
     network, score = weakly_supervised(train, val, get_budget("laptop"), "out")
 
-Six calls, of which each can be made alone. `python -m drs_lib` makes them for a folder of images.
+Each of the six calls also works alone. `python -m drs_lib` makes them for a folder of images.
 """
 
 from pathlib import Path
@@ -21,7 +21,8 @@ def weakly_supervised(train, val, budget, folder, segmenter="largefov", seed=0, 
     Args:
         train: a data set (`drs_lib.data`), of which images, labels and saliency are read, and no mask.
         val: a data set with masks, for the score alone; None: no score.
-        budget: a `drs_lib.recipes.Budget`: the recipes, and how maps are read.
+        budget: a `drs_lib.recipes.Budget`: the recipes, and how maps are read. Its numbers of images are not
+            looked at: `train` and `val` are taken whole.
         folder: for ``maps.zip`` and ``labels.zip``, what one step hands to the next; made if it is not there.
         segmenter: "largefov", "largefov_resnet" or "aspp", the networks of Table 4.
         seed, device, progress: of the three trainings, see `drs_lib.train.train_classifier`.

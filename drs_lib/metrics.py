@@ -41,8 +41,8 @@ class SegmentationScore:
     """Mean IoU over a set of images, from one confusion matrix of all their pixels, as VOC scores it.
 
     Pixels whose mask is 255 are left out. A prediction may hold 255 too, when it is a pseudo label:
-    ``ignored_prediction="background"`` (default) counts such pixels as background, so that a label map can't
-    look better by leaving out what is hard; ``"exclude"`` leaves them out and scores what is claimed only.
+    ``ignored_prediction="background"`` (default) counts such pixels as background, so that
+    ignoring hard pixels can't raise the score; ``"exclude"`` leaves them out.
 
     Args:
         num_classes: number of labels, background included: a data set's ``num_classes`` + 1, 21 for VOC.

@@ -2,8 +2,9 @@
 
 The defaults are what the paper states in "Implementation details". Where the paper is silent and the authors'
 release does something of its own, there is a field for it, and a comment beside it. It is off by default (no
-Nesterov, one learning rate for all, no resize); only the strength of the colour jitter is the release's. A
-row of a table is a change of a recipe: ``recipe.replace(delta=0.55)``.
+Nesterov, one learning rate for all, no resize). The strength of the colour jitter and the sizes from which
+maps are made, for which the paper gives no number, are the release's. A row of a table is a change of a
+recipe: ``recipe.replace(delta=0.55)``.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""What a run is computed with: its seed, device, precision and number of threads.
+"""Seed, device, precision and number of threads of a run.
 
 What a training produces depends on its recipe, its data, its seed, the machine, and on two things that are
 easy to overlook: the random numbers drawn before it, and the number of threads (sums are split differently,

@@ -366,17 +366,15 @@ def test_archives_of_labels_and_maps(tmp_path):
     labels = [rng.choice([0, 1, 7, 255], (5, 4 + i)).astype(np.uint8) for i in range(count)]
     maps = [rng.random((2, 5, 4)).astype(np.float32), np.zeros((0, 6, 3), np.float32)]
     for repeat in ("a", "b"):
-        with open(tmp_path / f"{repeat}.zip", "wb") as file:
-            named = ((f"image{i}", label) for i, label in enumerate(labels))
-            archives.write_pngs(file, named, indexed=True)
+        named = ((f"image{i}", label) for i, label in enumerate(labels))
+        archives.write_pngs(tmp_path / f"{repeat}.zip", named, indexed=True)
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
     archive = LabelArchive(tmp_path / "a.zip")
     assert archive.names == [f"image{i}.png" for i in range(count)]
     for found, expected in zip(archive, labels, strict=True):
         np.testing.assert_array_equal(found, expected)
-    with open(tmp_path / "maps.zip", "wb") as file:
-        stack = np.round(maps[0] * 255).astype(np.uint8).reshape(-1, 4)
-        archives.write_pngs(file, [("x", stack), ("y", np.zeros((6, 3), np.uint8))])
+    stack = np.round(maps[0] * 255).astype(np.uint8).reshape(-1, 4)
+    archives.write_pngs(tmp_path / "maps.zip", [("x", stack), ("y", np.zeros((6, 3), np.uint8))])
     targets = MapArchive(tmp_path / "maps.zip", [[1, 3], []], 4)
     assert targets[0].shape == (4, 5, 4) and targets[0].dtype == np.float32
     np.testing.assert_allclose(targets[0][[1, 3]], maps[0], atol=0.5 / 255 + 1e-6)
