@@ -113,7 +113,7 @@ def fetch(source, folder, *, progress=True):
         if not path.is_file():
             raise FileNotFoundError(f"no file {path}")
         return path
-    name = PurePosixPath(urlsplit(source).path).name
+    name = PurePosixPath(urlsplit(source).path).name or "download"
     place = pooch.create(folder, "", registry={name: None}, urls={name: source}, retry_if_failed=RETRIES)
     downloader = pooch.HTTPDownloader(progress, chunk_size=1 << 18, timeout=60)
     try:

@@ -22,7 +22,7 @@ from drs_lib.data.critters import draw
 from drs_lib.data.saliency import SaliencyNetwork
 from drs_lib.files import atomic_path
 from drs_lib.losses import classification_loss
-from drs_lib.networks import Classifier, classifier, mini_resnet_layers
+from drs_lib.networks import Classifier, classifier, gaussian, mini_resnet_layers
 from drs_lib.recipes import ClassifyRecipe
 from drs_lib.train import evaluate_classifier, train_network
 from drs_lib.weights import body_state_dict
@@ -50,9 +50,7 @@ def pretraining_classifier(backbone, num_classes):
     if backbone == "mini":
         return classifier(backbone, num_classes, drs_layers=())
     layers, channels = mini_resnet_layers()
-    head = nn.Conv2d(channels, num_classes, 1)
-    nn.init.normal_(head.weight, std=0.01)
-    nn.init.zeros_(head.bias)
+    head = gaussian(nn.Conv2d(channels, num_classes, 1))
     return Classifier(backbone, num_classes, layers, head, pretrained_layers=len(layers))
 
 

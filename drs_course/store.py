@@ -239,7 +239,10 @@ class RunStore:
             raise
         finally:
             _delete(temporary, replaced)
-        return _read(folder)
+        entry = _whole(folder)
+        if entry is None:
+            raise StoreError(f"{folder} was finished and is gone or damaged: does another program change it?")
+        return entry
 
 
 def _whole(folder):

@@ -221,7 +221,7 @@ class ASPP(nn.ModuleList):
     """Atrous spatial pyramid pooling of DeepLab-v2: the sum of 3x3 convolutions with different dilations."""
 
     def __init__(self, in_channels, num_classes, rates):
-        super().__init__(_gaussian(_conv3x3(in_channels, num_classes, dilation=rate)) for rate in rates)
+        super().__init__(gaussian(_conv3x3(in_channels, num_classes, dilation=rate)) for rate in rates)
 
     def forward(self, x):
         return reduce(torch.add, (branch(x) for branch in self))
@@ -258,7 +258,7 @@ def refinement_network(backbone, num_classes, weights=None):
     _require("backbone", backbone, ("mini", "vgg16"), "a refinement network")
     network = _six_layers(RefinementNetwork, backbone, num_classes, _relu)
     for new in network.new_modules():
-        new.apply(_gaussian)
+        new.apply(gaussian)
     return load_weights(network, weights)
 
 
@@ -305,7 +305,7 @@ def _six_layers(kind, backbone, num_classes, activation):
     num_classes = whole("num_classes", num_classes)
     if backbone == "mini":
         # The whole body is pretrained: the paper's layer 6 is new because ImageNet's VGG-16 has none.
-        layers, pretrained, init = _mini_layers(activation), 6, _gaussian
+        layers, pretrained, init = _mini_layers(activation), 6, gaussian
     else:
         pools = [*(_halve() for _ in range(3)), nn.MaxPool2d(3, 1, padding=1), None]
         layers, pretrained, init = _vgg16_layers(VGG16, activation, pools), 5, _he
@@ -361,7 +361,7 @@ def _segmentation_body(backbone, ceil_mode):
 def _large_fov(backbone, in_channels, num_classes):
     width, dilation, dropout = (LARGEFOV[backbone][k] for k in ("width", "dilation", "dropout"))
     # A standard deviation of 0.01 suits 4,608 inputs; mini's 576 would hardly pass a signal on.
-    init = _he if backbone.startswith("mini") else _gaussian
+    init = _he if backbone.startswith("mini") else gaussian
     pool = nn.Sequential(nn.MaxPool2d(3, 1, padding=1), nn.AvgPool2d(3, 1, padding=1))
     head = OrderedDict(
         fc6=init(_conv3x3(in_channels, width, dilation=dilation)),
@@ -370,7 +370,7 @@ def _large_fov(backbone, in_channels, num_classes):
         fc7=init(nn.Conv2d(width, width, 1)),
         relu7=nn.ReLU(inplace=True),
         drop7=nn.Dropout2d(dropout),
-        score=_gaussian(nn.Conv2d(width, num_classes, 1)),
+        score=gaussian(nn.Conv2d(width, num_classes, 1)),
     )
     return nn.Sequential(OrderedDict(pool=pool) | head if backbone == "vgg16" else head)
 
@@ -396,7 +396,8 @@ def _he(conv):
     return conv
 
 
-def _gaussian(module):
+def gaussian(module):
+    """Sets a convolution's weights to N(0, 0.01) and its biases to 0; returns the module."""
     if isinstance(module, nn.Conv2d):
         nn.init.normal_(module.weight, std=0.01)
         if module.bias is not None:

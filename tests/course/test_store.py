@@ -349,6 +349,21 @@ def test_an_entry_is_replaced_under_its_readers(store):
     assert len({entry.meta["made_at"] for entry in made}) == len(made) >= 20
 
 
+@pytest.mark.parametrize("change", [shutil.rmtree, lambda folder: (folder / "metrics.json").unlink()])
+@pytest.mark.filterwarnings("ignore:.*damaged")
+def test_a_finished_entry_that_another_program_takes_away(store, monkeypatch, change):
+    rename = os.rename
+
+    def renamed(source, target):
+        rename(source, target)
+        if Path(source).name.startswith(".tmp-"):
+            change(Path(target))
+
+    monkeypatch.setattr(os, "rename", renamed)
+    with pytest.raises(StoreError, match="was finished and is gone or damaged: does another program"):
+        make_in(store)
+
+
 def test_a_folder_that_is_being_read_moves_a_little_later(store, monkeypatch):
     """So it is on Windows."""
     rename, refused = os.rename, []
